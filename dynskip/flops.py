@@ -1,0 +1,181 @@
+"""What each stage, gate and head costs, in MACs (multiply-adds)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dynskip.backbone import StagedBackbone
+from dynskip.errors import DynskipError
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+class FLOPsLookup:
+    """A table of costs: one frame through each stage, each gate and the head.
+
+    `FLOPsLookup.measure` counts them with torch's own counter. A table can also be given by hand: a paper's figures, or
+    measured latency with its unit named, so that the efficiency loss trains on milliseconds.
+
+    Args:
+        per_stage: cost of each stage, the gates not included.
+        head: cost of what follows the last stage.
+        gates: cost of each gate; none by default.
+        stage_names: names of the stages, checked against the backbone's where given.
+        image_size: `(H, W)` that the table holds for; `None` for any.
+        unit: what is counted; `"MACs"` are multiply-adds.
+
+    Raises:
+        DynskipError: if the table is empty, has a negative or non-finite entry, or its parts differ in length.
+
+    Reference:
+        Thesis Eq. 3.10.
+    """
+
+    def __init__(
+        self,
+        per_stage: Sequence[float],
+        head: float = 0.0,
+        gates: Sequence[float] | None = None,
+        *,
+        stage_names: Sequence[str] | None = None,
+        image_size: tuple[int, int] | None = None,
+        unit: str = "MACs",
+    ) -> None:
+        self.per_stage = torch.tensor(list(per_stage), dtype=torch.float64)
+        self.gates = torch.zeros_like(self.per_stage)
+        if gates is not None:
+            self.gates = torch.tensor(list(gates), dtype=torch.float64)
+        self.head = float(head)
+        self.stage_names = tuple(stage_names) if stage_names is not None else None
+        self.image_size = image_size
+        self.unit = unit
+        stages = len(self.per_stage)
+        lengths = {stages, len(self.gates), stages if self.stage_names is None else len(self.stage_names)}
+        if stages == 0 or len(lengths) > 1:
+            raise DynskipError(
+                f"A cost table needs one entry a stage: got {stages} stages, {len(self.gates)} gates and "
+                f"stage names {self.stage_names}."
+            )
+        costs = torch.cat([self.per_stage, self.gates, torch.tensor([self.head], dtype=torch.float64)])
+        if not torch.isfinite(costs).all() or (costs < 0).any():
+            raise DynskipError(f"Costs must be finite and not negative; got {costs.tolist()}.")
+
+    @classmethod
+    @torch.no_grad()
+    def measure(
+        cls, backbone: StagedBackbone, image_size: int | tuple[int, int], gates: Sequence[nn.Module] = ()
+    ) -> FLOPsLookup:
+        """Count the MACs of one frame through each part.
+
+        Counted are convolutions and matrix products, as torch's `FlopCounterMode` counts them, on the meta device:
+        nothing is computed, and no fused CPU kernel hides from the counter.
+
+        Args:
+            backbone: the staged backbone.
+            image_size: `(H, W)` of the frames, or one number for squares.
+            gates: the gates, one a stage; none to leave their cost out.
+
+        Returns:
+            The table, in MACs.
+
+        Raises:
+            DynskipError: if there are gates but not one for each stage.
+        """
+        if gates and len(gates) != backbone.num_stages:
+            raise DynskipError(f"Got {len(gates)} gates for {backbone.num_stages} stages; give one for each stage.")
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        staged = _on_meta(backbone)
+        dtype = next((p.dtype for p in staged.parameters() if p.is_floating_point()), torch.float32)
+        carry = staged.start(torch.empty(1, backbone.input_size[0], height, width, dtype=dtype, device="meta"))
+        stage_macs, gate_macs = [], []
+        for n in range(backbone.num_stages):
+            macs, carry = _count(staged.run, n, carry)
+            stage_macs.append(macs)
+            macs = 0
+            if gates:
+                gate: Any = _on_meta(gates[n])
+                macs, _ = _count(gate, staged.pool(n, carry), gate.initial_state(1))
+            gate_macs.append(macs)
+        head_macs, _ = _count(staged.head, carry)
+        return cls(
+            stage_macs,
+            head_macs,
+            gate_macs,
+            stage_names=backbone.stage_names,
+            image_size=(height, width),
+        )
+
+    @property
+    def cumulative(self) -> Tensor:
+        """Cost of a frame up to and including each gate, `(N,)`."""
+        return (self.per_stage + self.gates).cumsum(0)
+
+    @property
+    def total(self) -> float:
+        """Cost of a frame that passes every gate."""
+        return float(self.cumulative[-1]) + self.head
+
+    @property
+    def dense(self) -> float:
+        """Cost of a frame through the plain backbone, without gates."""
+        return float(self.per_stage.sum()) + self.head
+
+    @property
+    def remaining(self) -> Tensor:
+        """What forwarding at each gate may still cost, `(N,)` (Eq. 3.10)."""
+        return self.total - self.cumulative
+
+    def cost(self, stopped_at: Tensor, used: Tensor) -> Tensor:
+        """Add up what was executed.
+
+        A video of which no frame was used has had its furthest frame run to the end; that is counted, too.
+
+        Args:
+            stopped_at: `(B, T)` index of the gate that stopped each frame, `N` for used ones, -1 for unseen ones.
+            used: `(B, T)` boolean, true for frames that passed every gate.
+
+        Returns:
+            `(B,)` float64 executed cost a video, gates and head included.
+        """
+        stages = len(self.per_stage)
+        zero = torch.zeros(1, dtype=torch.float64)
+        # Index 0: unseen; 1..N: stopped by a gate; N + 1: used.
+        table = torch.cat([zero, self.cumulative, zero + self.total]).to(stopped_at.device)
+        costs = table[stopped_at + 1].sum(1)
+        after = (self.per_stage.sum() - self.per_stage.cumsum(0) + self.head).to(stopped_at.device)
+        furthest = stopped_at.amax(1)
+        fallback = ~used.any(1) & (furthest >= 0)
+        return costs + torch.where(fallback, after[furthest.clamp(0, stages - 1)], 0.0)
+
+    def __repr__(self) -> str:
+        """Show the table in thousands of millions where it counts MACs."""
+        scale, unit = (1e9, "GMACs") if self.unit == "MACs" else (1.0, self.unit)
+        names = self.stage_names or [f"stage {n}" for n in range(len(self.per_stage))]
+        parts = [f"{name} {cost / scale:.3f}" for name, cost in zip(names, self.per_stage.tolist(), strict=True)]
+        size = "" if self.image_size is None else " at {}x{}".format(*self.image_size)
+        return (
+            f"FLOPsLookup({unit} a frame{size}: {', '.join(parts)}, head {self.head / scale:.3f}, "
+            f"gates {float(self.gates.sum()) / scale:.4f}, total {self.total / scale:.3f})"
+        )
+
+
+def _count(function: Callable[..., Any], *args: Any) -> tuple[int, Any]:
+    with FlopCounterMode(display=False) as counter:
+        result = function(*args)
+    return counter.get_total_flops() // 2, result  # torch counts a multiply-add as two
+
+
+def _on_meta(module: ModuleT) -> ModuleT:
+    """Copy a module to the meta device in eval mode, without copying its weights on the way."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+    for buffer in module.buffers():
+        memo[id(buffer)] = buffer.to("meta")
+    return copy.deepcopy(module, memo).eval()

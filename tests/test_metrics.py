@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dynskip.errors import DynskipError
+from dynskip.metrics import FrameUsage, frame_usage, mean_average_precision, top_k_accuracy
+
+NAN = float("nan")
+
+
+@st.composite
+def ranked_videos(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Scores on a coarse grid, so that many are equal, and multi-hot targets with at least one label."""
+    batch, num_classes = draw(st.integers(1, 9)), draw(st.integers(1, 4))
+
+    def table(values: st.SearchStrategy[int]) -> Tensor:
+        flat = draw(st.lists(values, min_size=batch * num_classes, max_size=batch * num_classes))
+        return torch.tensor(flat).reshape(batch, num_classes)
+
+    scores, targets = table(st.integers(-3, 3)).float() / 3, table(st.integers(0, 1))
+    targets[draw(st.integers(0, batch - 1)), draw(st.integers(0, num_classes - 1))] = 1
+    return scores, targets
+
+
+def literal_average_precision(scores: list[float], labels: list[int], interpolated: bool) -> float:
+    """One point of the precision-recall curve per threshold; then the area under it, step by step."""
+    curve = []
+    for threshold in sorted(set(scores), reverse=True):
+        retrieved = [label for score, label in zip(scores, labels, strict=True) if score >= threshold]
+        curve.append((sum(retrieved) / sum(labels), sum(retrieved) / len(retrieved)))
+    area, reached = 0.0, 0.0
+    for recall, precision in curve:
+        if interpolated:
+            precision = max(p for r, p in curve if r >= recall)
+        area += (recall - reached) * precision
+        reached = recall
+    return area
+
+
+def literal_map(scores: Tensor, targets: Tensor, interpolated: bool) -> float:
+    present = [c for c in range(targets.shape[1]) if targets[:, c].any()]
+    areas = [literal_average_precision(scores[:, c].tolist(), targets[:, c].tolist(), interpolated) for c in present]
+    return sum(areas) / len(areas)
+
+
+def literal_top_k(scores: Tensor, targets: Tensor, k: int) -> float:
+    hits = []
+    for row, labels in zip(scores.tolist(), targets.tolist(), strict=True):
+        best = sorted(range(len(row)), key=lambda c: (-row[c], c))[:k]
+        if any(labels):
+            hits.append(any(labels[c] for c in best))
+    return sum(hits) / len(hits)
+
+
+@settings(deadline=None)
+@given(ranked_videos(), st.booleans())
+def test_map_equals_the_literal_definition(videos: tuple[Tensor, Tensor], interpolated: bool) -> None:
+    scores, targets = videos
+    expected = literal_map(scores, targets, interpolated)
+    assert mean_average_precision(scores, targets, interpolated) == pytest.approx(expected, abs=1e-12)
+
+
+@settings(deadline=None)
+@given(ranked_videos(), st.booleans(), st.randoms(use_true_random=False))
+def test_map_does_not_depend_on_the_order_of_rows(
+    videos: tuple[Tensor, Tensor], interpolated: bool, generator: random.Random
+) -> None:
+    scores, targets = videos
+    order = list(range(len(scores)))
+    generator.shuffle(order)
+    shuffled = mean_average_precision(scores[order], targets[order], interpolated)
+    assert shuffled == mean_average_precision(scores, targets, interpolated)
+
+
+@settings(deadline=None)
+@given(ranked_videos(), st.data())
+def test_top_k_equals_the_literal_definition(videos: tuple[Tensor, Tensor], data: st.DataObject) -> None:
+    scores, targets = videos
+    k = data.draw(st.integers(1, scores.shape[1]))
+    assert top_k_accuracy(scores, targets, k) == pytest.approx(literal_top_k(scores, targets, k), abs=1e-12)
+
+
+@settings(deadline=None)
+@given(ranked_videos(), st.data())
+def test_class_indices_equal_one_hot_targets(videos: tuple[Tensor, Tensor], data: st.DataObject) -> None:
+    scores, _ = videos
+    batch, num_classes = scores.shape
+    labels = torch.tensor(data.draw(st.lists(st.integers(0, num_classes - 1), min_size=batch, max_size=batch)))
+    one_hot = torch.eye(num_classes)[labels]
+    assert top_k_accuracy(scores, labels) == top_k_accuracy(scores, one_hot)
+    assert mean_average_precision(scores, labels) == mean_average_precision(scores, one_hot)
+
+
+def test_map_by_hand() -> None:
+    # In falling order: wrong, right, wrong, right. Precision is 1/2 at both hits.
+    scores, targets = torch.tensor([[0.9], [0.8], [0.7], [0.6]]), torch.tensor([[0], [1], [0], [1]])
+    assert mean_average_precision(scores, targets, interpolated=False) == pytest.approx(1 / 2)
+    # Right, wrong, wrong, right, right: 1, 2/4, 3/5; made monotone: 1, 3/5, 3/5.
+    scores = torch.tensor([[0.9], [0.8], [0.7], [0.6], [0.5]])
+    targets = torch.tensor([[1], [0], [0], [1], [1]])
+    assert mean_average_precision(scores, targets, interpolated=False) == pytest.approx((1 + 1 / 2 + 3 / 5) / 3)
+    assert mean_average_precision(scores, targets) == pytest.approx((1 + 3 / 5 + 3 / 5) / 3)
+
+
+def test_constant_scores_give_the_share_of_positives() -> None:
+    targets = torch.tensor([0, 1, 1, 1])
+    for interpolated in (True, False):
+        assert mean_average_precision(torch.zeros(4, 2), targets, interpolated) == pytest.approx(1 / 2)
+
+
+def test_class_absent_from_the_targets_is_left_out() -> None:
+    scores = torch.tensor([[0.9, 0.5, 0.1], [0.2, 0.5, 0.8], [0.7, 0.5, 0.3]])
+    assert mean_average_precision(scores, torch.tensor([0, 2, 0])) == 1.0
+    # Leaving the column out as well changes nothing.
+    assert mean_average_precision(scores[:, [0, 2]], torch.tensor([0, 1, 0])) == 1.0
+
+
+def test_top_k_by_hand() -> None:
+    scores = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
+    assert top_k_accuracy(scores, torch.tensor([0, 1])) == 0.5
+    assert top_k_accuracy(scores, torch.tensor([0, 1]), k=2) == 1.0
+    assert top_k_accuracy(scores, torch.tensor([[0, 1, 1], [0, 0, 1]]), k=2) == 0.5
+    assert top_k_accuracy(torch.zeros(2, 3), torch.tensor([0, 2])) == 0.5
+
+
+def test_top_k_leaves_out_videos_without_a_label() -> None:
+    scores = torch.tensor([[3.0, 2.0], [3.0, 2.0]])
+    assert top_k_accuracy(scores, torch.tensor([[1, 0], [0, 0]])) == 1.0
+
+
+SCORES = torch.tensor([[0.1, 0.9], [0.6, 0.4]])
+BAD_INPUT = {
+    "scores rank": (torch.zeros(2), torch.tensor([0, 1]), r"scores has shape \(2,\), but must be \(B, K\)"),
+    "no videos": (torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), r"scores has shape \(0, 2\)"),
+    "scores dtype": (SCORES.long(), torch.tensor([0, 1]), "scores is torch.int64, but must be float"),
+    "nan": (torch.tensor([[0.1, 0.9], [NAN, 0.4]]), torch.tensor([0, 1]), "scores of row 1 contain NaN"),
+    "targets length": (SCORES, torch.tensor([0, 1, 1]), r"targets has shape \(3,\), but for scores \(2, 2\)"),
+    "targets classes": (SCORES, torch.ones(2, 3), r"or multi-hot \(2, 2\)"),
+    "targets dtype": (
+        SCORES,
+        torch.tensor([0.0, 1.0]),
+        "targets is torch.float32, but class indices must be int",
+    ),
+    "targets bool": (SCORES, torch.tensor([True, False]), "targets is torch.bool"),
+    "class too large": (
+        SCORES,
+        torch.tensor([0, 2]),
+        "targets holds 2, but with 2 classes must be from 0 to 1",
+    ),
+    "class negative": (SCORES, torch.tensor([0, -1]), "targets holds -1.*leave out videos without a label"),
+    "soft labels": (
+        SCORES,
+        torch.tensor([[0.5, 0.5], [0, 1]]),
+        "Multi-hot targets hold 0.5, but must be 0 or 1",
+    ),
+    "nan targets": (SCORES, torch.tensor([[NAN, 0.0], [0, 1]]), "Multi-hot targets hold nan"),
+    "no positives": (SCORES, torch.zeros(2, 2), "No video has a label, so nothing can be measured"),
+}
+
+
+@pytest.mark.parametrize("metric", [mean_average_precision, top_k_accuracy])
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_named(metric: Callable[[Tensor, Tensor], float], case: str) -> None:
+    scores, targets, message = BAD_INPUT[case]
+    with pytest.raises(DynskipError, match=message):
+        metric(scores, targets)
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_k_out_of_range(k: int) -> None:
+    with pytest.raises(DynskipError, match=f"k is {k}, but must be from 1 to the number of classes, 2"):
+        top_k_accuracy(SCORES, torch.tensor([0, 1]), k)
+
+
+def test_frame_usage_by_hand() -> None:
+    stopped_at = torch.tensor([[0, 2, 2, -1], [2, 0, 1, 2]])
+    assert frame_usage(stopped_at, 2) == FrameUsage(used=0.5, stopped=(0.25, 0.125), unseen=0.125)
+    assert frame_usage(torch.tensor([3, -1]), 3) == FrameUsage(used=0.5, stopped=(0.0, 0.0, 0.0), unseen=0.5)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 6).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(-1, n), min_size=1))))
+def test_frame_usage_shares_sum_to_one(case: tuple[int, list[int]]) -> None:
+    num_stages, stopped_at = case
+    usage = frame_usage(torch.tensor(stopped_at), num_stages)
+    assert len(usage.stopped) == num_stages
+    assert math.isclose(usage.used + sum(usage.stopped) + usage.unseen, 1)
+    assert math.isclose(usage.used, stopped_at.count(num_stages) / len(stopped_at))
+
+
+@pytest.mark.parametrize(
+    ("stopped_at", "num_stages", "message"),
+    [
+        (
+            torch.zeros(1, 1, 1, dtype=torch.int64),
+            2,
+            r"stopped_at has shape \(1, 1, 1\), but must be \(B, T\)",
+        ),
+        (torch.zeros(2, 0, dtype=torch.int64), 2, r"stopped_at has shape \(2, 0\).*not empty"),
+        (torch.zeros(2), 2, "stopped_at is torch.float32, but must be int64"),
+        (
+            torch.tensor([0, 3]),
+            2,
+            r"stopped_at holds 3, but with 2 stages must be -1 \(unseen\) to 2 \(used\)",
+        ),
+        (torch.tensor([0, -2]), 2, "stopped_at holds -2"),
+        (torch.tensor([0]), 0, "The number of stages is 0"),
+    ],
+)
+def test_frame_usage_bad_input(stopped_at: Tensor, num_stages: int, message: str) -> None:
+    with pytest.raises(DynskipError, match=message):
+        frame_usage(stopped_at, num_stages)
