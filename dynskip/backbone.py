@@ -268,7 +268,7 @@ class StagedBackbone(nn.Module):
             if x is None:
                 raise DynskipError(f"Boundary {name!r} ends with no feature tensor to pool. Choose another module.")
             features.append((name, x, info.get(name, {})))
-        layouts = [_layout(x, entry.get("num_chs")) for _, x, entry in features]
+        layouts = [_layout(x, entry.get("num_chs"), self.input_size) for _, x, entry in features]
         known = [layout for layout in layouts if layout in ("NCHW", "NHWC")]
         self.layouts = tuple(layout or (known[0] if known else "NCHW") for layout in layouts)
         self.num_features = tuple(
@@ -395,7 +395,16 @@ def _create(name: str, kwargs: dict[str, Any]) -> nn.Module:
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"Did you mean {' or '.join(close)}?" if close else "timm.list_models('*resnet*') searches the names."
         raise DynskipError(f"timm {timm.__version__} has no model named {name!r}. {hint}")
-    return timm.create_model(name, **kwargs)
+    try:
+        return timm.create_model(name, **kwargs)
+    except Exception as error:
+        hint = ""
+        if kwargs.get("pretrained"):
+            hint = (
+                " Published weights are downloaded, which needs the network; without it, build with "
+                "pretrained=False and load a file that you brought into `backbone.model`."
+            )
+        raise DynskipError(f"timm could not build {name!r} with {kwargs}: {error}.{hint}") from error
 
 
 class _Chain(nn.Module):
@@ -500,8 +509,8 @@ def _first_tensor(value: Any) -> Tensor | None:
     return value if _fx.is_tensor_like(value) else None
 
 
-def _layout(x: Tensor, num_chs: int | None) -> str | None:
-    """Tell the layout from the shape (probe images are square unless the user says otherwise) or from `num_chs`."""
+def _layout(x: Tensor, num_chs: int | None, input_size: tuple[int, int, int]) -> str | None:
+    """Tell the layout of a value from its rank, from `num_chs`, or from which axes keep the input's aspect ratio."""
     if x.ndim == 2:
         return "NC"
     if x.ndim == 3:
@@ -511,8 +520,11 @@ def _layout(x: Tensor, num_chs: int | None) -> str | None:
     _, a, b, c = x.shape
     if num_chs is not None and (a == num_chs) != (c == num_chs):
         return "NCHW" if a == num_chs else "NHWC"
-    if (b == c) != (a == b):
-        return "NCHW" if b == c else "NHWC"
+    _, height, width = input_size
+    rounding = max(height, width)
+    nchw, nhwc = abs(b * width - c * height) < rounding, abs(a * width - b * height) < rounding
+    if nchw != nhwc:
+        return "NCHW" if nchw else "NHWC"
     return None
 
 

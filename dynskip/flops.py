@@ -85,7 +85,7 @@ class FLOPsLookup:
             The table, in MACs.
 
         Raises:
-            DynskipError: if there are gates but not one for each stage.
+            DynskipError: if there are gates but not one for each stage, or one does not fit its stage.
         """
         if gates and len(gates) != backbone.num_stages:
             raise DynskipError(f"Got {len(gates)} gates for {backbone.num_stages} stages; give one for each stage.")
@@ -100,7 +100,13 @@ class FLOPsLookup:
             macs = 0
             if gates:
                 gate: Any = _on_meta(gates[n])
-                macs, _ = _count(gate, staged.pool(n, carry), gate.initial_state(1))
+                try:
+                    macs, _ = _count(gate, staged.pool(n, carry), gate.initial_state(1))
+                except Exception as error:
+                    raise DynskipError(
+                        f"Gate {n} ({type(gate).__name__}) cannot run after stage {backbone.stage_names[n]!r}: "
+                        f"{error}. Build it for {backbone.num_features[n]} input features."
+                    ) from error
             gate_macs.append(macs)
         head_macs, _ = _count(staged.head, carry)
         return cls(

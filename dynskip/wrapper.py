@@ -151,6 +151,9 @@ class StopOrForward(nn.Module):
         forward_threshold: float | Sequence[float] = 0.5,
     ) -> None:
         super().__init__()
+        for n, gate in enumerate(gates):
+            if not isinstance(gate, nn.Module):
+                raise DynskipError(f"Gate {n} is a {type(gate).__name__}; a gate is an nn.Module such as PolicyGate.")
         if state_update not in ("used", "reached"):
             raise DynskipError(f"state_update={state_update!r} is unknown; use 'used' or 'reached'.")
         self.backbone = backbone
@@ -488,6 +491,12 @@ class StopOrForward(nn.Module):
         if 0 in video.shape:
             raise DynskipError(
                 f"The video batch is empty: shape {tuple(video.shape)}. Give at least one video and frame."
+            )
+        weight = next(self.backbone.parameters(), video)
+        if video.dtype != weight.dtype and not torch.is_autocast_enabled(video.device.type):
+            raise DynskipError(
+                f"The video is {video.dtype} and the model {weight.dtype}. Convert one of them, for instance with "
+                f"`video.to({weight.dtype})`, or run under torch.autocast."
             )
         # One reduction tells whether all is well; where it is not, look closer.
         if not torch.isfinite(video.detach().sum(dtype=torch.float32)):
