@@ -184,4 +184,8 @@ def _on_meta(module: ModuleT) -> ModuleT:
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
     for buffer in module.buffers():
         memo[id(buffer)] = buffer.to("meta")
-    return copy.deepcopy(module, memo).eval()
+    ghost = copy.deepcopy(module, memo).eval()
+    for part in ghost.modules():  # the user's hooks are for real frames
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+    return ghost

@@ -62,11 +62,12 @@ def sofnet(
             f"The backbone's head has {backbone.num_classes} classes and num_classes={num_classes}. Build the backbone "
             "with as many classes as the task has."
         )
-    gates = [PolicyGate(c, hidden, temporal, forward_bias) for c in backbone.num_features]
+    weight = next(backbone.parameters())
+    gates = [PolicyGate(c, hidden, temporal, forward_bias).to(weight) for c in backbone.num_features]
     return StopOrForward(
         backbone,
         gates,
-        inner=[InnerClassifier(hidden, backbone.num_classes) for _ in gates] if guidance else None,
+        inner=[InnerClassifier(hidden, backbone.num_classes).to(weight) for _ in gates] if guidance else None,
         terminator=EarlyTerminator(threshold, min_frames) if threshold is not None else None,
         state_update=state_update,
     )

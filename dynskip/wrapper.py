@@ -256,7 +256,8 @@ class StopOrForward(nn.Module):
         stages = self.backbone.num_stages
         states = [gate.initial_state(batch) for gate in self.gates]
         ended = torch.zeros(batch, dtype=torch.bool, device=frame_logits.device)
-        logit_sum, used_count = torch.zeros_like(frame_logits[:, 0]), frame_logits.new_zeros(batch)
+        logit_sum = torch.zeros_like(frame_logits[:, 0], dtype=_sum_dtype(frame_logits.dtype))
+        used_count = torch.zeros(batch, dtype=torch.long, device=frame_logits.device)
         all_gate_logits, all_decisions, all_inner, all_reached, all_used = [], [], [], [], []
         for t in range(frames):
             step_logits, decisions, inner, reached, new_states = [], [], [], [], []
@@ -342,7 +343,7 @@ class StopOrForward(nn.Module):
         batch, frames = video.shape[:2]
         stages, classes = self.backbone.num_stages, self.backbone.num_classes
         progress = self._begin(batch)
-        dtype, device = progress.logit_sum.dtype, video.device
+        dtype, device = next(self.parameters()).dtype, video.device
         stopped_at = torch.full((batch, frames), UNSEEN, device=device)
         gate_logits = torch.full((batch, frames, stages, 2), math.nan, dtype=dtype, device=device)
         frame_logits = torch.full((batch, frames, classes), math.nan, dtype=dtype, device=device)
@@ -376,9 +377,9 @@ class StopOrForward(nn.Module):
         return _Progress(
             # Rows are written in place: a gate may well hand out one tensor of zeros twice.
             states=[tuple(s.clone() for s in gate.initial_state(batch)) for gate in self.gates],
-            logit_sum=weight.new_zeros(batch, self.backbone.num_classes),
-            used=weight.new_zeros(batch),
-            seen=weight.new_zeros(batch),
+            logit_sum=weight.new_zeros(batch, self.backbone.num_classes, dtype=_sum_dtype(weight.dtype)),
+            used=torch.zeros(batch, dtype=torch.long, device=weight.device),
+            seen=torch.zeros(batch, dtype=torch.long, device=weight.device),
             ended=torch.zeros(batch, dtype=torch.bool, device=weight.device),
             best_score=torch.full((batch,), -1.0, dtype=torch.float64, device=weight.device),
             best_frame=torch.full((batch,), -1, device=weight.device),
@@ -388,11 +389,11 @@ class StopOrForward(nn.Module):
     def _step(self, progress: _Progress, rows: Tensor, frames: Tensor, sample: bool) -> _Step:
         """Take one frame of each of the videos `rows` as far as its gates let it, and update where they stand."""
         stages = self.backbone.num_stages
-        count, dtype, device = len(rows), progress.logit_sum.dtype, frames.device
+        count, dtype, device = len(rows), next(self.parameters()).dtype, frames.device
         stopped_at = torch.full((count,), stages, device=device)
         gate_logits = torch.full((count, stages, 2), math.nan, dtype=dtype, device=device)
         frame_logits = torch.full((count, self.backbone.num_classes), math.nan, dtype=dtype, device=device)
-        frame_number = progress.seen[rows].long()
+        frame_number = progress.seen[rows]
         progress.seen[rows] += 1
         carry, alive = self.backbone.start(frames), torch.arange(count, device=device)
         candidates: list[tuple[Tensor, GateState]] = []
@@ -547,7 +548,13 @@ def _answered(used: Tensor, fallback_frame: Tensor) -> Tensor:
 
 
 def _mean_where(mask: Tensor, frame_logits: Tensor) -> Tensor:
-    return torch.where(mask[..., None], frame_logits, 0.0).sum(1) / mask.sum(1, keepdim=True)
+    total = torch.where(mask[..., None], frame_logits, 0.0).sum(1, dtype=_sum_dtype(frame_logits.dtype))
+    return (total / mask.sum(1, keepdim=True)).to(frame_logits.dtype)
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums over frames need more digits than half precision has."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _margin(probability: float) -> float:
@@ -588,7 +595,7 @@ def _check_parts(backbone: StagedBackbone, gates: Sequence[Any], inner: Sequence
         except Exception as error:
             raise DynskipError(
                 f"Gate {n} ({type(gate).__name__}) cannot run {where}: {error}. Build it for {channels} input "
-                "features, on the backbone's device."
+                "features, on the backbone's device and in its dtype."
             ) from error
         if tuple(logits.shape) != (2, 2):
             raise DynskipError(

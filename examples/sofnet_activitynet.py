@@ -1,0 +1,1099 @@
+"""SoF-Net on your videos: train, evaluate, predict, and a demo that needs no data.
+
+    python examples/sofnet_activitynet.py demo
+    python examples/sofnet_activitynet.py train    --data DIR --out runs/mine
+    python examples/sofnet_activitynet.py evaluate --data DIR --checkpoint runs/mine/last.pt
+    python examples/sofnet_activitynet.py predict  --checkpoint runs/mine/last.pt VIDEO...
+
+One file, top to bottom: videos, data, weights and checkpoints, training, evaluation, prediction, demo, command line.
+Copy it and edit it. Costs are MACs (multiply-adds), which the literature prints as "GFLOPs".
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import pickle
+import platform
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import av
+import numpy as np
+import timm
+import torch
+import torchvision.transforms.v2 as T
+from einops import rearrange
+from safetensors import SafetensorError
+from timm.data import ImageNetInfo
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from dynskip import UNSEEN, DynskipError, SkipOutput, SoFLoss, StopOrForward, metrics, plot, sofnet, stage_model
+from dynskip.sofnet import Recipe
+
+# ---------------------------------------------------------------------------------------------------------- videos
+
+
+class VideoError(DynskipError):
+    """A file that gives no frames."""
+
+
+def read_frames(path: Path, num_frames: int, short_side: int, rng: random.Random | None = None) -> np.ndarray:
+    """Decode `num_frames` frames spread evenly over a video.
+
+    Args:
+        path: a file that FFmpeg can read.
+        num_frames: frames to return; a shorter video repeats some.
+        short_side: pixels to scale the shorter side to.
+        rng: draw each frame at random from its stretch of the video; by default the middle of the stretch.
+
+    Returns:
+        `(T, H, W, 3)` uint8 RGB frames.
+    """
+    offsets = [rng.random() if rng else 0.5 for _ in range(num_frames)]
+    try:
+        with OpenVideo(path) as (container, stream):
+            # Headers lie and may be missing, so this is only a first guess at the number of frames.
+            guess = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+        for _ in range(2):
+            wanted = [int(guess / num_frames * (i + offset)) for i, offset in enumerate(offsets)]
+            kept: dict[int, np.ndarray] = {}
+            count = 0
+            with OpenVideo(path) as (container, stream):
+                for frame in container.decode(stream):
+                    if count in wanted:
+                        kept[count] = _to_array(frame, short_side)
+                    count += 1
+            if count == guess and count:
+                return np.stack([kept[i] for i in wanted])
+            guess = count  # the decoder's word is final: pick again
+    except av.error.FileNotFoundError:
+        raise VideoError(f"{path}: no such file.") from None
+    except (av.error.FFmpegError, OSError) as error:
+        raise VideoError(f"{path}: not a readable video ({error}). Try to play or re-encode it.") from error
+    raise VideoError(f"{path}: holds no video frame. Expected a file with at least one picture.")
+
+
+class OpenVideo:
+    """Open the best video stream of a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.container = av.open(str(path), metadata_errors="ignore")
+        stream = self.container.streams.best("video")
+        if stream is None or self.container.format.name == "tty":  # FFmpeg plays plain text as a terminal recording
+            self.container.close()
+            raise VideoError(f"{path}: holds no video stream. Expected a video file such as .mp4, .mkv or .avi.")
+        self.stream: Any = stream
+
+    def __enter__(self) -> tuple[Any, Any]:
+        return self.container, self.stream
+
+    def __exit__(self, *_: object) -> None:
+        self.container.close()
+
+
+def _to_array(frame: Any, short_side: int) -> np.ndarray:
+    scale = short_side / min(frame.width, frame.height)
+    image = frame.reformat(max(round(frame.width * scale), 1), max(round(frame.height * scale), 1), format="rgb24")
+    return np.rot90(image.to_ndarray(), round(frame.rotation / 90)).copy()  # phones store how they were held
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One labelled video."""
+
+    path: Path
+    labels: tuple[str, ...]
+    split: str
+
+
+def load_items(data: Path, annotations: Path | None) -> list[Item]:
+    """Read a data set: ActivityNet's JSON if `annotations` is given, else `labels.csv`."""
+    return read_activitynet(annotations, data) if annotations else read_csv(data)
+
+
+def read_csv(data: Path) -> list[Item]:
+    """Read `path,label,split` rows from a CSV file, or from `labels.csv` in a folder; paths are relative to it."""
+    file = data / "labels.csv" if data.is_dir() else data
+    if not file.is_file():
+        raise DynskipError(f"{file} does not exist. --data takes a folder with a labels.csv, or such a file.")
+    with file.open(newline="", encoding="utf-8") as handle:
+        reader = csv.DictReader(handle)
+        missing = {"path", "label", "split"} - set(reader.fieldnames or [])
+        if missing:
+            raise DynskipError(
+                f"{file} lacks the column {', '.join(sorted(missing))}. Its first line must name path, label and "
+                f"split; it names {reader.fieldnames}."
+            )
+        rows = list(reader)
+    items = []
+    for number, row in enumerate(rows, start=2):
+        if row["split"] not in SPLITS:
+            raise DynskipError(
+                f"{file}, line {number}: unknown split {row['split']!r}. Expected one of {', '.join(SPLITS)}."
+            )
+        if not row["path"] or not row["label"]:
+            raise DynskipError(f"{file}, line {number}: path and label must not be empty.")
+        items.append(Item(file.parent / row["path"], (row["label"],), row["split"]))
+    absent = [item.path for item in items if not item.path.is_file()]
+    if absent:
+        raise DynskipError(
+            f"{file} names {len(absent)} of {len(items)} videos that do not exist, the first being {absent[0]}. "
+            "Paths are relative to the CSV file; correct them or leave these rows out."
+        )
+    return items
+
+
+def read_activitynet(annotations: Path, videos: Path) -> list[Item]:
+    """Read ActivityNet-v1.3's own JSON; videos are `<id>.*` or `v_<id>.*` in a folder."""
+    try:
+        database = json.loads(annotations.read_text(encoding="utf-8"))["database"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DynskipError(
+            f"{annotations} is no ActivityNet annotation file ({type(error).__name__}: {error}). Expected JSON with a "
+            "'database' of videos, as in activity_net.v1-3.min.json."
+        ) from error
+    if not videos.is_dir():
+        raise DynskipError(f"{videos} is no folder. With --annotations, --data is the folder of the videos.")
+    files = {path.stem.removeprefix("v_"): path for path in sorted(videos.iterdir()) if path.is_file()}
+    items, absent = [], 0
+    for name, entry in database.items():
+        split = {"training": "train", "validation": "val"}.get(entry.get("subset"))
+        # A video often shows its action several times: its labels are the distinct names, in order.
+        labels = tuple(dict.fromkeys(segment["label"] for segment in entry.get("annotations", [])))
+        if split is None or not labels:
+            continue
+        path = files.get(name.removeprefix("v_"))
+        if path is None:
+            absent += 1
+            continue
+        items.append(Item(path, labels, split))
+    if not items:
+        raise DynskipError(
+            f"None of the {absent} annotated videos is in {videos}. Files are named <id>.mp4 or v_<id>.mp4."
+        )
+    if absent:
+        print(f"{absent} of {absent + len(items)} annotated videos are not in {videos}; they are left out.")
+    return items
+
+
+def pick_split(items: Sequence[Item], split: str) -> list[Item]:
+    """Return the items of one split; it must have some."""
+    chosen = [item for item in items if item.split == split]
+    if not chosen:
+        found = sorted({item.split for item in items})
+        raise DynskipError(f"The data has no videos of split {split!r}; it has {', '.join(found) or 'none at all'}.")
+    return chosen
+
+
+def class_names(items: Sequence[Item]) -> list[str]:
+    """All label names, sorted; the position is the class index."""
+    return sorted({label for item in items for label in item.labels})
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How frames become the network's input."""
+
+    size: int = 168
+    num_frames: int = 16
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    @property
+    def short_side(self) -> int:
+        """Pixels of the shorter side before cropping."""
+        return round(self.size * 8 / 7)
+
+    def crop(self, frames: np.ndarray, training: bool = False) -> Tensor:
+        """Crop `(T, H, W, 3)` frames to `(T, 3, size, size)` uint8: the middle, or the same random part of all "
+        "frames."""
+        video = rearrange(torch.from_numpy(frames), "t h w c -> t c h w")
+        if not training:
+            return T.functional.center_crop(video, [self.size, self.size])
+        augment = T.Compose(
+            [T.RandomResizedCrop(self.size, scale=(0.5, 1.0), antialias=True), T.RandomHorizontalFlip()]
+        )
+        return augment(video)
+
+    def normalize(self, video: Tensor) -> Tensor:
+        """Scale uint8 pictures of shape `(..., 3, H, W)` to what the network was trained on."""
+        scaled = T.functional.to_dtype(video, torch.float32, scale=True)
+        return T.functional.normalize(scaled, list(self.mean), list(self.std))
+
+
+CHOICES = 3  # frames kept in memory for each one that the network sees: early, middle and late in its stretch
+
+
+class Clips(Dataset):
+    """Videos as `(clip, class index, position)`; an unreadable one as its error message.
+
+    Indexed by `(epoch, position)`, so that what is drawn at random depends on nothing else: not on the number of
+    workers, and not on whether training was interrupted.
+    """
+
+    def __init__(
+        self, items: Sequence[Item], classes: Sequence[str], prep: Preprocessing, training: bool, seed: int
+    ) -> None:
+        self.items, self.prep, self.training, self.seed = list(items), prep, training, seed
+        index = {name: i for i, name in enumerate(classes)}
+        unknown = sorted({label for item in items for label in item.labels} - set(index))
+        if unknown:
+            raise DynskipError(
+                f"The data has {len(unknown)} classes that the model does not know, such as {unknown[0]!r}. It was "
+                f"trained on {len(classes)} classes: {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}."
+            )
+        self.targets = [[index[label] for label in item.labels] for item in items]
+        self.memory: list[np.ndarray | str] | None = None
+
+    def load_into_memory(self) -> Clips:
+        """Decode everything once and keep it; for sets that fit."""
+        decoded = (self._decode(item.path, CHOICES * self.prep.num_frames, None) for item in self.items)
+        self.memory = list(tqdm(decoded, "decode", len(self), leave=False, disable=None))
+        return self
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int] | str:
+        epoch, position = key
+        seed = derive_seed(self.seed, epoch, position)
+        rng = random.Random(seed) if self.training else None
+        if self.memory is None:
+            frames = self._decode(self.items[position].path, self.prep.num_frames, rng)
+        else:
+            frames = self.memory[position]
+        if isinstance(frames, str):
+            return frames
+        if self.memory is not None:
+            picks = [rng.randrange(CHOICES) if rng else CHOICES // 2 for _ in range(self.prep.num_frames)]
+            frames = frames[[CHOICES * i + pick for i, pick in enumerate(picks)]]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            video = self.prep.crop(frames, self.training)
+        return video, self.targets[position][0], position
+
+    def _decode(self, path: Path, num_frames: int, rng: random.Random | None) -> np.ndarray | str:
+        try:
+            return read_frames(path, num_frames, self.prep.short_side, rng)
+        except VideoError as error:
+            return str(error)
+
+
+@dataclass
+class Batch:
+    """A batch of clips, and what could not be read."""
+
+    video: Tensor  # (B, T, 3, H, W) uint8
+    targets: Tensor  # (B,)
+    positions: list[int]
+    errors: list[str]
+
+
+def collate(samples: list[tuple[Tensor, int, int] | str]) -> Batch:
+    """Batch what could be read, and pass on what could not."""
+    good = [sample for sample in samples if not isinstance(sample, str)]
+    return Batch(
+        video=torch.stack([video for video, _, _ in good]) if good else torch.empty(0),
+        targets=torch.tensor([target for _, target, _ in good], dtype=torch.long),
+        positions=[position for _, _, position in good],
+        errors=[sample for sample in samples if isinstance(sample, str)],
+    )
+
+
+def batches(clips: Clips, batch_size: int, workers: int, epoch: int = 0) -> DataLoader:
+    """Load clips in batches: shuffled by seed and epoch for training, in order otherwise."""
+    order = list(range(len(clips)))
+    if clips.training:
+        random.Random(derive_seed(clips.seed, epoch)).shuffle(order)
+    keys = [(epoch, position) for position in order]
+    return DataLoader(clips, batch_size, sampler=keys, num_workers=workers, collate_fn=collate)
+
+
+def derive_seed(*parts: int) -> int:
+    """Mix whole numbers into one seed."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")
+
+
+def report_unreadable(errors: Sequence[str]) -> None:
+    """List every video that was left out."""
+    distinct = sorted(set(errors))
+    if distinct:
+        print(f"\n{len(distinct)} unreadable videos were left out:")
+        for error in distinct:
+            print(f"  {error}")
+
+
+# ----------------------------------------------------------------------------------------- weights and checkpoints
+
+
+class CheckpointError(DynskipError):
+    """A weight or checkpoint file that does not fit or is damaged."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What rebuilds a model: everything but its weights."""
+
+    backbone: str
+    classes: tuple[str, ...]
+    hidden: int = 512
+    temporal: Literal["lstm"] | None = "lstm"
+    guidance: bool = True
+    forward_bias: float = 3.0
+    threshold: float = 0.999
+    min_frames: int = 3
+    state_update: Literal["used", "reached"] = "used"
+    strides_in_1x1: bool = False
+    prep: Preprocessing = field(default_factory=Preprocessing)
+
+    def build(self, pretrained: bool = False) -> StopOrForward:
+        """Build the model, with fresh weights or with timm's published ones for the backbone."""
+        kwargs: dict[str, Any] = {"num_classes": len(self.classes), "pretrained": pretrained}
+        if timm.is_model(self.backbone) and timm.get_pretrained_cfg_value(self.backbone, "fixed_input_size"):
+            kwargs["img_size"] = self.prep.size
+        try:
+            backbone = stage_model(self.backbone, input_size=(3, self.prep.size, self.prep.size), **kwargs)
+        except DynskipError:
+            raise
+        except Exception as error:
+            if not pretrained:
+                raise
+            raise CheckpointError(
+                f"Could not download weights for {self.backbone!r} ({type(error).__name__}). Download the file on a "
+                "machine with network access and pass --weights FILE, or train from scratch with --weights none."
+            ) from error
+        if self.strides_in_1x1:
+            move_strides(backbone.model)
+        return sofnet(
+            backbone,
+            hidden=self.hidden,
+            temporal=self.temporal,
+            guidance=self.guidance,
+            forward_bias=self.forward_bias,
+            threshold=self.threshold,
+            min_frames=self.min_frames,
+            state_update=self.state_update,
+        )
+
+    def to_json(self) -> str:
+        """Write the configuration as text, for a checkpoint."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        """Read what `to_json` wrote."""
+        values = json.loads(text)
+        prep: dict[str, Any] = values.pop("prep")
+        prep = {k: tuple(v) if isinstance(v, list) else v for k, v in prep.items()}  # JSON knows no tuples
+        return cls(**{**values, "classes": tuple(values["classes"]), "prep": Preprocessing(**prep)})
+
+
+def move_strides(model: torch.nn.Module) -> None:
+    """Put a ResNet's strides into the 1x1 convolutions, where the first published weights (Caffe, Keras) have them."""
+    for name in ("layer2", "layer3", "layer4"):
+        block: Any = model.get_submodule(f"{name}.0")
+        if not hasattr(block, "conv3"):
+            raise DynskipError("--strides-in-1x1 is for ResNets with bottleneck blocks (ResNet-50 and deeper).")
+        block.conv1.stride, block.conv2.stride = (2, 2), (1, 1)
+
+
+def load_weights(model: torch.nn.Module, path: Path) -> bool:
+    """Load a timm checkpoint (safetensors, or a PyTorch file read without unpickling code) into a backbone.
+
+    Returns:
+        Whether the classifier was loaded, too; it is left as it is if the file has another number of classes.
+    """
+    state, own = read_state(path), model.state_dict()
+    head = classifier_name(model) + "."
+    skipped = [k for k in own if k.startswith(head) and k in state and state[k].shape != own[k].shape]
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    foreign = [k for k in state if k not in own]
+    wrong = [k for k in own if k in state and state[k].shape != own[k].shape and k not in skipped]
+    if missing or foreign or wrong:
+        examples = ", ".join((missing + foreign + wrong)[:3])
+        raise CheckpointError(
+            f"{path} holds weights of another model: {len(missing)} entries are missing, {len(foreign)} unknown, "
+            f"{len(wrong)} of another shape, such as {examples}. Give the --backbone that they were made for."
+        )
+    model.load_state_dict({k: v for k, v in state.items() if k not in skipped}, strict=False)
+    return not skipped
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a weight file."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist. --weights takes a file, 'hub' or 'none'.")
+    try:
+        state = timm.models.load_state_dict(str(path), weights_only=True)
+    except (RuntimeError, OSError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as weights ({type(error).__name__}). Expected .safetensors, or a PyTorch file that "
+            "holds tensors only; it may be damaged or cut off, so copy it again."
+        ) from error
+    return {k: v for k, v in state.items() if isinstance(v, Tensor)}
+
+
+def classifier_name(model: torch.nn.Module) -> str:
+    """Qualified name of a timm model's classifier."""
+    name = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
+    return name if isinstance(name, str) else name[0]
+
+
+CHECKPOINT_FORMAT = "sofnet-1"
+
+
+def save_checkpoint(path: Path, **content: Any) -> None:
+    """Write a checkpoint in one step: a kill at any moment leaves the old file or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    torch.save({"format": CHECKPOINT_FORMAT, **content}, part)
+    os.replace(part, path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint; tensors and plain values only, no code is run."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist. --checkpoint takes a file that `train` wrote, such as last.pt.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or no checkpoint ({type(error).__name__}). Copy it again, or train again."
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+        raise CheckpointError(
+            f"{path} was not written by this example. Plain backbone weights go with --weights instead of --checkpoint."
+        )
+    return content
+
+
+def restore(path: Path, **changes: Any) -> tuple[StopOrForward, Config]:
+    """Rebuild a trained model from its checkpoint, with some of its configuration changed."""
+    content = load_checkpoint(path)
+    config = replace(Config.from_json(content["config"]), **changes)
+    model = config.build()
+    model.load_state_dict(content["model"])
+    return model, config
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How to train, apart from the schedule."""
+
+    batch_size: int = 24
+    alpha: float = 0.9
+    beta: float = 0.9
+    normalize: bool = False
+    dense: bool = False
+    seed: int = 0
+    workers: int = 2
+    in_memory: bool = False
+    device: str = "cpu"
+
+
+def train(
+    config: Config,
+    items: Sequence[Item],
+    recipe: Recipe,
+    options: TrainOptions,
+    out: Path,
+    start: Path | None,
+    weights: str,
+) -> StopOrForward:
+    """Train warm-up and joint epochs, writing `last.pt` after every epoch and `warmup.pt` after the warm-up.
+
+    Args:
+        config: the model.
+        items: training videos.
+        recipe: the schedule.
+        options: the rest.
+        out: folder for checkpoints and `log.jsonl`.
+        start: checkpoint to continue from.
+        weights: `hub`, `none` or a file, for the backbone of a new model.
+
+    Returns:
+        The trained model.
+    """
+    torch.manual_seed(options.seed)
+    if start is None:
+        model = config.build(pretrained=weights == "hub")
+        if weights not in ("hub", "none") and not load_weights(model.backbone.model, Path(weights)):
+            print(f"{weights} has another number of classes: the classifier starts anew.")
+    else:
+        model = config.build()
+    model.to(options.device, memory_format=torch.channels_last)
+    clips = Clips(items, config.classes, config.prep, training=True, seed=options.seed)
+    if options.in_memory:
+        clips.load_into_memory()
+    criterion = SoFLoss(
+        model.lookup_for((config.prep.size, config.prep.size)),
+        options.alpha,
+        options.beta if config.guidance else None,
+        options.normalize,
+    ).to(options.device)
+    optimizer = torch.optim.SGD(
+        recipe.parameter_groups(model), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    )
+    first = 0
+    if start is not None:
+        content = load_checkpoint(start)
+        saved = Config.from_json(content["config"])
+        if saved != config:
+            differ = [k for k in asdict(config) if getattr(saved, k) != getattr(config, k)]
+            raise CheckpointError(
+                f"{start} is of another model: {', '.join(differ)} differ. Train with the same options."
+            )
+        model.load_state_dict(content["model"])
+        optimizer.load_state_dict(content["optimizer"])
+        first = content["epoch"] + 1
+    unreadable: list[str] = []
+    for epoch in range(first, recipe.epochs):
+        means = train_epoch(model, clips, criterion, optimizer, recipe, options, epoch, unreadable)
+        state = {"config": config.to_json(), "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        save_checkpoint(out / "last.pt", epoch=epoch, **state)
+        if epoch == recipe.warmup_epochs - 1:
+            save_checkpoint(out / "warmup.pt", epoch=epoch, **state)
+        with (out / "log.jsonl").open("a") as log:
+            log.write(json.dumps({"epoch": epoch, **means}) + "\n")
+    report_unreadable(unreadable)
+    return model.eval()
+
+
+def train_epoch(
+    model: StopOrForward,
+    clips: Clips,
+    criterion: SoFLoss,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    options: TrainOptions,
+    epoch: int,
+    unreadable: list[str],
+) -> dict[str, float]:
+    """Train one epoch and return the means of what was logged."""
+    # Everything random follows from seed and epoch, so a run that was interrupted repeats the epoch exactly.
+    torch.manual_seed(derive_seed(options.seed, epoch))
+    dense = options.dense or recipe.is_warmup(epoch)
+    model.train()
+    model.temperature = recipe.temperature_at(epoch)
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.lr_at(epoch) * group["lr_scale"]
+    sums: dict[str, float] = {}
+    count = 0
+    phase = "dense" if options.dense else "warm-up" if dense else "joint"
+    progress = tqdm(
+        batches(clips, options.batch_size, options.workers, epoch),
+        desc=f"epoch {epoch + 1}/{recipe.epochs} {phase}",
+        leave=False,
+        disable=None,
+    )
+    for batch in progress:
+        unreadable += batch.errors
+        if not len(batch.targets):
+            continue
+        video = clips.prep.normalize(batch.video.to(options.device, non_blocking=True))
+        targets = batch.targets.to(options.device)
+        output = model(video, dense=dense)
+        logged: dict[str, Tensor] = {"accuracy": (output.logits.argmax(-1) == targets).float().mean()}
+        if dense:
+            loss = criterion.classification(output, targets)
+            logged["classification"] = loss
+        else:
+            parts = criterion(output, targets)
+            loss = parts.total
+            logged |= vars(parts) | {"used": output.used.float().mean()}
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if not torch.isfinite(loss):
+            raise DynskipError(
+                f"The loss became {loss.item()} in epoch {epoch + 1}. Lower --lr, or raise --batch-size."
+            )
+        for name, value in logged.items():
+            sums[name] = sums.get(name, 0.0) + value.item() * len(targets)
+        count += len(targets)
+        progress.set_postfix(
+            {name: f"{value / count:.3f}" for name, value in sums.items() if name in ("accuracy", "used")}
+        )
+    if not count:
+        raise DynskipError("None of the training videos could be read. The first: " + "; ".join(unreadable[:1]))
+    means = {name: value / count for name, value in sums.items()}
+    print(f"epoch {epoch + 1}/{recipe.epochs} {phase}: " + ", ".join(f"{k} {v:.3f}" for k, v in means.items()))
+    return means
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+@dataclass
+class Result:
+    """How one way of running a model did on a set of videos."""
+
+    name: str
+    top1: float
+    mean_ap: float
+    gmacs: float  # a video
+    frames: int  # a video
+    usage: metrics.FrameUsage
+    milliseconds: float  # a video
+    fallbacks: int
+
+
+MODES = ("dense", "gates", "gates + early termination")
+
+
+def evaluate(
+    model: StopOrForward, clips: Clips, batch_size: int, workers: int, device: str, modes: Sequence[str] = MODES
+) -> list[Result]:
+    """Run a model over a split in several ways: every frame without gates, with gates, and ending videos early."""
+    model.to(device, memory_format=torch.channels_last).eval()
+    outputs: dict[str, list[SkipOutput]] = {mode: [] for mode in modes}
+    seconds = dict.fromkeys(modes, 0.0)
+    positions: list[int] = []
+    unreadable: list[str] = []
+    for batch in tqdm(batches(clips, batch_size, workers), desc="evaluate", leave=False, disable=None):
+        unreadable += batch.errors
+        if not batch.positions:
+            continue
+        video = clips.prep.normalize(batch.video.to(device))
+        for mode in modes:
+            if not positions:
+                run(model, video, mode)  # first calls allocate and choose kernels: not timed
+            begin = clock(device)
+            outputs[mode].append(run(model, video, mode))
+            seconds[mode] += clock(device) - begin
+        positions += batch.positions
+    report_unreadable(unreadable)
+    if not positions:
+        raise DynskipError("None of the videos could be read, so there is nothing to evaluate.")
+    targets = torch.zeros(len(positions), model.backbone.num_classes, dtype=torch.long)
+    for row, position in enumerate(positions):
+        targets[row, clips.targets[position]] = 1
+    results = []
+    for mode in modes:
+        probabilities = torch.cat([output.probabilities for output in outputs[mode]]).cpu()
+        stopped_at = torch.cat([output.stopped_at for output in outputs[mode]]).cpu()
+        results.append(
+            Result(
+                name=mode,
+                top1=metrics.top_k_accuracy(probabilities, targets),
+                mean_ap=metrics.mean_average_precision(probabilities, targets),
+                gmacs=float(torch.cat([output.macs for output in outputs[mode]]).mean()) / 1e9,
+                frames=stopped_at.shape[1],
+                usage=metrics.frame_usage(stopped_at, model.backbone.num_stages),
+                milliseconds=1000 * seconds[mode] / len(positions),
+                fallbacks=int(sum(output.fallback.sum() for output in outputs[mode])),
+            )
+        )
+    return results
+
+
+@torch.no_grad()
+def run(model: StopOrForward, video: Tensor, mode: str) -> SkipOutput:
+    """Run a model in one of `MODES`."""
+    terminator = model.terminator
+    model.terminator = terminator if mode == MODES[2] else None
+    try:
+        return model(video, dense=mode == MODES[0])
+    finally:
+        model.terminator = terminator
+
+
+def clock(device: str) -> float:
+    """Seconds; waits for the GPU to finish what it was given."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def table(results: Sequence[Result]) -> str:
+    """Lay results out as a Markdown table."""
+    header = "| | top-1 % | mAP % | GMACs/frame | GMACs/video | used % | stopped % | unseen % | ms/video |"
+    lines = [header, "|---|" + "---:|" * 8]
+    for r in results:
+        lines.append(
+            f"| {r.name} | {100 * r.top1:.1f} | {100 * r.mean_ap:.1f} | {r.gmacs / r.frames:.4g} | {r.gmacs:.4g} | "
+            f"{100 * r.usage.used:.1f} | {100 * sum(r.usage.stopped):.1f} | {100 * r.usage.unseen:.1f} | "
+            f"{r.milliseconds:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def print_results(results: Sequence[Result], videos: int, batch_size: int, device: str) -> None:
+    """Print the table and what its numbers mean."""
+    where = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    print(f"\n{table(results)}\n")
+    print(
+        f"{videos} videos. GMACs are thousands of millions of multiply-adds (the literature's GFLOPs), gates and head "
+        f"included.\nms: network only, {batch_size} videos at a time, {where}, torch {torch.__version__}, "
+        f"timm {timm.__version__}, Python {platform.python_version()}."
+    )
+    fallbacks = results[-1].fallbacks
+    if fallbacks:
+        print(f"In {fallbacks} videos the gates used no frame; the furthest one was run to the end, its cost counted.")
+
+
+# ------------------------------------------------------------------------------------------------------ prediction
+
+
+def predict(model: StopOrForward, config: Config, path: Path, device: str) -> tuple[SkipOutput, np.ndarray, float]:
+    """Classify one video; return the output, the frames `(T, H, W, 3)` that the network saw, and milliseconds."""
+    frames = read_frames(path, config.prep.num_frames, config.prep.short_side)
+    video = config.prep.crop(frames)
+    inputs = config.prep.normalize(video.to(device))[None]
+    begin = clock(device)
+    output = model(inputs)
+    return output, rearrange(video, "t c h w -> t h w c").numpy(), 1000 * (clock(device) - begin)
+
+
+def describe(path: Path, output: SkipOutput, config: Config, model: StopOrForward, milliseconds: float) -> str:
+    """Say in words what happened to one video."""
+    probability, label = output.probabilities[0].max(-1)
+    stopped_at = output.stopped_at[0]
+    frames, stages = len(stopped_at), model.backbone.num_stages
+    where = [f"{int((stopped_at == n).sum())} at {name}" for n, name in enumerate(model.backbone.stage_names)]
+    stopped = ", ".join(text for text in where if not text.startswith("0 "))
+    gmacs, dense = float(output.macs[0]) / 1e9, frames * model.lookup_for((config.prep.size,) * 2).dense / 1e9
+    used, unseen = int((stopped_at == stages).sum()), int((stopped_at == UNSEEN).sum())
+    text = (
+        f"{path.name}: {config.classes[int(label)]} {100 * float(probability):.1f} %\n"
+        f"  frames: {used} used, {frames - used - unseen} stopped{f' ({stopped})' if stopped else ''}, {unseen} "
+        f"unseen\n  {gmacs:.3g} GMACs (multiply-adds) against {dense:.3g} dense, {milliseconds:.1f} ms"
+    )
+    if output.fallback[0]:
+        text += f"\n  no frame passed every gate: frame {int(output.fallback_frame[0])} was run to the end instead"
+    return text
+
+
+def draw_timeline(
+    output: SkipOutput, frames: np.ndarray, model: StopOrForward, title: str, file: Path, relevant: Any = None
+) -> None:
+    """Write the picture of what happened to each frame (thesis Fig. 4.2)."""
+    figure = plot.timeline(
+        frames,
+        output.stopped_at[0],
+        model.backbone.stage_names,
+        fallback_frame=int(output.fallback_frame[0]),
+        relevant=relevant,
+        title=title,
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+
+
+# ------------------------------------------------------------------------------------------------------------ demo
+
+
+def demo_command(args: argparse.Namespace) -> int:
+    """Train on rendered videos and compare: every frame, gates, gates and early termination."""
+    import stick_figures  # lies beside this file; nothing else here needs it
+
+    print("1/4  Rendering videos of six actions")
+    root = stick_figures.render_set(
+        args.out / "videos", train_per_class=40, test_per_class=15, seed=args.seed, progress=show_progress
+    )
+    items = read_csv(root)
+    training, testing = pick_split(items, "train"), pick_split(items, "test")
+    config = Config(
+        backbone="test_resnet",
+        classes=tuple(class_names(items)),
+        hidden=64,
+        threshold=0.95,
+        prep=Preprocessing(size=64),
+    )
+    recipe = Recipe(warmup_epochs=12, joint_epochs=12, lr=0.05, lr_drop=8, weight_decay=1e-4, temperature_decay=0.2)
+    options = TrainOptions(batch_size=8, normalize=True, seed=args.seed, workers=args.workers, device=args.device)
+
+    print("2/4  Training the dense baseline: warm-up, then as many epochs again without gates")
+    dense = train(config, training, recipe, replace(options, dense=True), args.out / "dense", None, weights="none")
+    print("3/4  Training SoF-Net from the same warm-up: backbone and gates together")
+    warm = args.out / "dense" / "warmup.pt"
+    gated = train(config, training, recipe, options, args.out / "gated", warm, weights="none")
+
+    print("4/4  Evaluating on videos that were not trained on")
+    clips = Clips(testing, config.classes, config.prep, training=False, seed=args.seed)
+    results = evaluate(dense, clips, len(clips), args.workers, args.device, MODES[:1])
+    results += evaluate(gated, clips, len(clips), args.workers, args.device, MODES[1:])
+    print_results(results, len(clips), len(clips), args.device)
+
+    usage = plot.frame_usage(results[-1].usage, gated.backbone.stage_names, title="What happened to the frames")
+    usage.savefig(args.out / "frame_usage.png")
+    segments = {root / row["path"]: row for row in csv.DictReader((root / "segments.csv").open(newline=""))}
+    for item in testing[:: len(testing) // 6]:
+        output, frames, milliseconds = predict(gated, config, item.path, args.device)
+        text = describe(item.path, output, config, gated, milliseconds)
+        start, end = (int(segments[item.path][key]) for key in ("start", "end"))
+        length = int(stick_figures.NUM_FRAMES)
+        middles = [int(length / len(frames) * (t + 0.5)) for t in range(len(frames))]
+        title = f"{item.labels[0]}: predicted {text.splitlines()[0].partition(': ')[2]}"
+        relevant = [start <= middle < end for middle in middles]
+        draw_timeline(output, frames, gated, title, args.out / f"timeline_{item.labels[0]}.png", relevant)
+    print(f"\nPictures: {args.out / 'frame_usage.png'}, {args.out / 'timeline_*.png'}")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def train_command(args: argparse.Namespace) -> int:
+    """Train on a data set and evaluate the result."""
+    items = load_items(args.data, args.annotations)
+    training, classes = pick_split(items, "train"), class_names(items)
+    last = args.out / "last.pt"
+    if last.exists() and not args.resume:
+        raise DynskipError(f"{last} exists already. Continue it with --resume, or choose another --out.")
+    published = published_config(args.backbone)
+    config = Config(
+        backbone=args.backbone,
+        classes=tuple(classes),
+        hidden=args.hidden,
+        temporal=None if args.temporal == "none" else args.temporal,
+        guidance=not args.no_guidance,
+        forward_bias=args.forward_bias,
+        threshold=args.threshold,
+        min_frames=args.min_frames,
+        state_update=args.state_update,
+        strides_in_1x1=args.strides_in_1x1,
+        prep=Preprocessing(args.size, args.frames, tuple(published.mean), tuple(published.std)),
+    )
+    recipe = Recipe(
+        warmup_epochs=args.warmup_epochs,
+        joint_epochs=args.epochs,
+        lr=args.lr,
+        lr_drop=args.lr_drop,
+        gate_lr_scale=args.gate_lr_scale,
+        weight_decay=args.weight_decay,
+    )
+    options = TrainOptions(
+        batch_size=args.batch_size,
+        alpha=args.alpha,
+        beta=args.beta,
+        normalize=args.normalize,
+        dense=args.dense,
+        seed=args.seed,
+        workers=args.workers,
+        in_memory=args.in_memory,
+        device=args.device,
+    )
+    start = last if args.resume and last.exists() else None
+    model = train(config, training, recipe, options, args.out, start, args.weights)
+    print(f"Wrote {last}.")
+    held_out = [split for split in ("test", "val") if any(item.split == split for item in items)]
+    if held_out:
+        clips = Clips(pick_split(items, held_out[0]), classes, config.prep, training=False, seed=args.seed)
+        results = evaluate(model, clips, 1, args.workers, args.device, MODES[:1] if args.dense else MODES)
+        print_results(results, len(clips), 1, args.device)
+    return 0
+
+
+def evaluate_command(args: argparse.Namespace) -> int:
+    """Evaluate a checkpoint, or a backbone with published weights, on a data set."""
+    items = load_items(args.data, args.annotations)
+    split = args.split or next((s for s in ("test", "val") if any(item.split == s for item in items)), "test")
+    model, config = model_from(args, class_names(items))
+    clips = Clips(pick_split(items, split), config.classes, config.prep, training=False, seed=0)
+    results = evaluate(model, clips, args.batch_size, args.workers, args.device)
+    print_results(results, len(clips), args.batch_size, args.device)
+    if args.usage:
+        figure = plot.frame_usage(results[-1].usage, model.backbone.stage_names, title=f"{split}: frame usage")
+        figure.savefig(args.usage)
+    return 0
+
+
+def predict_command(args: argparse.Namespace) -> int:
+    """Classify videos one by one; a bad file is reported and does not stop the others."""
+    model, config = model_from(args, None)
+    model.to(args.device, memory_format=torch.channels_last).eval()
+    failed = 0
+    for path in args.videos:
+        try:
+            output, frames, milliseconds = predict(model, config, path, args.device)
+        except VideoError as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        text = describe(path, output, config, model, milliseconds)
+        file = args.out / f"{path.stem}.png"
+        draw_timeline(output, frames, model, text.splitlines()[0], file)
+        print(f"{text}\n  {file}")
+    if failed:
+        print(f"{failed} of {len(args.videos)} files could not be read.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def model_from(args: argparse.Namespace, classes: list[str] | None) -> tuple[StopOrForward, Config]:
+    """Build the model that --checkpoint or --weights asks for; `classes` are the data's, where there are data."""
+    changes = {k: v for k in ("threshold", "min_frames") if (v := getattr(args, k)) is not None}
+    if args.checkpoint is not None:
+        return restore(args.checkpoint, **changes)
+    if args.weights is None:
+        raise DynskipError(
+            "Nothing to run: give --checkpoint FILE (written by train), or --weights FILE with --backbone."
+        )
+    published = published_config(args.backbone)
+    head = read_state(args.weights).get(f"{published.classifier}.weight")
+    known = len(head) if head is not None else published.num_classes
+    if classes is None:
+        info = ImageNetInfo()
+        is_imagenet = known == info.num_classes()
+        classes = [info.index_to_description(i) if is_imagenet else f"class {i}" for i in range(known)]
+    prep = Preprocessing(args.size, args.frames, tuple(published.mean), tuple(published.std))
+    config = Config(args.backbone, tuple(classes), strides_in_1x1=args.strides_in_1x1, prep=prep, **changes)
+    torch.manual_seed(0)
+    model = config.build()
+    if not load_weights(model.backbone.model, args.weights):
+        print(f"{args.weights} has {known} classes and the data {len(classes)}: the classifier is untrained.")
+    print("The gates are untrained: they forward almost every frame. `train` teaches them.")
+    return model, config
+
+
+def published_config(backbone: str) -> Any:
+    """What timm knows of a backbone's published weights: normalisation, classes, the classifier's name."""
+    published = timm.get_pretrained_cfg(backbone) if timm.is_model(backbone) else None
+    if published is None:
+        raise DynskipError(
+            f"timm has no model named {backbone!r} for --backbone; timm.list_models() names all of them."
+        )
+    return published
+
+
+def show_progress(done: int, total: int) -> None:
+    """Print progress on one line where somebody may be watching."""
+    if sys.stderr.isatty() or done == total:
+        print(f"\r     {done}/{total} videos", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    top = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog="Costs are MACs (multiply-adds), which the literature prints as GFLOPs. COMMAND --help tells more.",
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> Any:
+        show = argparse.ArgumentDefaultsHelpFormatter
+        sub = commands.add_parser(name, help=text, description=run.__doc__, formatter_class=show)
+        sub.set_defaults(run=run)
+        return sub.add_argument
+
+    add = command("demo", demo_command, "train and compare on rendered videos: no data needed, a few minutes")
+    add("--out", type=Path, default=Path("runs/demo"), help="folder for videos, checkpoints and pictures")
+    add_machine(add)
+
+    add = command("train", train_command, "train on a folder of videos")
+    add_data(add)
+    add("--out", type=Path, required=True, help="folder for checkpoints and the log")
+    add("--resume", action="store_true", help="continue from last.pt in --out, as if never interrupted")
+    add(
+        "--weights",
+        default="hub",
+        help="backbone weights: 'hub' downloads timm's, 'none' starts from scratch, or a FILE",
+    )
+    add_network(add)
+    add("--hidden", type=int, default=512, help="width of the gates")
+    add("--temporal", choices=("lstm", "none"), default="lstm", help="memory of the gates")
+    add("--no-guidance", action="store_true", help="leave out inner classifiers and the policy guidance loss")
+    add("--state-update", choices=("used", "reached"), default="used", help="frames that advance the gates' memory")
+    add("--forward-bias", type=float, default=3.0, help="how far gates start towards forwarding")
+    add_ending(add, 0.999, 3)
+    add("--alpha", type=float, default=0.9, help="accuracy (1) against efficiency (0)")
+    add("--beta", type=float, default=0.9, help="inner classification (1) against self-supervision (0)")
+    add("--normalize", action="store_true", help="efficiency loss as a share of the dense cost, not in GMACs")
+    add("--in-memory", action="store_true", help="decode every video once and keep it; for small sets")
+    add("--dense", action="store_true", help="train the plain backbone for all epochs: the baseline")
+    add("--warmup-epochs", type=int, default=15, help="epochs of the backbone alone")
+    add("--epochs", type=int, default=60, help="epochs of backbone and gates together, after the warm-up")
+    add("--lr", type=float, default=1e-3, help="learning rate (SGD)")
+    add("--lr-drop", type=int, default=30, help="joint epoch from which the learning rate is a tenth")
+    add("--gate-lr-scale", type=float, default=1.0, help="learning rate of the gates over the backbone's")
+    add("--weight-decay", type=float, default=1e-5, help="weight decay")
+    add("--batch-size", type=int, default=24, help="videos a step")
+    add_machine(add)
+
+    add = command("evaluate", evaluate_command, "accuracy and cost of a checkpoint on a split")
+    add_data(add)
+    add_source(add)
+    add("--split", choices=SPLITS, help="by default test, or val where there is no test")
+    add("--batch-size", type=int, default=1, help="videos at a time; 1 is what the thesis times")
+    add("--usage", type=Path, metavar="PNG", help="write a picture of what happened to the frames")
+    add_machine(add)
+
+    add = command("predict", predict_command, "classify videos and draw what happened to each frame")
+    add("videos", type=Path, nargs="+", metavar="VIDEO")
+    add_source(add)
+    add("--out", type=Path, default=Path("runs/predict"), help="folder for the pictures")
+    add_machine(add)
+    return top
+
+
+def add_data(add: Any) -> None:
+    """Where the videos and labels are."""
+    add("--data", type=Path, required=True, help="folder with labels.csv (path,label,split), or such a CSV file")
+    add("--annotations", type=Path, help="ActivityNet-v1.3's JSON; --data is then the folder of its videos")
+
+
+def add_network(add: Any) -> None:
+    """Which backbone, and what it sees."""
+    add("--backbone", default="resnet50", help="any timm model name")
+    add("--size", type=int, default=168, help="height and width of the frames in pixels")
+    add("--frames", type=int, default=16, help="frames of a video")
+    add("--strides-in-1x1", action="store_true", help="for ResNet weights of the first kind (Caffe, Keras)")
+
+
+def add_ending(add: Any, threshold: float | None, min_frames: int | None) -> None:
+    """When a video ends early."""
+    add("--threshold", type=float, default=threshold, help="probability that ends a video early")
+    add("--min-frames", type=int, default=min_frames, help="frames that are looked at in any case")
+
+
+def add_source(add: Any) -> None:
+    """Where the model comes from."""
+    add("--checkpoint", type=Path, help="file written by train")
+    add("--weights", type=Path, help="instead of a checkpoint: backbone weights, with untrained gates")
+    add_network(add)
+    add_ending(add, None, None)
+
+
+def add_machine(add: Any) -> None:
+    """How to run."""
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+    add("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="processes that decode videos")
+    add("--seed", type=int, default=0, help="another number gives another run")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    av.logging.set_libav_level(av.logging.PANIC)  # our own errors say it better
+    args = parser().parse_args(arguments)
+    try:
+        return int(args.run(args))
+    except DynskipError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted. `train --resume` continues from the last finished epoch.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
