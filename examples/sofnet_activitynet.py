@@ -356,6 +356,7 @@ class Config:
     hidden: int = 512
     temporal: Literal["lstm"] | None = "lstm"
     guidance: bool = True
+    detach_inner: bool = True
     forward_bias: float = 3.0
     threshold: float = 0.999
     min_frames: int = 3
@@ -386,6 +387,7 @@ class Config:
             hidden=self.hidden,
             temporal=self.temporal,
             guidance=self.guidance,
+            detach_inner=self.detach_inner,
             forward_bias=self.forward_bias,
             threshold=self.threshold,
             min_frames=self.min_frames,
@@ -456,6 +458,11 @@ def classifier_name(model: torch.nn.Module) -> str:
     return name if isinstance(name, str) else name[0]
 
 
+def to_device(model: StopOrForward, device: str) -> StopOrForward:
+    """Move a model, with convolutions in the memory layout that they are fastest in."""
+    return model.to(device).to(memory_format=torch.channels_last)
+
+
 CHECKPOINT_FORMAT = "sofnet-1"
 
 
@@ -504,6 +511,7 @@ class TrainOptions:
     alpha: float = 0.9
     beta: float = 0.9
     normalize: bool = False
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     dense: bool = False
     seed: int = 0
     workers: int = 2
@@ -541,7 +549,7 @@ def train(
             print(f"{weights} has another number of classes: the classifier starts anew.")
     else:
         model = config.build()
-    model.to(options.device, memory_format=torch.channels_last)
+    to_device(model, options.device)
     clips = Clips(items, config.classes, config.prep, training=True, seed=options.seed)
     if options.in_memory:
         clips.load_into_memory()
@@ -551,9 +559,12 @@ def train(
         options.beta if config.guidance else None,
         options.normalize,
     ).to(options.device)
-    optimizer = torch.optim.SGD(
-        recipe.parameter_groups(model), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-    )
+    groups = recipe.parameter_groups(model)
+    optimizer: torch.optim.Optimizer
+    if options.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay)
     first = 0
     if start is not None:
         content = load_checkpoint(start)
@@ -566,6 +577,8 @@ def train(
         model.load_state_dict(content["model"])
         optimizer.load_state_dict(content["optimizer"])
         first = content["epoch"] + 1
+    if first == 0:
+        (out / "log.jsonl").unlink(missing_ok=True)
     unreadable: list[str] = []
     for epoch in range(first, recipe.epochs):
         means = train_epoch(model, clips, criterion, optimizer, recipe, options, epoch, unreadable)
@@ -665,7 +678,7 @@ def evaluate(
     model: StopOrForward, clips: Clips, batch_size: int, workers: int, device: str, modes: Sequence[str] = MODES
 ) -> list[Result]:
     """Run a model over a split in several ways: every frame without gates, with gates, and ending videos early."""
-    model.to(device, memory_format=torch.channels_last).eval()
+    to_device(model, device).eval()
     outputs: dict[str, list[SkipOutput]] = {mode: [] for mode in modes}
     seconds = dict.fromkeys(modes, 0.0)
     positions: list[int] = []
@@ -803,49 +816,53 @@ def draw_timeline(
 # ------------------------------------------------------------------------------------------------------------ demo
 
 
+DEMO_VIDEOS = {"train_per_class": 40, "test_per_class": 30}
+DEMO_RECIPE = Recipe(
+    warmup_epochs=14, joint_epochs=12, lr=3e-3, lr_drop=9, gate_lr_scale=1.5, weight_decay=1e-2,
+    temperature=2.0, temperature_decay=0.1,
+)  # fmt: skip
+DEMO_BATCH = 30  # videos at a time in the evaluation
+
+
 def demo_command(args: argparse.Namespace) -> int:
     """Train on rendered videos and compare: every frame, gates, gates and early termination."""
     import stick_figures  # lies beside this file; nothing else here needs it
 
     print("1/4  Rendering videos of six actions")
-    root = stick_figures.render_set(
-        args.out / "videos", train_per_class=40, test_per_class=15, seed=args.seed, progress=show_progress
-    )
+    root = stick_figures.render_set(args.out / "videos", **DEMO_VIDEOS, seed=args.seed, progress=show_progress)
     items = read_csv(root)
     training, testing = pick_split(items, "train"), pick_split(items, "test")
+    prep = Preprocessing(size=48)
     config = Config(
-        backbone="test_resnet",
-        classes=tuple(class_names(items)),
-        hidden=64,
-        threshold=0.95,
-        prep=Preprocessing(size=64),
+        "test_resnet", tuple(class_names(items)), hidden=64, detach_inner=False, forward_bias=2.0, prep=prep
     )
-    recipe = Recipe(warmup_epochs=12, joint_epochs=12, lr=0.05, lr_drop=8, weight_decay=1e-4, temperature_decay=0.2)
-    options = TrainOptions(batch_size=8, normalize=True, seed=args.seed, workers=args.workers, device=args.device)
+    options = TrainOptions(8, alpha=0.05, normalize=True, optimizer="adamw", seed=args.seed, in_memory=True)
+    options = replace(options, workers=0, device=args.device)  # small clips from memory are faster without processes
 
     print("2/4  Training the dense baseline: warm-up, then as many epochs again without gates")
-    dense = train(config, training, recipe, replace(options, dense=True), args.out / "dense", None, weights="none")
+    dense = train(config, training, DEMO_RECIPE, replace(options, dense=True), args.out / "dense", None, "none")
     print("3/4  Training SoF-Net from the same warm-up: backbone and gates together")
     warm = args.out / "dense" / "warmup.pt"
-    gated = train(config, training, recipe, options, args.out / "gated", warm, weights="none")
+    gated = train(config, training, DEMO_RECIPE, options, args.out / "gated", warm, "none")
 
     print("4/4  Evaluating on videos that were not trained on")
-    clips = Clips(testing, config.classes, config.prep, training=False, seed=args.seed)
-    results = evaluate(dense, clips, len(clips), args.workers, args.device, MODES[:1])
-    results += evaluate(gated, clips, len(clips), args.workers, args.device, MODES[1:])
-    print_results(results, len(clips), len(clips), args.device)
+    clips = Clips(testing, config.classes, prep, training=False, seed=args.seed).load_into_memory()
+    results = evaluate(dense, clips, DEMO_BATCH, 0, args.device, MODES[:1])
+    results += evaluate(gated, clips, DEMO_BATCH, 0, args.device, MODES[1:])
+    print_results(results, len(clips), DEMO_BATCH, args.device)
+    (args.out / "table.md").write_text(table(results) + "\n")
 
     usage = plot.frame_usage(results[-1].usage, gated.backbone.stage_names, title="What happened to the frames")
     usage.savefig(args.out / "frame_usage.png")
-    segments = {root / row["path"]: row for row in csv.DictReader((root / "segments.csv").open(newline=""))}
-    for item in testing[:: len(testing) // 6]:
+    with (root / "segments.csv").open(newline="") as handle:
+        segments = {root / row["path"]: (int(row["start"]), int(row["end"])) for row in csv.DictReader(handle)}
+    for item in {item.labels[0]: item for item in testing}.values():  # one video of each action
         output, frames, milliseconds = predict(gated, config, item.path, args.device)
         text = describe(item.path, output, config, gated, milliseconds)
-        start, end = (int(segments[item.path][key]) for key in ("start", "end"))
-        length = int(stick_figures.NUM_FRAMES)
-        middles = [int(length / len(frames) * (t + 0.5)) for t in range(len(frames))]
-        title = f"{item.labels[0]}: predicted {text.splitlines()[0].partition(': ')[2]}"
-        relevant = [start <= middle < end for middle in middles]
+        start, end = segments[item.path]
+        middles = [stick_figures.NUM_FRAMES / len(frames) * (t + 0.5) for t in range(len(frames))]
+        title = f"{item.labels[0]}, recognised as {text.splitlines()[0].partition(': ')[2]}"
+        relevant = [start <= int(middle) < end for middle in middles]
         draw_timeline(output, frames, gated, title, args.out / f"timeline_{item.labels[0]}.png", relevant)
     print(f"\nPictures: {args.out / 'frame_usage.png'}, {args.out / 'timeline_*.png'}")
     return 0
@@ -868,6 +885,7 @@ def train_command(args: argparse.Namespace) -> int:
         hidden=args.hidden,
         temporal=None if args.temporal == "none" else args.temporal,
         guidance=not args.no_guidance,
+        detach_inner=not args.shape_memory,
         forward_bias=args.forward_bias,
         threshold=args.threshold,
         min_frames=args.min_frames,
@@ -888,6 +906,7 @@ def train_command(args: argparse.Namespace) -> int:
         alpha=args.alpha,
         beta=args.beta,
         normalize=args.normalize,
+        optimizer=args.optimizer,
         dense=args.dense,
         seed=args.seed,
         workers=args.workers,
@@ -922,7 +941,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
 def predict_command(args: argparse.Namespace) -> int:
     """Classify videos one by one; a bad file is reported and does not stop the others."""
     model, config = model_from(args, None)
-    model.to(args.device, memory_format=torch.channels_last).eval()
+    to_device(model, args.device).eval()
     failed = 0
     for path in args.videos:
         try:
@@ -1013,6 +1032,7 @@ def parser() -> argparse.ArgumentParser:
     add("--hidden", type=int, default=512, help="width of the gates")
     add("--temporal", choices=("lstm", "none"), default="lstm", help="memory of the gates")
     add("--no-guidance", action="store_true", help="leave out inner classifiers and the policy guidance loss")
+    add("--shape-memory", action="store_true", help="let the inner classification loss shape the gates' memory, too")
     add("--state-update", choices=("used", "reached"), default="used", help="frames that advance the gates' memory")
     add("--forward-bias", type=float, default=3.0, help="how far gates start towards forwarding")
     add_ending(add, 0.999, 3)
@@ -1023,7 +1043,8 @@ def parser() -> argparse.ArgumentParser:
     add("--dense", action="store_true", help="train the plain backbone for all epochs: the baseline")
     add("--warmup-epochs", type=int, default=15, help="epochs of the backbone alone")
     add("--epochs", type=int, default=60, help="epochs of backbone and gates together, after the warm-up")
-    add("--lr", type=float, default=1e-3, help="learning rate (SGD)")
+    add("--optimizer", choices=("sgd", "adamw"), default="sgd", help="the thesis trains with SGD")
+    add("--lr", type=float, default=1e-3, help="learning rate")
     add("--lr-drop", type=int, default=30, help="joint epoch from which the learning rate is a tenth")
     add("--gate-lr-scale", type=float, default=1.0, help="learning rate of the gates over the backbone's")
     add("--weight-decay", type=float, default=1e-5, help="weight decay")

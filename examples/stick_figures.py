@@ -1,10 +1,10 @@
 """Render a small set of real video files for trying out dynamic inference.
 
-Every video is untrimmed: one stick figure performs one of six actions in a single stretch, and the rest are shots in
-which nothing relevant happens (an empty scene, drifting shapes, a title card, the figure standing or walking by). An
-action swings between two key poses, and the six classes are the six pairs of four poses. A frame that shows one pose
-therefore fits three classes, and only several frames together tell which. Colours, backgrounds, sizes and positions
-are drawn independently of the class.
+Every video is untrimmed: one stick figure performs one of six actions in a single stretch, and the rest are
+shots in which nothing relevant happens (an empty scene, drifting shapes, a title card, the figure standing or
+walking by). An action swings between two key poses. There are six poses in a ring, and each class is one step
+of the ring: a frame that shows one pose fits two classes, and only several frames together tell which.
+Colours, backgrounds, sizes and positions are drawn independently of the class.
 
     python examples/stick_figures.py runs/stick_figures --train-per-class 40 --test-per-class 10
 """
@@ -20,6 +20,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -32,30 +33,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dynskip.errors import DynskipError
-
 VERSION = 1  # raise when the pictures change, so that sets on disk are rendered anew
 FPS = 12
+NUM_FRAMES = 48
 MIN_FRAMES = 24  # the shortest action, 30 % of these, still shows both of its poses
 MIN_SIZE = 32
 SPLITS = ("train", "test")
 
-# Angles in degrees from straight down, positive towards where the figure faces: torso (hip to neck), then upper and
-# lower part of near arm, far arm, near leg, far leg.
+# Angles in degrees from straight down, positive towards where the figure faces: torso (hip to neck), then the
+# upper and lower part of near arm, far arm, near leg, far leg.
 POSES = {
     "arms_up": (180, 156, 168, -156, -168, 5, 3, -5, -3),
     "star": (180, 98, 104, -98, -104, 40, 37, -40, -37),
-    "crouch": (148, 62, 100, 50, 88, 112, -28, 98, -34),
     "lunge": (176, 128, 132, -52, -48, 78, -2, -52, -64),
+    "plank": (103, 8, 0, 14, 4, -58, -60, -66, -64),
+    "crouch": (148, 62, 100, 50, 88, 112, -28, 98, -34),
+    "kick": (192, -58, -42, 44, 66, 98, 94, -2, 2),
 }
 NEUTRAL = (180, 12, 16, -12, -4, 5, 1, -5, -3)
 ACTIONS = {
     "jumping_jack": ("arms_up", "star"),
-    "squat": ("arms_up", "crouch"),
-    "lunge": ("arms_up", "lunge"),
-    "star_jump": ("star", "crouch"),
     "side_lunge": ("star", "lunge"),
-    "sprint_start": ("crouch", "lunge"),
+    "mountain_climber": ("lunge", "plank"),
+    "squat_thrust": ("plank", "crouch"),
+    "squat_kick": ("crouch", "kick"),
+    "high_kick": ("kick", "arms_up"),
 }
 CLASSES = tuple(sorted(ACTIONS))
 
@@ -80,9 +82,8 @@ class Job:
         return f"videos/{self.label}/{self.split}_{self.index:04d}.mp4"
 
 
-# ---------------------------------------------------------------------------------------------------------- drawing
-# Lengths and positions are shares of the picture's side, x to the right and y down. Every shape is a rounded box
-# (centre x, y, half width, half height, angle, radius): a disc and a limb are rounded boxes without area.
+# Drawing. Lengths and positions are shares of the picture's side, x to the right and y down. Every shape is a
+# rounded box (centre x, y, half width, half height, angle, radius): a disc and a limb are ones without area.
 
 
 def _basis(coordinates: Array, count: int) -> Array:
@@ -118,9 +119,10 @@ class Scene:
     def __init__(self, rng: np.random.Generator, size: int, luminance: float) -> None:
         """Draw the colours and the texture."""
         self.pixels = (np.arange(size, dtype=np.float32) + 0.5) / size
-        corners = [_colour(rng, luminance + rng.uniform(-0.06, 0.06), rng.uniform(0.1, 0.35)) for _ in range(4)]
+        shades, vividness = luminance + rng.uniform(-0.04, 0.04, 4), rng.uniform(0.05, 0.22, 4)
+        corners = [_colour(rng, *pair) for pair in zip(shades, vividness, strict=True)]
         self.layers = [np.stack(corners, 1).reshape(3, 2, 2)]
-        for count, strength in ((6, 0.035), (20, 0.025)):
+        for count, strength in ((6, 0.02), (20, 0.012)):
             grey, tint = rng.normal(size=(1, count, count)), rng.normal(size=(3, count, count))
             self.layers.append((strength * (grey + 0.5 * tint)).astype(np.float32))
         self.horizon, self.floor = rng.uniform(0.7, 0.82), rng.uniform(0.75, 0.9)
@@ -138,10 +140,10 @@ class Actor:
 
     def __init__(self, rng: np.random.Generator, luminance: float, background: float) -> None:
         """Draw build and colours; the limbs stand out from a background of the given luminance."""
-        self.height = rng.uniform(0.48, 0.72)
+        self.height = rng.uniform(0.56, 0.74)
         self.mirror = rng.choice((-1, 1))
         self.ground = rng.uniform(max(0.84, 1.12 * self.height), 0.94)
-        self.margin = 0.42 * self.height
+        self.margin = 0.5 * self.height + 0.04
         self.shirt, self.trousers, self.skin = (_colour(rng, luminance, rng.uniform(0.1, 0.45)) for _ in range(3))
         self.rim = np.full(3, background + 0.35 * (background - luminance), np.float32).clip(0, 1)
 
@@ -164,7 +166,8 @@ class Actor:
         shadow = np.array([(hip[0], self.ground - camera[1], 0.2 * self.height, 0.0, 0.0, 0.025)])
         _paint(image, _coverage(shadow, pixels, pixels), np.zeros(3, np.float32), 0.3)
         cover = _coverage(shapes, pixels, pixels)
-        _paint(image, _coverage(shapes + (0, 0, 0, 0, 0, 0.014), pixels, pixels), self.rim, 0.8)
+        shapes[:, 5] += 0.014
+        _paint(image, _coverage(shapes, pixels, pixels), self.rim, 0.8)
         for parts, colour, shade in (
             ((7, 8), self.trousers, 0.8), ((3, 4), self.shirt, 0.8), ((5, 6), self.trousers, 1.0),
             ((0,), self.shirt, 0.92), ((9,), self.skin, 1.0), ((1, 2), self.shirt, 1.0),
@@ -184,7 +187,7 @@ class Clutter:
             half_w, half_h, radius = ((0, 0, reach), (reach, 0.7 * reach, 0.01), (2 * reach, 0, 0.02))[kind]
             shape[:] = rng.uniform(0, 1), rng.uniform(0, 0.9), half_w, half_h, rng.uniform(0, np.pi), radius
             way[:2], way[4] = rng.uniform(-0.02, 0.02, 2), rng.uniform(-0.1, 0.1)
-        self.colours = [_colour(rng, rng.uniform(0.1, 0.9), rng.uniform(0.1, 0.4)) for _ in range(count)]
+        self.colours = [_colour(rng, rng.uniform(0.15, 0.55), rng.uniform(0.1, 0.3)) for _ in range(count)]
 
     def draw(self, image: Array, pixels: Array, frame: int, camera: Array) -> None:
         """Draw the shapes where they are at a frame onto the image (3, H, W)."""
@@ -197,7 +200,7 @@ def _title_card(rng: np.random.Generator, size: int) -> Array:
     """A picture (3, H, W) of rows of word-like bars on a plain ground."""
     luminance = rng.uniform(0.15, 0.85)
     scene = Scene(rng, size, luminance)
-    scene.floor = 1.0
+    scene.floor = 1.0  # no floor
     image = scene.draw(np.zeros(2))
     words = []
     height = rng.uniform(0.018, 0.035)
@@ -207,15 +210,13 @@ def _title_card(rng: np.random.Generator, size: int) -> Array:
             half = min(rng.uniform(0.03, 0.11), (0.93 - x) / 2)
             words.append((x + half, row, half, height * 0.7, 0, 0.3 * height))
             x += 2 * half + 0.05
-    _paint(image, _coverage(np.array(words), scene.pixels, scene.pixels), np.full(3, luminance < 0.5, np.float32), 0.9)
+    ink = np.full(3, luminance < 0.5, np.float32)
+    _paint(image, _coverage(np.array(words), scene.pixels, scene.pixels), ink, 0.9)
     return image
 
 
-# ----------------------------------------------------------------------------------------------------------- videos
-
-
 def _shots(rng: np.random.Generator, num_frames: int) -> Iterator[tuple[str, int, int]]:
-    """Cut a video into (kind, start, end): one action among two or three distractor shots of different kinds."""
+    """Cut a video into (kind, start, end): one action, two or three distractors of different kinds."""
     action = round(rng.uniform(0.3, 0.6) * num_frames)
     kinds = list(rng.permutation(["empty", "clutter", "idle", "title"])[: rng.integers(2, 4)])
     shortest = (num_frames - action) // 6 + 1
@@ -241,52 +242,51 @@ def draw_video(label: str, rng: np.random.Generator, size: int, num_frames: int)
     Returns:
         The frames `(T, H, W, 3)` as uint8, and where the action starts and ends (half-open, in frames).
     """
-    background = rng.uniform(0.25, 0.75)
-    side = 1 if background < 0.5 else -1
+    background = rng.uniform(0.2, 0.4)  # always darker than the figure, which eases learning
     scene = Scene(rng, size, background)
-    actor = Actor(rng, background + side * rng.uniform(0.35, 0.5), background)
+    actor = Actor(rng, background + rng.uniform(0.45, 0.55), background)
     behind = Clutter(rng, int(rng.integers(1, 4)) if rng.random() < 0.4 else 0)
     drift, noise = rng.uniform(-0.06, 0.06, 2), rng.uniform(0.008, 0.025)
     poses = [np.array(POSES[name], float) for name in ACTIONS[label]]
     period, phase = rng.uniform(7, 11), rng.uniform(0, 2 * np.pi)
     frames = np.empty((num_frames, size, size, 3), np.uint8)
-    segment = (0, 0)
-    for kind, start, end in _shots(rng, num_frames):
+    shots = list(_shots(rng, num_frames))
+    for kind, start, end in shots:
         clutter = Clutter(rng, int(rng.integers(3, 7))) if kind == "clutter" else behind
-        title = _title_card(rng, size)
+        title = _title_card(rng, size) if kind == "title" else None
         home = rng.uniform(actor.margin, 1 - actor.margin)
         away = np.clip(home + rng.uniform(-0.15, 0.15), actor.margin, 1 - actor.margin)
         walks = rng.random() < 0.5
-        if kind == "action":
-            segment = (start, end)
         for t in range(start, end):
             camera = drift * (t / num_frames - 0.5) + 0.004 * np.sin(t * np.array((0.9, 0.7)) + phase)
-            image = title.copy() if kind == "title" else scene.draw(camera)
+            image = scene.draw(camera) if title is None else title.copy()
             if kind in ("action", "clutter"):
                 clutter.draw(image, scene.pixels, t - start, camera)
             swing = np.cos(2 * np.pi * t / period + phase)
             progress = (t - start) / (end - start)
             if kind == "action":
                 # The movement lingers in its two poses, and passes quickly between them.
-                share = 0.5 - 0.5 * np.tanh(2.5 * swing) / np.tanh(2.5)
+                share = 0.5 - 0.5 * np.tanh(1.5 * swing) / np.tanh(1.5)
                 pose = poses[0] + (poses[1] - poses[0]) * share
                 actor.draw(image, scene.pixels, pose, home + (away - home) * progress, camera)
             elif kind == "idle" and walks:
                 stride = swing * np.array((0, 20, 25, -20, -15, -24, -28, 24, 20))
-                actor.draw(image, scene.pixels, NEUTRAL + stride, 0.5 + actor.mirror * (1.1 * progress - 0.55), camera)
+                x = 0.5 + actor.mirror * (1.1 * progress - 0.55)
+                actor.draw(image, scene.pixels, NEUTRAL + stride, x, camera)
             elif kind == "idle":
                 actor.draw(image, scene.pixels, np.array(NEUTRAL) + 2 * swing, home, camera)
             image += noise * rng.standard_normal(image.shape, dtype=np.float32)
             frames[t] = np.rint(255 * np.clip(image, 0, 1)).transpose(1, 2, 0)
-    return frames, *segment
+    return next((frames, start, end) for kind, start, end in shots if kind == "action")
 
 
 def write_video(path: Path, frames: Array) -> None:
     """Encode frames `(T, H, W, 3)`, uint8, as H.264; the same frames give the same bytes."""
     import av
 
-    partial_path = path.with_suffix(".part")
-    with av.open(str(partial_path), "w", format="mp4", container_options={"fflags": "+bitexact"}) as container:
+    unfinished = path.with_suffix(".part")
+    bitexact = {"fflags": "+bitexact"}
+    with av.open(str(unfinished), "w", format="mp4", container_options=bitexact) as container:
         # One thread, and no choices of x264 that depend on the processor or on what lies in memory.
         options = {"preset": "veryfast", "crf": "23", "x264-params": "threads=1:mbtree=0:cpu-independent=1"}
         stream = container.add_stream("libx264", rate=FPS, options=options)
@@ -298,7 +298,7 @@ def write_video(path: Path, frames: Array) -> None:
             frame.pts, frame.time_base = index, Fraction(1, FPS)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    os.replace(partial_path, path)
+    os.replace(unfinished, path)
 
 
 def _render(job: Job) -> tuple[int, int]:
@@ -309,8 +309,11 @@ def _render(job: Job) -> tuple[int, int]:
     return start, end
 
 
-def _check(train_per_class: int, test_per_class: int, seed: int, size: int, num_frames: int) -> None:
+def _check(root: Path, train_per_class: int, test_per_class: int, seed: int, size: int, num_frames: int) -> None:
     """Refuse a set that cannot be rendered."""
+    # Imported here, because the workers import this file as well and need not wait for torch.
+    from dynskip.errors import DynskipError
+
     for name, value, least in (
         ("train_per_class", train_per_class, 1), ("test_per_class", test_per_class, 1), ("seed", seed, 0),
         ("size", size, MIN_SIZE), ("num_frames", num_frames, MIN_FRAMES),
@@ -319,6 +322,8 @@ def _check(train_per_class: int, test_per_class: int, seed: int, size: int, num_
             raise DynskipError(f"{name} is {value}, expected at least {least}; give a larger one.")
     if size % 2:
         raise DynskipError(f"size is {size}, but H.264 video needs an even one; use {size + 1}.")
+    if root.exists() and not root.is_dir():
+        raise DynskipError(f"{root} is a file, expected a folder to write videos into; name another path.")
     if importlib.util.find_spec("av") is None:
         raise DynskipError("Rendering videos needs PyAV, which is missing; run: pip install 'dynskip[video]'")
 
@@ -335,15 +340,15 @@ def render_set(
     test_per_class: int,
     seed: int = 0,
     size: int = 96,
-    num_frames: int = 48,
+    num_frames: int = NUM_FRAMES,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Render a set of videos, unless `root` already holds the same one.
 
-    Writes `videos/<class>/<split>_<index>.mp4`, `labels.csv` (`path,label,split`), `segments.csv` (`path,start,end`:
-    the frames of the action, half-open) and, last, `set.json`, by which a complete set is known. A video depends only
-    on seed, class, split, index, size and length, so a larger set contains the smaller one. Larger sets are drawn in
-    several processes: a script that calls this needs the usual `if __name__ == "__main__":`.
+    Writes `videos/<class>/<split>_<index>.mp4`, `labels.csv` (`path,label,split`), `segments.csv`
+    (`path,start,end`: the frames of the action, half-open) and, last, `set.json`, which marks it complete.
+    A video depends only on seed, class, split, index, size and length, so a larger set contains the smaller.
+    Larger sets are drawn in several processes: a script that calls this needs `if __name__ == "__main__":`.
 
     Args:
         root: folder to write into; made where missing.
@@ -360,10 +365,8 @@ def render_set(
     Raises:
         DynskipError: a number is out of range, `root` is a file, or PyAV is missing.
     """
-    _check(train_per_class, test_per_class, seed, size, num_frames)
     root = Path(root)
-    if root.exists() and not root.is_dir():
-        raise DynskipError(f"{root} is a file, expected a folder to write videos into; name another path.")
+    _check(root, train_per_class, test_per_class, seed, size, num_frames)
     wanted = {
         "version": VERSION, "train_per_class": train_per_class, "test_per_class": test_per_class,
         "seed": seed, "size": size, "num_frames": num_frames,
@@ -385,18 +388,17 @@ def render_set(
     for label in CLASSES:
         folder = root / "videos" / label
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in itertools.chain.from_iterable(folder.glob(f"{split}_*.mp4") for split in SPLITS):
-            stale.unlink()
+        for stale in folder.iterdir():
+            if re.fullmatch(r"(train|test)_\d{4,}\.(mp4|part)", stale.name):
+                stale.unlink()
     segments = []
     for segment in _render_all(jobs):
         segments.append(segment)
         if progress is not None:
             progress(len(segments), len(jobs))
     _write_csv(tables[0], [("path", "label", "split"), *((job.path, job.label, job.split) for job in jobs)])
-    _write_csv(
-        tables[1],
-        [("path", "start", "end"), *((job.path, *found) for job, found in zip(jobs, segments, strict=True))],
-    )
+    found = ((job.path, *segment) for job, segment in zip(jobs, segments, strict=True))
+    _write_csv(tables[1], [("path", "start", "end"), *found])
     complete = manifest.with_suffix(".part")
     complete.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
     os.replace(complete, manifest)
@@ -414,15 +416,17 @@ def _render_all(jobs: list[Job]) -> Iterator[tuple[int, int]]:
 
 
 def _print_progress(done: int, total: int) -> None:
-    print(f"\rrendering videos: {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+    if sys.stderr.isatty() or done == total:
+        end = "\n" if done == total else ""
+        print(f"\rrendering videos: {done}/{total}", end=end, file=sys.stderr, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Render a set from the command line."""
     parser = argparse.ArgumentParser(
-        description="Render labelled videos of a stick figure in six actions, with stretches in which nothing relevant "
-        "happens. Writes OUT_DIR/videos, labels.csv (path,label,split) and segments.csv (path,start,end: the frames "
-        "of the action). A folder that already holds the same set is left as it is.",
+        description="Render labelled videos of a stick figure in six actions, with stretches in which "
+        "nothing relevant happens. Writes OUT_DIR/videos, labels.csv (path,label,split) and segments.csv "
+        "(path,start,end: frames of the action). A folder that already holds the same set is left as it is.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = partial(parser.add_argument, type=int, metavar="N")
@@ -430,13 +434,13 @@ def main(arguments: list[str] | None = None) -> None:
     add("--train-per-class", default=40, help="training videos of each of the six classes")
     add("--test-per-class", default=10, help="test videos of each class")
     add("--size", default=96, help="height and width in pixels, even")
-    add("--num-frames", default=48, help="frames of each video, at 12 per second")
+    add("--num-frames", default=NUM_FRAMES, help="frames of each video, at 12 per second")
     add("--seed", default=0, help="another number gives other videos")
     options = vars(parser.parse_args(arguments))
     out_dir = options.pop("out_dir")
     try:
         render_set(out_dir, progress=_print_progress, **options)
-    except DynskipError as error:
+    except ValueError as error:
         parser.error(str(error))
     print(out_dir)
 

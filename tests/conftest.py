@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+import os
+
+import torch
+from hypothesis import HealthCheck, settings
+
+# The tensors here are tiny: a second thread gains nothing on a free machine and costs tenfold on a busy one.
+torch.set_num_threads(1)
+
+# Examples are drawn as seeds and made into tensors, so few of them say much.
+settings.register_profile("local", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")

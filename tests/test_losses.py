@@ -1,0 +1,445 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import CLASSES, SIZE, fields_of, randn, toy_model, toy_video
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dynskip import (
+    ClassificationLoss,
+    DynskipError,
+    EarlyTerminator,
+    EfficiencyLoss,
+    FLOPsLookup,
+    InnerClassificationLoss,
+    PolicyGuidanceLoss,
+    SelfSupervisionLoss,
+    SkipOutput,
+    SoFLoss,
+    StopOrForward,
+)
+from dynskip.gates import FORWARD, STOP
+from dynskip.losses import self_supervision_loss
+
+LOOKUP = FLOPsLookup([0.118e9, 0.668e9, 1.028e9, 1.464e9, 0.809e9], 0.002e9, [1e6, 2e6, 3e6, 4e6, 5e6])
+
+
+def lookup(stages: int) -> FLOPsLookup:
+    return FLOPsLookup(LOOKUP.per_stage[:stages].tolist(), LOOKUP.head, LOOKUP.gates[:stages].tolist())
+
+
+def random_output(batch: int, frames: int, stages: int, seed: int, rate: float = 0.6) -> SkipOutput:
+    """Make up a training output: the losses are functions of its fields alone."""
+    forward = (torch.rand(batch, frames, stages, generator=torch.Generator().manual_seed(seed)) < rate).double()
+    used = forward.prod(-1) > 0.5
+    return SkipOutput(
+        logits=3 * randn(batch, CLASSES, seed=seed),
+        forward=forward,
+        used=used,
+        stopped_at=torch.where(used, stages, forward.argmin(-1)),
+        frame_logits=3 * randn(batch, frames, CLASSES, seed=seed + 1),
+        gate_logits=3 * randn(batch, frames, stages, 2, seed=seed + 2),
+        inner_logits=3 * randn(batch, frames, stages, CLASSES, seed=seed + 3),
+        macs=torch.zeros(batch, dtype=torch.float64),
+        fallback_frame=torch.full((batch,), -1),
+        evaluated=torch.ones(batch, frames, stages, dtype=torch.bool),
+    )
+
+
+def random_targets(batch: int, seed: int) -> Tensor:
+    return torch.randint(0, CLASSES, (batch,), generator=torch.Generator().manual_seed(seed))
+
+
+# Eq. 3.8-3.15, word for word, one number at a time
+
+
+def softmax(logits: list[float]) -> list[float]:
+    powers = [math.exp(q) for q in logits]
+    return [power / sum(powers) for power in powers]
+
+
+def cross_entropy(logits: list[float], label: int) -> float:
+    return -math.log(softmax(logits)[label])
+
+
+def binary_cross_entropy(probability: float, label: int) -> float:
+    return -math.log(probability) if label else -math.log(1 - probability)
+
+
+def literal_losses(
+    output: SkipOutput,
+    targets: Tensor,
+    costs: FLOPsLookup,
+    *,
+    alpha: float = 0.9,
+    beta: float = 0.9,
+    normalize: bool = False,
+    supervise_last: bool = False,
+    on_sample: bool = False,
+) -> dict[str, float]:
+    assert output.inner_logits is not None
+    assert output.gate_logits is not None
+    batch, frames, stages = output.forward.shape
+    stage, gate = costs.per_stage.tolist(), costs.gates.tolist()
+    whole = sum(stage) + sum(gate) + costs.head
+    sums = {"classification": 0.0, "efficiency": 0.0, "inner": 0.0, "self_supervision": 0.0}
+    for b in range(batch):
+        y = int(targets[b])
+        sums["classification"] += cross_entropy(output.logits[b].tolist(), y)  # 3.9
+
+        efficiency = 0.0
+        for t in range(frames):
+            for n in range(stages):
+                f_lookup = whole - sum(stage[: n + 1]) - sum(gate[: n + 1])  # 3.10
+                f_lookup /= whole if normalize else 1e9
+                efficiency += f_lookup * float(output.forward[b, t, n])
+        sums["efficiency"] += efficiency / (frames * stages)  # 3.11
+
+        inner, forwarded = 0.0, 0
+        for t in range(frames):
+            for n in range(stages):
+                if output.forward[b, t, n] == 1:
+                    inner += cross_entropy(output.inner_logits[b, t, n].tolist(), y)
+                    forwarded += 1
+        sums["inner"] += inner / forwarded if forwarded else 0.0  # 3.13
+
+        taught = stages if supervise_last else stages - 1
+        supervision = 0.0
+        for t in range(frames):
+            answers = [softmax(output.inner_logits[b, t, n].tolist())[y] for n in range(stages)]
+            answers.append(softmax(output.frame_logits[b, t].tolist())[y])
+            for n in range(taught):
+                label = 1 if answers[n + 1] > answers[n] else 0  # 3.14
+                if on_sample:  # the sample itself, as logits (-1, 1) or (1, -1)
+                    margin = 2 * float(output.forward[b, t, n]) - 1
+                    probability = 1 / (1 + math.exp(-margin))
+                else:
+                    probability = softmax(output.gate_logits[b, t, n].tolist())[FORWARD]
+                supervision += binary_cross_entropy(probability, label)
+        sums["self_supervision"] += supervision / (frames * taught)  # 3.15
+    parts = {name: value / batch for name, value in sums.items()}
+    parts["guidance"] = beta * parts["inner"] + (1 - beta) * parts["self_supervision"]  # 3.12
+    parts["total"] = alpha * parts["classification"] + (1 - alpha) * parts["efficiency"] + parts["guidance"]  # 3.8
+    return parts
+
+
+shapes = {
+    "batch": st.integers(1, 4),
+    "frames": st.integers(1, 5),
+    "stages": st.integers(2, 5),
+    "seed": st.integers(0, 10_000),
+}
+
+
+@settings(max_examples=60)
+@given(
+    **shapes,
+    alpha=st.floats(0, 1),
+    beta=st.floats(0, 1),
+    normalize=st.booleans(),
+    rate=st.sampled_from([0.0, 0.3, 0.6, 1.0]),
+)
+def test_sof_loss_is_the_equations(
+    batch: int, frames: int, stages: int, seed: int, alpha: float, beta: float, normalize: bool, rate: float
+) -> None:
+    output, targets, costs = (
+        random_output(batch, frames, stages, seed, rate),
+        random_targets(batch, seed),
+        lookup(stages),
+    )
+    literal = literal_losses(output, targets, costs, alpha=alpha, beta=beta, normalize=normalize)
+    parts = SoFLoss(costs, alpha, beta, normalize).double()(output, targets)
+    for field in dataclasses.fields(parts):
+        value = getattr(parts, field.name)
+        assert value.shape == ()
+        # The cost table is kept in single precision.
+        assert float(value) == pytest.approx(literal[field.name], rel=1e-6, abs=1e-9), field.name
+    assert float(PolicyGuidanceLoss(beta)(output, targets)) == pytest.approx(literal["guidance"])
+    assert float(ClassificationLoss()(output, targets)) == pytest.approx(literal["classification"])
+    assert float(InnerClassificationLoss()(output, targets)) == pytest.approx(literal["inner"])
+    assert float(EfficiencyLoss(costs, normalize)(output)) == pytest.approx(literal["efficiency"], rel=1e-6)
+
+
+@given(**shapes, supervise_last=st.booleans(), on_sample=st.booleans())
+def test_self_supervision_is_the_equations_with_its_options(
+    batch: int, frames: int, stages: int, seed: int, supervise_last: bool, on_sample: bool
+) -> None:
+    output, targets = random_output(batch, frames, stages, seed), random_targets(batch, seed)
+    options = {"supervise_last": supervise_last, "on_sample": on_sample}
+    literal = literal_losses(output, targets, lookup(stages), **options)
+    assert float(SelfSupervisionLoss(**options)(output, targets)) == pytest.approx(literal["self_supervision"])
+
+
+def test_a_gate_is_taught_to_stop_where_the_next_classifier_is_no_surer() -> None:
+    output = random_output(2, 3, 2, 0)
+    assert output.inner_logits is not None
+    assert output.gate_logits is not None
+    output.inner_logits[:, :, 1] = output.inner_logits[:, :, 0]  # equal is not more
+    stop = output.gate_logits[:, :, 0].log_softmax(-1)[..., STOP]
+    torch.testing.assert_close(SelfSupervisionLoss()(output, random_targets(2, 0)), -stop.mean())
+
+
+def test_losses_of_a_real_training_pass_are_the_equations() -> None:
+    model, targets = toy_model(seed=2).train(), random_targets(4, 0)
+    torch.manual_seed(0)
+    output = model(toy_video(4, 6))
+    costs = model.lookup_for((SIZE, SIZE))
+    rounded = dataclasses.replace(output, forward=output.forward.detach().round())
+    parts, literal = SoFLoss(costs)(output, targets), literal_losses(rounded, targets, costs)
+    for field in dataclasses.fields(parts):
+        assert getattr(parts, field.name).item() == pytest.approx(literal[field.name], rel=1e-5)
+
+
+def test_guidance_can_be_left_out() -> None:
+    output, targets = random_output(2, 3, 3, 0), random_targets(2, 0)
+    literal = literal_losses(output, targets, lookup(3))
+    without = dataclasses.replace(output, inner_logits=None)
+    parts = SoFLoss(lookup(3), alpha=0.7, beta=None)(without, targets)
+    expected = 0.7 * literal["classification"] + 0.3 * literal["efficiency"]
+    assert float(parts.total) == pytest.approx(expected, rel=1e-6)
+    assert float(parts.inner) == float(parts.self_supervision) == 0.0
+
+
+def test_other_units_are_taken_as_they_are() -> None:
+    output = random_output(2, 3, 2, 0, rate=1.0)
+    milliseconds = FLOPsLookup([2.0, 3.0], 1.0, unit="ms")
+    assert float(EfficiencyLoss(milliseconds)(output)) == pytest.approx((4.0 + 1.0) / 2)
+    assert float(EfficiencyLoss(milliseconds, normalize=True)(output)) == pytest.approx((4.0 + 1.0) / 2 / 6.0)
+
+
+def test_one_gate_can_only_be_taught_by_the_head() -> None:
+    output, targets = random_output(2, 3, 1, 0), random_targets(2, 0)
+    literal = literal_losses(output, targets, lookup(1), supervise_last=True)
+    loss = SelfSupervisionLoss(supervise_last=True)(output, targets)
+    assert float(loss) == pytest.approx(literal["self_supervision"])
+    with pytest.raises(DynskipError, match="compares each gate with the next one; it needs at least two gates"):
+        SelfSupervisionLoss()(output, targets)
+
+
+# Outputs that are masked
+
+
+def test_gates_that_were_not_evaluated_count_for_nothing() -> None:
+    """An eval output of `decide` has NaN where nothing ran: the losses are means over the rest."""
+    model = toy_model(seed=2, terminator=EarlyTerminator(0.6, 2)).eval()
+    with torch.no_grad():
+        output, targets = model.decide(model.encode(toy_video(4, 8))), random_targets(4, 1)
+    assert output.inner_logits is not None
+    assert output.gate_logits is not None
+    assert not output.evaluated.all()
+    for supervise_last in (False, True):
+        losses = []
+        for b, t, n in output.evaluated.nonzero().tolist():
+            y = int(targets[b])
+            following = output.inner_logits[b, t, n + 1] if n < 2 else output.frame_logits[b, t]
+            if following.isnan().any() or (n == 2 and not supervise_last):
+                continue
+            gain = following.softmax(-1)[y] > output.inner_logits[b, t, n].softmax(-1)[y]
+            probability = float(output.gate_logits[b, t, n].softmax(-1)[FORWARD])
+            losses.append(binary_cross_entropy(probability, int(gain)))
+        loss = SelfSupervisionLoss(supervise_last)(output, targets)
+        assert float(loss) == pytest.approx(sum(losses) / len(losses))
+    assert SoFLoss(model.lookup_for((SIZE, SIZE)))(output, targets).total.isfinite()
+
+
+def test_masked_gates_pass_no_gradient_and_no_nan() -> None:
+    margins = torch.tensor([[[1.0, math.nan, 2.0]]]).requires_grad_()
+    labels, mask = torch.tensor([[[1.0, 0.0, 0.0]]]), torch.tensor([[[True, False, True]]])
+    loss = self_supervision_loss(margins, labels, mask)
+    loss.backward()
+    assert loss.item() == pytest.approx((math.log(1 + math.exp(-1)) + math.log(1 + math.exp(2))) / 2)
+    assert margins.grad is not None
+    assert margins.grad.isfinite().all()
+    assert margins.grad[0, 0, 1] == 0
+    assert self_supervision_loss(margins, labels, torch.zeros_like(mask)).item() == 0
+
+
+def test_a_video_that_forwards_nothing_adds_nothing_to_the_inner_loss() -> None:
+    output = random_output(2, 3, 2, 0, rate=1.0)
+    output.forward[0] = 0.0
+    literal = literal_losses(output, random_targets(2, 0), lookup(2))
+    assert float(InnerClassificationLoss()(output, random_targets(2, 0))) == pytest.approx(literal["inner"])
+    output.forward[1] = 0.0
+    assert float(InnerClassificationLoss()(output, random_targets(2, 0))) == 0.0
+
+
+# Where gradients go
+
+
+def reached(model: StopOrForward, loss: Tensor) -> dict[str, bool]:
+    """Say which parts of a model a loss sends gradients to."""
+    parts: dict[str, nn.Module | None] = {"backbone": model.backbone, "inner": model.inner}
+    for n, gate in enumerate(model.gates):
+        parts[f"cell {n}"], parts[f"decide {n}"] = gate.cell, gate.decide
+    found = {}
+    for name, part in parts.items():
+        assert part is not None
+        gradients = torch.autograd.grad(loss, list(part.parameters()), allow_unused=True, retain_graph=True)
+        found[name] = any(g is not None and bool(g.any()) for g in gradients)
+        assert all(g is None or g.isfinite().all() for g in gradients)
+    return found
+
+
+def trained_pass(detach: bool = True) -> tuple[StopOrForward, SkipOutput, Tensor]:
+    model = toy_model(seed=2, detach=detach, share=0.9).train()
+    torch.manual_seed(0)
+    output = model(toy_video(6, 8))
+    assert 0 < output.used.sum() < 48
+    return model, output, random_targets(6, 0)
+
+
+def everywhere(found: dict[str, bool], part: str) -> bool:
+    return all(value for name, value in found.items() if name.startswith(part))
+
+
+def nowhere(found: dict[str, bool], part: str) -> bool:
+    return not any(value for name, value in found.items() if name.startswith(part))
+
+
+def test_classification_teaches_backbone_and_gates() -> None:
+    model, output, targets = trained_pass()
+    found = reached(model, ClassificationLoss()(output, targets))
+    assert found["backbone"]
+    assert everywhere(found, "decide")
+    assert everywhere(found, "cell")
+    assert not found["inner"]
+
+
+def test_efficiency_teaches_gates() -> None:
+    model, output, _ = trained_pass()
+    costs = model.lookup_for((SIZE, SIZE))
+    found = reached(model, EfficiencyLoss(costs)(output))
+    assert everywhere(found, "decide")
+    assert everywhere(found, "cell")
+    assert not found["inner"]
+    # Only down: forwarding more costs more, at every gate.
+    for n, gate in enumerate(model.gates):
+        (gradient,) = torch.autograd.grad(EfficiencyLoss(costs)(output), gate.decide.bias, retain_graph=True)
+        assert gradient[FORWARD] > 0 > gradient[STOP], n
+
+
+def test_self_supervision_teaches_all_gates_but_the_last() -> None:
+    model, output, targets = trained_pass()
+    found = reached(model, SelfSupervisionLoss()(output, targets))
+    assert found["decide 0"]
+    assert found["decide 1"]
+    assert not found["decide 2"]
+    assert not found["inner"]
+    for options in ({"supervise_last": True}, {"supervise_last": True, "on_sample": True}):
+        found = reached(model, SelfSupervisionLoss(**options)(output, targets))
+        assert everywhere(found, "decide")
+        assert not found["inner"]
+
+
+def test_self_supervision_labels_carry_no_gradient_into_the_head() -> None:
+    model, output, targets = trained_pass()
+    loss = SelfSupervisionLoss(supervise_last=True)(output, targets)
+    *_, head = model.backbone.model.children()
+    gradients = torch.autograd.grad(loss, list(head.parameters()), allow_unused=True)
+    assert all(g is None for g in gradients)
+
+
+def test_inner_classification_teaches_inner_classifiers_only() -> None:
+    model, output, targets = trained_pass()
+    found = reached(model, InnerClassificationLoss()(output, targets))
+    assert found.pop("inner")
+    assert not any(found.values())
+
+
+def test_inner_classification_also_teaches_memory_if_asked_to() -> None:
+    model, output, targets = trained_pass(detach=False)
+    found = reached(model, InnerClassificationLoss()(output, targets))
+    assert found["inner"]
+    assert everywhere(found, "cell")
+    assert nowhere(found, "decide")
+
+
+def test_total_teaches_everything() -> None:
+    model, output, targets = trained_pass()
+    found = reached(model, SoFLoss(model.lookup_for((SIZE, SIZE)))(output, targets).total)
+    assert all(found.values())
+
+
+def test_a_step_down_the_gradient_lowers_the_loss() -> None:
+    model, targets = toy_model(seed=2, inner=True).train(), random_targets(6, 0)
+    video, criterion = toy_video(6, 8), SoFLoss(toy_model(seed=2).lookup_for((SIZE, SIZE)))
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.05)
+    losses = []
+    for _ in range(15):
+        torch.manual_seed(0)
+        loss = criterion(model(video), targets).total
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+
+
+def test_the_cost_table_follows_the_module_and_stays_out_of_its_state() -> None:
+    criterion = SoFLoss(lookup(3))
+    assert not criterion.state_dict()
+    assert not list(criterion.parameters())
+    moved: Any = criterion.to("meta")
+    assert moved.efficiency.remaining.device.type == "meta"
+
+
+# Bad input
+
+
+def without_inner(output: SkipOutput) -> SkipOutput:
+    return SkipOutput(**{**fields_of(output), "inner_logits": None})  # type: ignore[arg-type]
+
+
+OUTPUT = random_output(2, 3, 3, 0)
+GOOD = torch.tensor([0, 3])
+
+
+@pytest.mark.parametrize(
+    ("call", "telling"),
+    [
+        (
+            lambda: ClassificationLoss()(OUTPUT, torch.tensor([0, 4])),
+            r"range from 0 to 4, and the model has 4 classes \(0 to 3\)",
+        ),
+        (lambda: ClassificationLoss()(OUTPUT, torch.tensor([-1, 2])), "range from -1 to 2"),
+        (lambda: InnerClassificationLoss()(OUTPUT, torch.tensor([0, 9])), "range from 0 to 9"),
+        (lambda: SelfSupervisionLoss()(OUTPUT, torch.tensor([0, 9])), "range from 0 to 9"),
+        (
+            lambda: SoFLoss(lookup(3))(OUTPUT, torch.tensor([0])),
+            r"2 class indices of shape \(B,\), integer; got \(1,\)",
+        ),
+        (lambda: SoFLoss(lookup(3))(OUTPUT, torch.eye(4)[:2]), r"integer; got \(2, 4\) torch.float32"),
+        (lambda: SoFLoss(lookup(3))(OUTPUT, GOOD.float()), r"got \(2,\) torch.float32"),
+        (
+            lambda: EfficiencyLoss(lookup(2))(OUTPUT),
+            "table has 2 stages and the output 3; measure a table for this model",
+        ),
+        (
+            lambda: InnerClassificationLoss()(without_inner(OUTPUT), GOOD),
+            r"reads inner classifiers.*`inner=\[\.\.\.\]`",
+        ),
+        (
+            lambda: SelfSupervisionLoss()(without_inner(OUTPUT), GOOD),
+            "reads inner classifiers, and the output has none",
+        ),
+        (lambda: SoFLoss(lookup(3), alpha=1.1), r"alpha=1.1 is out of range; .* lies in \[0, 1\]"),
+        (lambda: SoFLoss(lookup(3), beta=-0.1), "beta=-0.1 is out of range"),
+        (lambda: PolicyGuidanceLoss(math.nan), "beta=nan is out of range"),
+    ],
+)
+def test_losses_refuse_what_does_not_fit(call: Callable[[], Any], telling: str) -> None:
+    with pytest.raises(DynskipError, match=telling):
+        call()
+
+
+def test_the_skipping_pass_cannot_be_trained_on() -> None:
+    model = toy_model()
+    with pytest.raises(DynskipError, match="the skipping pass leaves inner classifiers out"):
+        SoFLoss(model.lookup_for((SIZE, SIZE)))(model(toy_video(2)), GOOD)
