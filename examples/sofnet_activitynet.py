@@ -16,11 +16,11 @@ import csv
 import hashlib
 import json
 import os
-import pickle
 import platform
 import random
 import sys
 import time
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -32,7 +32,6 @@ import timm
 import torch
 import torchvision.transforms.v2 as T
 from einops import rearrange
-from safetensors import SafetensorError
 from timm.data import ImageNetInfo
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -112,6 +111,7 @@ def _to_array(frame: Any, short_side: int) -> np.ndarray:
 
 
 SPLITS = ("train", "val", "test")
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".3gp", ".wmv")
 
 
 @dataclass(frozen=True)
@@ -133,15 +133,18 @@ def read_csv(data: Path) -> list[Item]:
     file = data / "labels.csv" if data.is_dir() else data
     if not file.is_file():
         raise DynskipError(f"{file} does not exist. --data takes a folder with a labels.csv, or such a file.")
-    with file.open(newline="", encoding="utf-8") as handle:
-        reader = csv.DictReader(handle)
-        missing = {"path", "label", "split"} - set(reader.fieldnames or [])
-        if missing:
-            raise DynskipError(
-                f"{file} lacks the column {', '.join(sorted(missing))}. Its first line must name path, label and "
-                f"split; it names {reader.fieldnames}."
-            )
-        rows = list(reader)
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as handle:  # spreadsheets put a mark in front
+            reader = csv.DictReader(handle, restval="")
+            columns, rows = list(reader.fieldnames or []), list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DynskipError(f"{file} is no CSV text in UTF-8 ({error}). Save it as CSV UTF-8.") from error
+    missing = {"path", "label", "split"} - set(columns)
+    if missing:
+        raise DynskipError(
+            f"{file} lacks the column {', '.join(sorted(missing))}. Its first line must name path, label and split; "
+            f"it names {columns}."
+        )
     items = []
     for number, row in enumerate(rows, start=2):
         if row["split"] not in SPLITS:
@@ -164,19 +167,22 @@ def read_activitynet(annotations: Path, videos: Path) -> list[Item]:
     """Read ActivityNet-v1.3's own JSON; videos are `<id>.*` or `v_<id>.*` in a folder."""
     try:
         database = json.loads(annotations.read_text(encoding="utf-8"))["database"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        # A video often shows its action several times: its labels are the distinct names, in order.
+        entries = [
+            (name, entry["subset"], tuple(dict.fromkeys(str(segment["label"]) for segment in entry["annotations"])))
+            for name, entry in database.items()
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DynskipError(
-            f"{annotations} is no ActivityNet annotation file ({type(error).__name__}: {error}). Expected JSON with a "
-            "'database' of videos, as in activity_net.v1-3.min.json."
+            f"{annotations} is no ActivityNet annotation file ({type(error).__name__}: {error}). Expected JSON whose "
+            "'database' gives each video a 'subset' and 'annotations' with a 'label', as activity_net.v1-3.min.json."
         ) from error
     if not videos.is_dir():
         raise DynskipError(f"{videos} is no folder. With --annotations, --data is the folder of the videos.")
-    files = {path.stem.removeprefix("v_"): path for path in sorted(videos.iterdir()) if path.is_file()}
+    files = {p.stem.removeprefix("v_"): p for p in sorted(videos.iterdir()) if p.suffix.lower() in VIDEO_SUFFIXES}
     items, absent = [], 0
-    for name, entry in database.items():
-        split = {"training": "train", "validation": "val"}.get(entry.get("subset"))
-        # A video often shows its action several times: its labels are the distinct names, in order.
-        labels = tuple(dict.fromkeys(segment["label"] for segment in entry.get("annotations", [])))
+    for name, subset, labels in entries:
+        split = {"training": "train", "validation": "val"}.get(subset)
         if split is None or not labels:
             continue
         path = files.get(name.removeprefix("v_"))
@@ -222,8 +228,7 @@ class Preprocessing:
         return round(self.size * 8 / 7)
 
     def crop(self, frames: np.ndarray, training: bool = False) -> Tensor:
-        """Crop `(T, H, W, 3)` frames to `(T, 3, size, size)` uint8: the middle, or the same random part of all "
-        "frames."""
+        """Crop `(T, H, W, 3)` frames to `(T, 3, size, size)` uint8: the middle, or the same random part of each."""
         video = rearrange(torch.from_numpy(frames), "t h w c -> t c h w")
         if not training:
             return T.functional.center_crop(video, [self.size, self.size])
@@ -371,13 +376,12 @@ class Config:
             kwargs["img_size"] = self.prep.size
         try:
             backbone = stage_model(self.backbone, input_size=(3, self.prep.size, self.prep.size), **kwargs)
-        except DynskipError:
-            raise
-        except Exception as error:
+        except DynskipError as error:
             if not pretrained:
                 raise
+            replace(self).build()  # raises by itself if not the download is at fault
             raise CheckpointError(
-                f"Could not download weights for {self.backbone!r} ({type(error).__name__}). Download the file on a "
+                f"Could not get published weights for {self.backbone!r}. Download the file on a "
                 "machine with network access and pass --weights FILE, or train from scratch with --weights none."
             ) from error
         if self.strides_in_1x1:
@@ -410,7 +414,7 @@ class Config:
 def move_strides(model: torch.nn.Module) -> None:
     """Put a ResNet's strides into the 1x1 convolutions, where the first published weights (Caffe, Keras) have them."""
     for name in ("layer2", "layer3", "layer4"):
-        block: Any = model.get_submodule(f"{name}.0")
+        block: Any = getattr(model, name, [None])[0]
         if not hasattr(block, "conv3"):
             raise DynskipError("--strides-in-1x1 is for ResNets with bottleneck blocks (ResNet-50 and deeper).")
         block.conv1.stride, block.conv2.stride = (2, 2), (1, 1)
@@ -443,13 +447,23 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist. --weights takes a file, 'hub' or 'none'.")
     try:
-        state = timm.models.load_state_dict(str(path), weights_only=True)
-    except (RuntimeError, OSError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+        check_archive(path)
+        return {
+            k: v for k, v in timm.models.load_state_dict(str(path), weights_only=True).items() if isinstance(v, Tensor)
+        }
+    except Exception as error:  # a damaged file can fail in any way
         raise CheckpointError(
             f"{path} cannot be read as weights ({type(error).__name__}). Expected .safetensors, or a PyTorch file that "
             "holds tensors only; it may be damaged or cut off, so copy it again."
         ) from error
-    return {k: v for k, v in state.items() if isinstance(v, Tensor)}
+
+
+def check_archive(path: Path) -> None:
+    """Compare the checksums in a file that `torch.save` wrote; `torch.load` does not."""
+    if path.suffix != ".safetensors":
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"{damaged} is damaged")
 
 
 def classifier_name(model: torch.nn.Module) -> str:
@@ -479,8 +493,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist. --checkpoint takes a file that `train` wrote, such as last.pt.")
     try:
+        check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged file can fail in any way
         raise CheckpointError(
             f"{path} is damaged or no checkpoint ({type(error).__name__}). Copy it again, or train again."
         ) from error
@@ -574,22 +589,51 @@ def train(
             raise CheckpointError(
                 f"{start} is of another model: {', '.join(differ)} differ. Train with the same options."
             )
+        now, before = training_options(recipe, options), json.loads(content["training"])
+        if content["epoch"] < recipe.warmup_epochs:
+            before["dense"] = now["dense"]  # during the warm-up there is no difference
+        differ = [k for k in now if now[k] != before.get(k)]
+        if differ:
+            raise CheckpointError(
+                f"{start} is of another run: {', '.join(differ)} differ. Train with the same options."
+            )
         model.load_state_dict(content["model"])
         optimizer.load_state_dict(content["optimizer"])
         first = content["epoch"] + 1
-    if first == 0:
-        (out / "log.jsonl").unlink(missing_ok=True)
+    log = [entry for entry in read_log(out / "log.jsonl") if entry["epoch"] < first]
     unreadable: list[str] = []
     for epoch in range(first, recipe.epochs):
         means = train_epoch(model, clips, criterion, optimizer, recipe, options, epoch, unreadable)
-        state = {"config": config.to_json(), "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        save_checkpoint(out / "last.pt", epoch=epoch, **state)
+        state: dict[str, Any] = {
+            "config": config.to_json(),
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
+        state["training"] = json.dumps(training_options(recipe, options))
+        log.append({"epoch": epoch, **means})
+        write_log(out / "log.jsonl", log)
         if epoch == recipe.warmup_epochs - 1:
             save_checkpoint(out / "warmup.pt", epoch=epoch, **state)
-        with (out / "log.jsonl").open("a") as log:
-            log.write(json.dumps({"epoch": epoch, **means}) + "\n")
+        save_checkpoint(out / "last.pt", epoch=epoch, **state)  # last: it says that the epoch is complete
     report_unreadable(unreadable)
     return model.eval()
+
+
+def training_options(recipe: Recipe, options: TrainOptions) -> dict[str, Any]:
+    """What an interrupted run must be continued with; how long, and on what machine, may change."""
+    free = {"joint_epochs", "workers", "device"}
+    return {k: v for k, v in {**asdict(recipe), **asdict(options)}.items() if k not in free}
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Read what was logged of each epoch."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def write_log(path: Path, log: Sequence[dict[str, Any]]) -> None:
+    """Write one line of JSON an epoch."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in log))
 
 
 def train_epoch(
@@ -878,6 +922,8 @@ def train_command(args: argparse.Namespace) -> int:
     last = args.out / "last.pt"
     if last.exists() and not args.resume:
         raise DynskipError(f"{last} exists already. Continue it with --resume, or choose another --out.")
+    if args.warmup_epochs + args.epochs < 1:
+        raise DynskipError("There is nothing to train: --warmup-epochs and --epochs are both 0.")
     published = published_config(args.backbone)
     config = Config(
         backbone=args.backbone,
@@ -933,6 +979,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     results = evaluate(model, clips, args.batch_size, args.workers, args.device)
     print_results(results, len(clips), args.batch_size, args.device)
     if args.usage:
+        args.usage.parent.mkdir(parents=True, exist_ok=True)
         figure = plot.frame_usage(results[-1].usage, model.backbone.stage_names, title=f"{split}: frame usage")
         figure.savefig(args.usage)
     return 0
@@ -943,7 +990,8 @@ def predict_command(args: argparse.Namespace) -> int:
     model, config = model_from(args, None)
     to_device(model, args.device).eval()
     failed = 0
-    for path in args.videos:
+    stems = [path.stem for path in args.videos]
+    for number, path in enumerate(args.videos, start=1):
         try:
             output, frames, milliseconds = predict(model, config, path, args.device)
         except VideoError as error:
@@ -951,7 +999,7 @@ def predict_command(args: argparse.Namespace) -> int:
             failed += 1
             continue
         text = describe(path, output, config, model, milliseconds)
-        file = args.out / f"{path.stem}.png"
+        file = args.out / f"{path.stem}{f'_{number}' if stems.count(path.stem) > 1 else ''}.png"
         draw_timeline(output, frames, model, text.splitlines()[0], file)
         print(f"{text}\n  {file}")
     if failed:
@@ -1029,7 +1077,7 @@ def parser() -> argparse.ArgumentParser:
         help="backbone weights: 'hub' downloads timm's, 'none' starts from scratch, or a FILE",
     )
     add_network(add)
-    add("--hidden", type=int, default=512, help="width of the gates")
+    add("--hidden", type=positive, default=512, help="width of the gates")
     add("--temporal", choices=("lstm", "none"), default="lstm", help="memory of the gates")
     add("--no-guidance", action="store_true", help="leave out inner classifiers and the policy guidance loss")
     add("--shape-memory", action="store_true", help="let the inner classification loss shape the gates' memory, too")
@@ -1041,21 +1089,21 @@ def parser() -> argparse.ArgumentParser:
     add("--normalize", action="store_true", help="efficiency loss as a share of the dense cost, not in GMACs")
     add("--in-memory", action="store_true", help="decode every video once and keep it; for small sets")
     add("--dense", action="store_true", help="train the plain backbone for all epochs: the baseline")
-    add("--warmup-epochs", type=int, default=15, help="epochs of the backbone alone")
-    add("--epochs", type=int, default=60, help="epochs of backbone and gates together, after the warm-up")
+    add("--warmup-epochs", type=not_negative, default=15, help="epochs of the backbone alone")
+    add("--epochs", type=not_negative, default=60, help="epochs of backbone and gates together, after the warm-up")
     add("--optimizer", choices=("sgd", "adamw"), default="sgd", help="the thesis trains with SGD")
-    add("--lr", type=float, default=1e-3, help="learning rate")
-    add("--lr-drop", type=int, default=30, help="joint epoch from which the learning rate is a tenth")
-    add("--gate-lr-scale", type=float, default=1.0, help="learning rate of the gates over the backbone's")
-    add("--weight-decay", type=float, default=1e-5, help="weight decay")
-    add("--batch-size", type=int, default=24, help="videos a step")
+    add("--lr", type=rate, default=1e-3, help="learning rate")
+    add("--lr-drop", type=not_negative, default=30, help="joint epoch from which the learning rate is a tenth")
+    add("--gate-lr-scale", type=rate, default=1.0, help="learning rate of the gates over the backbone's")
+    add("--weight-decay", type=rate, default=1e-5, help="weight decay")
+    add("--batch-size", type=positive, default=24, help="videos a step")
     add_machine(add)
 
     add = command("evaluate", evaluate_command, "accuracy and cost of a checkpoint on a split")
     add_data(add)
     add_source(add)
     add("--split", choices=SPLITS, help="by default test, or val where there is no test")
-    add("--batch-size", type=int, default=1, help="videos at a time; 1 is what the thesis times")
+    add("--batch-size", type=positive, default=1, help="videos at a time; 1 is what the thesis times")
     add("--usage", type=Path, metavar="PNG", help="write a picture of what happened to the frames")
     add_machine(add)
 
@@ -1067,6 +1115,36 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def positive(text: str) -> int:
+    """Read a whole number from 1."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is too small; give a whole number from 1")
+    return value
+
+
+def not_negative(text: str) -> int:
+    """Read a whole number from 0."""
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative; give a whole number from 0")
+    return value
+
+
+def rate(text: str) -> float:
+    """Read a number from 0."""
+    if not (value := float(text)) >= 0:
+        raise argparse.ArgumentTypeError(f"{value} is no rate; give a number from 0")
+    return value
+
+
+def device(text: str) -> str:
+    """Read the name of a device that this machine has."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used here: {str(error).splitlines()[0]}") from error
+    return text
+
+
 def add_data(add: Any) -> None:
     """Where the videos and labels are."""
     add("--data", type=Path, required=True, help="folder with labels.csv (path,label,split), or such a CSV file")
@@ -1076,8 +1154,8 @@ def add_data(add: Any) -> None:
 def add_network(add: Any) -> None:
     """Which backbone, and what it sees."""
     add("--backbone", default="resnet50", help="any timm model name")
-    add("--size", type=int, default=168, help="height and width of the frames in pixels")
-    add("--frames", type=int, default=16, help="frames of a video")
+    add("--size", type=positive, default=168, help="height and width of the frames in pixels")
+    add("--frames", type=positive, default=16, help="frames of a video")
     add("--strides-in-1x1", action="store_true", help="for ResNet weights of the first kind (Caffe, Keras)")
 
 
@@ -1097,8 +1175,8 @@ def add_source(add: Any) -> None:
 
 def add_machine(add: Any) -> None:
     """How to run."""
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
-    add("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="processes that decode videos")
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+    add("--workers", type=not_negative, default=min(os.cpu_count() or 1, 8), help="processes that decode videos")
     add("--seed", type=int, default=0, help="another number gives another run")
 
 
@@ -1108,7 +1186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
         return int(args.run(args))
-    except DynskipError as error:
+    except (DynskipError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
