@@ -426,10 +426,12 @@ def load_weights(model: torch.nn.Module, path: Path) -> bool:
     Returns:
         Whether the classifier was loaded, too; it is left as it is if the file has another number of classes.
     """
-    state, own = read_state(path), model.state_dict()
+    # Counters of training steps come in several shapes, and nothing that is run depends on them.
+    state = {k: v for k, v in read_state(path).items() if not k.endswith("num_batches_tracked")}
+    own = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
     head = classifier_name(model) + "."
     skipped = [k for k in own if k.startswith(head) and k in state and state[k].shape != own[k].shape]
-    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    missing = [k for k in own if k not in state]
     foreign = [k for k in state if k not in own]
     wrong = [k for k in own if k in state and state[k].shape != own[k].shape and k not in skipped]
     if missing or foreign or wrong:
@@ -713,6 +715,7 @@ class Result:
     usage: metrics.FrameUsage
     milliseconds: float  # a video
     fallbacks: int
+    videos: int  # that could be read
 
 
 MODES = ("dense", "gates", "gates + early termination")
@@ -759,6 +762,7 @@ def evaluate(
                 usage=metrics.frame_usage(stopped_at, model.backbone.num_stages),
                 milliseconds=1000 * seconds[mode] / len(positions),
                 fallbacks=int(sum(output.fallback.sum() for output in outputs[mode])),
+                videos=len(positions),
             )
         )
     return results
@@ -795,13 +799,13 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def print_results(results: Sequence[Result], videos: int, batch_size: int, device: str) -> None:
+def print_results(results: Sequence[Result], batch_size: int, device: str) -> None:
     """Print the table and what its numbers mean."""
     where = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
     print(f"\n{table(results)}\n")
     print(
-        f"{videos} videos. GMACs are thousands of millions of multiply-adds (the literature's GFLOPs), gates and head "
-        f"included.\nms: network only, {batch_size} videos at a time, {where}, torch {torch.__version__}, "
+        f"{results[0].videos} videos. GMACs are thousands of millions of multiply-adds (the literature's GFLOPs), gates and head "
+        f"included.\nms: network only, {batch_size} video{'s' * (batch_size > 1)} at a time, {where}, torch {torch.__version__}, "
         f"timm {timm.__version__}, Python {platform.python_version()}."
     )
     fallbacks = results[-1].fallbacks
@@ -893,7 +897,7 @@ def demo_command(args: argparse.Namespace) -> int:
     clips = Clips(testing, config.classes, prep, training=False, seed=args.seed).load_into_memory()
     results = evaluate(dense, clips, DEMO_BATCH, 0, args.device, MODES[:1])
     results += evaluate(gated, clips, DEMO_BATCH, 0, args.device, MODES[1:])
-    print_results(results, len(clips), DEMO_BATCH, args.device)
+    print_results(results, DEMO_BATCH, args.device)
     (args.out / "table.md").write_text(table(results) + "\n")
 
     usage = plot.frame_usage(results[-1].usage, gated.backbone.stage_names, title="What happened to the frames")
@@ -966,7 +970,7 @@ def train_command(args: argparse.Namespace) -> int:
     if held_out:
         clips = Clips(pick_split(items, held_out[0]), classes, config.prep, training=False, seed=args.seed)
         results = evaluate(model, clips, 1, args.workers, args.device, MODES[:1] if args.dense else MODES)
-        print_results(results, len(clips), 1, args.device)
+        print_results(results, 1, args.device)
     return 0
 
 
@@ -977,7 +981,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     model, config = model_from(args, class_names(items))
     clips = Clips(pick_split(items, split), config.classes, config.prep, training=False, seed=0)
     results = evaluate(model, clips, args.batch_size, args.workers, args.device)
-    print_results(results, len(clips), args.batch_size, args.device)
+    print_results(results, args.batch_size, args.device)
     if args.usage:
         args.usage.parent.mkdir(parents=True, exist_ok=True)
         figure = plot.frame_usage(results[-1].usage, model.backbone.stage_names, title=f"{split}: frame usage")

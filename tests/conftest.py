@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import torch
 from hypothesis import HealthCheck, settings
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 # The tensors here are tiny: a second thread gains nothing on a free machine and costs tenfold on a busy one.
 torch.set_num_threads(1)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import importlib.util
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import pytest
 from dynskip.errors import DynskipError
 
 av = pytest.importorskip("av")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import stick_figures  # noqa: E402
 
