@@ -804,9 +804,9 @@ def print_results(results: Sequence[Result], batch_size: int, device: str) -> No
     where = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
     print(f"\n{table(results)}\n")
     print(
-        f"{results[0].videos} videos. GMACs are thousands of millions of multiply-adds (the literature's GFLOPs), gates and head "
-        f"included.\nms: network only, {batch_size} video{'s' * (batch_size > 1)} at a time, {where}, torch {torch.__version__}, "
-        f"timm {timm.__version__}, Python {platform.python_version()}."
+        f"{results[0].videos} videos. GMACs are 10^9 multiply-adds (the literature's GFLOPs), gates "
+        f"and head included.\nms: network only, {batch_size} video{'s' * (batch_size > 1)} at a time, {where}, "
+        f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}."
     )
     fallbacks = results[-1].fallbacks
     if fallbacks:
