@@ -530,8 +530,11 @@ def _commit(mask: Tensor, new: GateState, old: GateState) -> GateState:
 
 def _depth_score(stopped_at: Tensor, logits: Tensor) -> Tensor:
     """Order stopped frames by how far they got, then by how nearly their gate forwarded them."""
-    probability = logits.detach().double().softmax(-1)[..., FORWARD]
-    return stopped_at.double() + probability.clamp(max=1 - 1e-12)
+    margin = logits[..., FORWARD].detach().double() - logits[..., STOP].detach().double()
+    # Rises with the forward probability, from 0 to 1. A softmax would do, but its last digit depends on where in a
+    # batch a row stands, and equal frames have to stay equal in every batch.
+    nearness = 0.5 + 0.5 * margin / (1 + margin.abs())
+    return stopped_at.double() + nearness.clamp(max=1 - 1e-12)
 
 
 def _fallback_frame(stopped_at: Tensor, used: Tensor, gate_logits: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def literal_run(model: StopOrForward, video: Tensor) -> SkipOutput:
     stopped_at = torch.full((1, frames), UNSEEN)
     macs, fallback_frame = 0.0, -1
     used: list[Tensor] = []  # z_t of used frames
-    stopped: list[tuple[int, float, int, Tensor]] = []  # depth, forward probability, frame, features
+    stopped: list[tuple[int, float, int, Tensor]] = []  # depth, forward minus stop logit, frame, features
     for t in range(frames):
         x, proposed = video[t : t + 1], {}
         for n in range(count):
@@ -87,7 +87,7 @@ def literal_run(model: StopOrForward, video: Tensor) -> SkipOutput:
             probability = float(q.softmax(-1)[0, FORWARD])
             if not probability > model.forward_threshold[n]:
                 stopped_at[0, t] = n
-                stopped.append((n, probability, t, x))
+                stopped.append((n, float(q[0, FORWARD] - q[0, 1 - FORWARD]), t, x))
                 break
             forward[0, t, n] = 1.0
         else:
@@ -887,3 +887,22 @@ def test_trying_gates_moves_neither_their_mode_nor_their_state() -> None:
     assert torch.equal(torch.get_rng_state(), random_state)
     for gate, state in zip(gates, before, strict=True):
         assert all(torch.equal(state[key], value) for key, value in gate.state_dict().items())
+
+
+class _Undecided(nn.Module):
+    """Stop every frame, equally near to forwarding it."""
+
+    def initial_state(self, batch: int) -> tuple[Tensor, ...]:
+        return ()
+
+    def forward(self, pooled: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return torch.tensor([0.7 / 3, -1.9 / 7], dtype=pooled.dtype).expand(len(pooled), 2), state
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5, 9])
+def test_of_equal_frames_the_first_is_the_fallback(batch: int) -> None:
+    backbone = toy_model(stages=2).backbone
+    model = StopOrForward(backbone, [_Undecided(), _Undecided()]).eval()
+    video = toy_video(batch, 7)
+    assert model(video).fallback_frame.tolist() == [0] * batch
+    assert model.decide(model.encode(video)).fallback_frame.tolist() == [0] * batch
