@@ -208,6 +208,12 @@ def pick_split(items: Sequence[Item], split: str) -> list[Item]:
     return chosen
 
 
+def held_out_split(items: Sequence[Item]) -> str | None:
+    """The split to evaluate on: test, or val where there is no test."""
+    found = {item.split for item in items}
+    return next((split for split in ("test", "val") if split in found), None)
+
+
 def class_names(items: Sequence[Item]) -> list[str]:
     """All label names, sorted; the position is the class index."""
     return sorted({label for item in items for label in item.labels})
@@ -379,7 +385,7 @@ class Config:
         except DynskipError as error:
             if not pretrained:
                 raise
-            replace(self).build()  # raises by itself if not the download is at fault
+            self.build()  # raises by itself if not the download is at fault
             raise CheckpointError(
                 f"Could not get published weights for {self.backbone!r}. Download the file on a "
                 "machine with network access and pass --weights FILE, or train from scratch with --weights none."
@@ -610,8 +616,8 @@ def train(
             "config": config.to_json(),
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
+            "training": json.dumps(training_options(recipe, options)),
         }
-        state["training"] = json.dumps(training_options(recipe, options))
         log.append({"epoch": epoch, **means})
         write_log(out / "log.jsonl", log)
         if epoch == recipe.warmup_epochs - 1:
@@ -884,8 +890,16 @@ def demo_command(args: argparse.Namespace) -> int:
     config = Config(
         "test_resnet", tuple(class_names(items)), hidden=64, detach_inner=False, forward_bias=2.0, prep=prep
     )
-    options = TrainOptions(8, alpha=0.05, normalize=True, optimizer="adamw", seed=args.seed, in_memory=True)
-    options = replace(options, workers=0, device=args.device)  # small clips from memory are faster without processes
+    options = TrainOptions(
+        batch_size=8,
+        alpha=0.05,
+        normalize=True,
+        optimizer="adamw",
+        seed=args.seed,
+        workers=0,  # small clips from memory are faster without processes
+        in_memory=True,
+        device=args.device,
+    )
 
     print("2/4  Training the dense baseline: warm-up, then as many epochs again without gates")
     dense = train(config, training, DEMO_RECIPE, replace(options, dense=True), args.out / "dense", None, "none")
@@ -966,9 +980,8 @@ def train_command(args: argparse.Namespace) -> int:
     start = last if args.resume and last.exists() else None
     model = train(config, training, recipe, options, args.out, start, args.weights)
     print(f"Wrote {last}.")
-    held_out = [split for split in ("test", "val") if any(item.split == split for item in items)]
-    if held_out:
-        clips = Clips(pick_split(items, held_out[0]), classes, config.prep, training=False, seed=args.seed)
+    if (split := held_out_split(items)) is not None:
+        clips = Clips(pick_split(items, split), classes, config.prep, training=False, seed=args.seed)
         results = evaluate(model, clips, 1, args.workers, args.device, MODES[:1] if args.dense else MODES)
         print_results(results, 1, args.device)
     return 0
@@ -977,7 +990,7 @@ def train_command(args: argparse.Namespace) -> int:
 def evaluate_command(args: argparse.Namespace) -> int:
     """Evaluate a checkpoint, or a backbone with published weights, on a data set."""
     items = load_items(args.data, args.annotations)
-    split = args.split or next((s for s in ("test", "val") if any(item.split == s for item in items)), "test")
+    split = args.split or held_out_split(items) or "test"
     model, config = model_from(args, class_names(items))
     clips = Clips(pick_split(items, split), config.classes, config.prep, training=False, seed=0)
     results = evaluate(model, clips, args.batch_size, args.workers, args.device)
