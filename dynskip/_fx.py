@@ -6,31 +6,39 @@ checkpointing and compiled forms. Segments are plain functions of the *live* mod
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
 from timm.models import get_notrace_functions
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate, map_arg
+from torch.utils._pytree import tree_leaves
 
 from dynskip.errors import DynskipError
 
+DEVICE = "_device"  # the constant that stands for the device on which the model is when it runs
 _CONSTANT_PREFIX = "_tensor_constant"  # torch.fx's own name for tensors made while tracing
 BY_HAND = "or give the stages yourself: stage_model([stage_1, stage_2, ...], head=head)"
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a forward pass: `call(model, constants, inputs) -> outputs`."""
+    """A piece of a forward pass: `call(model, constants, inputs) -> outputs`.
+
+    `constants` names what it needs besides: tensors made while tracing, and `DEVICE`.
+    """
 
     function: Callable[..., tuple[Any, ...]]
     source: str
     constants: tuple[str, ...]
     feature: int  # which output is the boundary's own value; -1 in the head
 
-    def call(self, model: nn.Module, constants: dict[str, Tensor], inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def call(self, model: nn.Module, constants: dict[str, Any], inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return self.function(model, *(constants[name] for name in self.constants), *inputs)
 
 
@@ -52,6 +60,99 @@ class _CoarseTracer(fx.Tracer):
         return root_fn, [self.root, self.create_proxy("placeholder", "images", (), {})]
 
 
+class _WatchingTracer(_CoarseTracer):
+    """Trace with a real run beside the symbolic one, so that what the symbols cannot tell can be looked up.
+
+    That is how many values a closed module returned, which of them are None, and which way a test on sizes goes.
+    """
+
+    def __init__(self, boundaries: Sequence[str], model: nn.Module, images: Tensor) -> None:
+        super().__init__(boundaries)
+        self._beside = copy.deepcopy(model)  # running it may move BatchNorm statistics
+        self._values: dict[fx.Node, Any] = {}
+        self._images = images
+        self._running = False
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self._running:  # a module of the run beside, which is no part of the graph
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _WatchedProxy(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        if self._depends_on_pixels(obj.node):
+            where = self.scope.module_path or type(self.root).__name__
+            raise DynskipError(
+                f"{where} branches on tensor values (`if tensor:`), so its path through the network is not fixed"
+            )
+        branch = bool(self.value(obj.node))
+        self.create_proxy("call_function", same_branch, (obj, branch), {})
+        return branch
+
+    def value(self, node: fx.Node) -> Any:
+        """Return what a node gives in the run beside."""
+        if node not in self._values:
+            args, kwargs = map_arg((node.args, node.kwargs), self.value)
+            running, self._running = self._running, True
+            try:
+                self._values[node] = self._run(node, args, kwargs)
+            finally:
+                self._running = running
+        return self._values[node]
+
+    @torch.no_grad()
+    def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        target: Any = node.target
+        match node.op:
+            case "placeholder":
+                return self._images
+            case "get_attr":
+                return attrgetter(target)(self.root if target.startswith(_CONSTANT_PREFIX) else self._beside)
+            case "call_module":
+                return self._beside.get_submodule(target)(*args, **kwargs)
+            case "call_method":
+                return getattr(args[0], target)(*args[1:], **kwargs)
+        return target(*args, **kwargs)
+
+    def _depends_on_pixels(self, node: fx.Node) -> bool:
+        """Whether a value follows from the images' content and not only from their shape and type."""
+        if isinstance(self.value(node), Tensor):
+            return True
+        if node.target is getattr or node.target in ("size", "dim", "numel") or node.op == "call_module":
+            return False
+        return any(self._depends_on_pixels(parent) for parent in node.all_input_nodes)
+
+
+class _WatchedProxy(fx.Proxy):
+    """Stands for a tuple or list of known length, None where it holds None."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([None if item is None else self[i] for i, item in enumerate(self._items())])  # type: ignore[index]
+
+    def __len__(self) -> int:
+        return len(self._items())
+
+    def _items(self) -> Any:
+        assert isinstance(self.tracer, _WatchingTracer)
+        value = self.tracer.value(self.node)
+        if isinstance(value, tuple | list):
+            return value
+        raise fx.proxy.TraceError(f"a {type(value).__name__} is taken apart, and how many parts it has may vary")
+
+
+def same_branch(value: Any, expected: bool) -> None:
+    """Refuse inputs that would take another branch than the one that was traced."""
+    if bool(value) != expected:
+        raise DynskipError(
+            "The model takes another path for images of this shape than for those it was cut at. Stage it for this "
+            "size: stage_model(model, input_size=(C, H, W))."
+        )
+
+
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Put a model in training or evaluation mode, and every submodule back in its own afterwards."""
@@ -64,13 +165,16 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-def trace(model: nn.Module, boundaries: Sequence[str], training: bool) -> tuple[fx.Graph, dict[str, Tensor]]:
+def trace(
+    model: nn.Module, boundaries: Sequence[str], training: bool, images: Tensor
+) -> tuple[fx.Graph, dict[str, Tensor]]:
     """Trace `model` in the given mode, leaving its modes and attributes as they were.
 
     Args:
         model: the model to trace.
         boundaries: qualified names of the modules that have to appear as calls of their own.
         training: trace the training forward (drop path, dropout glue) or the evaluation forward.
+        images: `(B, C, H, W)` images that the model takes, to look up what symbols cannot tell.
 
     Returns:
         The graph, and the tensors that tracing made (position grids and the like) by name.
@@ -78,20 +182,54 @@ def trace(model: nn.Module, boundaries: Sequence[str], training: bool) -> tuple[
     Raises:
         DynskipError: if torch.fx cannot follow the model's forward.
     """
+    with in_mode(model, training), _checkpointing_off(model, boundaries):
+        try:
+            return _trace(model, _CoarseTracer(boundaries))
+        except Exception:
+            # Control flow on shapes, or a closed module that returns a tuple of unknown length.
+            try:
+                return _trace(model, _WatchingTracer(boundaries, model, images))
+            except Exception as error:
+                what = str(error) if isinstance(error, DynskipError) else f"{type(error).__name__}: {error}"
+                raise DynskipError(
+                    f"{type(model).__name__} could not be cut at {list(boundaries)}, since its forward cannot be "
+                    f"traced: {what}. Choose boundaries such that this code lies inside a stage, {BY_HAND}."
+                ) from error
+
+
+def _trace(model: nn.Module, tracer: fx.Tracer) -> tuple[fx.Graph, dict[str, Tensor]]:
     before = set(vars(model))
+    constants: dict[str, Tensor] = {}
     try:
-        with in_mode(model, training):
-            graph = _CoarseTracer(boundaries).trace(model)
-    except Exception as error:
-        raise DynskipError(
-            f"{type(model).__name__} could not be cut at {list(boundaries)}: its forward cannot be traced "
-            f"({type(error).__name__}: {error}). Choose boundaries that lie outside the code that branches on "
-            f"tensor values, {BY_HAND}."
-        ) from error
+        graph = tracer.trace(model)
     finally:
-        made = [name for name in set(vars(model)) - before if name.startswith(_CONSTANT_PREFIX)]
-        constants = {name: vars(model).pop(name) for name in made}
+        for name in set(vars(model)) - before:
+            if name.startswith(_CONSTANT_PREFIX):
+                constants[name] = vars(model).pop(name)
     return graph, constants
+
+
+def opened(model: nn.Module, boundaries: Sequence[str]) -> list[str]:
+    """Name the modules that a boundary lies in, whose own code is traced; all others run as they are."""
+    return [
+        name
+        for name, _ in model.named_modules()
+        if not name or any(boundary.startswith(name + ".") for boundary in boundaries)
+    ]
+
+
+@contextmanager
+def _checkpointing_off(model: nn.Module, boundaries: Sequence[str]) -> Iterator[None]:
+    # torch.utils.checkpoint cannot be traced; stages of such modules are checkpointed as a whole when they run.
+    modules = [model.get_submodule(name) for name in opened(model, boundaries)]
+    flagged = [module for module in modules if getattr(module, "grad_checkpointing", False) is True]
+    try:
+        for module in flagged:
+            module.grad_checkpointing = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module in flagged:
+            module.grad_checkpointing = True  # type: ignore[assignment]
 
 
 def boundary_node(graph: fx.Graph, name: str, model: nn.Module) -> fx.Node:
@@ -119,12 +257,13 @@ def boundary_node(graph: fx.Graph, name: str, model: nn.Module) -> fx.Node:
     )
 
 
-def split(graph: fx.Graph, cuts: Sequence[fx.Node]) -> list[Segment]:
+def split(graph: fx.Graph, cuts: Sequence[fx.Node], model_name: str) -> list[Segment]:
     """Split a graph after each node of `cuts`: one segment a stage, then the head.
 
     Args:
         graph: a traced forward pass.
         cuts: the boundary nodes, in order.
+        model_name: what to call the model in errors.
 
     Returns:
         `len(cuts) + 1` segments. Each takes the outputs of the one before; the first takes the images.
@@ -139,10 +278,13 @@ def split(graph: fx.Graph, cuts: Sequence[fx.Node]) -> list[Segment]:
         names = [str(cut.target) for cut in cuts]
         raise DynskipError(f"Boundaries must be named once each, in the order in which the model runs; got {names}.")
     (returned,) = nodes[-1].args
+    if "logits" in (fields := getattr(getattr(returned, "target", None), "_fields", ())):
+        # torchvision's GoogLeNet and Inception add auxiliary logits in training, which no later stage needs.
+        returned = returned.args[fields.index("logits")]
     if not isinstance(returned, fx.Node):
         raise DynskipError(
-            f"The model returns a {type(returned).__name__} of values, where one tensor of logits was expected. Wrap "
-            "it in a module that returns the logits alone."
+            f"{model_name} returns a {type(returned).__name__} of values, where one tensor of logits was expected. "
+            "Wrap it in a module that returns the logits alone."
         )
 
     segments: list[Segment] = []
@@ -174,23 +316,32 @@ def _segment(body: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node],
     # reads them: a value carried across, or copied into a GraphModule, would go stale after load_state_dict.
     fetched = list(dict.fromkeys(n for node in body for n in node.all_input_nodes if n.op == "get_attr"))
     constants = [node for node in fetched if str(node.target).startswith(_CONSTANT_PREFIX)]
+    names = [str(node.target) for node in constants]
     graph, env = fx.Graph(), {}
     for node in constants:
         env[node] = graph.placeholder(str(node.target))
+    if any(isinstance(x, torch.device) for node in body for x in tree_leaves((node.args, node.kwargs))):
+        # `device=self.table.device` was the device of the trace; the model may have moved since.
+        names.append(DEVICE)
+        device = graph.placeholder(DEVICE)
     for node in inputs:
         env[node] = graph.placeholder(node.name)
     for node in fetched:
         if node not in env:
             env[node] = graph.node_copy(node)
     for node in body:
-        env[node] = graph.node_copy(node, env.__getitem__)
+        env[node] = new = graph.node_copy(node, env.__getitem__)
+        if DEVICE in names:
+            new.args, new.kwargs = map_aggregate(
+                (new.args, new.kwargs), lambda x: device if isinstance(x, torch.device) else x
+            )
     graph.output(tuple(env[node] for node in outputs))
     # Not `graph.eliminate_dead_code()`: timm's drop_path scales its mask in place and ignores the result, which looks
     # dead and is not.
     code = graph.python_code("self")
     namespace = dict(code.globals)
     exec(code.src, namespace)
-    return Segment(namespace["forward"], code.src, tuple(str(node.target) for node in constants), feature)
+    return Segment(namespace["forward"], code.src, tuple(names), feature)
 
 
 def swallow_parameterless(node: fx.Node, model: nn.Module) -> fx.Node:
@@ -204,8 +355,3 @@ def swallow_parameterless(node: fx.Node, model: nn.Module) -> fx.Node:
             break
         node = user
     return node
-
-
-def is_tensor_like(value: Any) -> bool:
-    """Whether a value is a tensor that can be pooled (floating point, rank two or more)."""
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim >= 2

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dynskip import _fx
 from dynskip.errors import DynskipError
@@ -85,6 +86,17 @@ def _cat(values: Sequence[Any], kind: Any, batch: int) -> Any:
     return _rebuild(values[0], [_cat(parts, k, batch) for *parts, k in zip(*values, kind, strict=True)])
 
 
+def _with_sizes(carry: Carry) -> tuple[Any, ...]:
+    """Return a carry's values with sizes read off a tensor: torch.compile would make a graph for every number."""
+    row = next((v for v, k in zip(carry.values, carry.kinds, strict=True) if k == ("rows", 1)), None)
+    if row is None:
+        return carry.values
+    return tuple(
+        kind[1] * row.shape[0] if kind[:1] == ("size",) else value
+        for value, kind in zip(carry.values, carry.kinds, strict=True)
+    )
+
+
 def _rebuild(like: Any, items: list[Any]) -> Any:
     return type(like)(items)
 
@@ -102,6 +114,7 @@ class StagedBackbone(nn.Module):
         layouts: `"NCHW"`, `"NHWC"`, `"NLC"` (tokens) or `"NC"` of the value that a stage ends with.
         num_classes: width of the logits.
         input_size: `(C, H, W)` at which the model was cut and checked.
+        classifier: what was given as `head=` to a model that ends in features; else `None`.
     """
 
     def __init__(
@@ -111,12 +124,15 @@ class StagedBackbone(nn.Module):
         segments: dict[bool, list[_fx.Segment]],
         constants: dict[bool, dict[str, Tensor]],
         input_size: tuple[int, int, int],
+        classifier: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.classifier = classifier
         self.stage_names = tuple(stage_names)
         self.input_size = input_size
         self._segments = segments
+        self._opened = _fx.opened(model, stage_names)
         for mode, tensors in constants.items():
             for name, tensor in tensors.items():
                 # Not parameters of the model, so not in its checkpoints; but they have to follow `.to(device)`.
@@ -126,6 +142,8 @@ class StagedBackbone(nn.Module):
         self.layouts: tuple[str, ...] = ()
         self.num_classes = 0
         self._prefix_tokens: tuple[int, ...] = ()
+        self._feature_paths: tuple[tuple[int, ...], ...] = ()
+        self._answer_layout = "NC"
         self.training = model.training
         self._inspect()
 
@@ -164,7 +182,7 @@ class StagedBackbone(nn.Module):
             The carry that enters the next stage (or the head).
         """
         mode = self.model.training
-        return Carry(self._call(stage, carry.values), self._kinds[mode][stage], carry.batch)
+        return Carry(self._call(stage, _with_sizes(carry)), self._kinds[mode][stage], carry.batch)
 
     def pool(self, stage: int, carry: Carry) -> Tensor:
         """Average a stage's features over space, as gates see them (Eq. 3.1).
@@ -176,8 +194,9 @@ class StagedBackbone(nn.Module):
         Returns:
             `(B, C_n)` features. Class and register tokens are left out where patch tokens stand beside them.
         """
-        x = _first_tensor(carry.values[self._segments[self.model.training][stage].feature])
-        assert x is not None  # checked when the backbone was built
+        x: Any = carry.values[self._segments[self.model.training][stage].feature]
+        for position in self._feature_paths[stage]:
+            x = x[position]
         return _pool(x, self.layouts[stage], self._prefix_tokens[stage])
 
     def head(self, carry: Carry) -> Tensor:
@@ -187,10 +206,10 @@ class StagedBackbone(nn.Module):
             carry: what the last stage returned.
 
         Returns:
-            `(B, K)` logits.
+            `(B, K)` logits. An encoder without a classifier answers with its `(B, C)` pooled features.
         """
-        (logits,) = self._call(self.num_stages, carry.values)
-        return logits  # type: ignore[no-any-return]
+        features = _pool(self._answer(carry), self._answer_layout, prefix_tokens=0)
+        return features if self.classifier is None else self.classifier(features)
 
     def forward(self, images: Tensor) -> Tensor:
         """Run all stages and the head; equals the original model.
@@ -199,12 +218,12 @@ class StagedBackbone(nn.Module):
             images: `(B, C, H, W)` normalised images.
 
         Returns:
-            `(B, K)` logits.
+            `(B, K)` logits; of an encoder without a classifier, the features that it returns.
         """
         carry = self.start(images)
         for stage in range(self.num_stages):
             carry = self.run(stage, carry)
-        return self.head(carry)
+        return self._answer(carry) if self.classifier is None else self.head(carry)
 
     def extra_repr(self) -> str:
         """Name the stages with their channels and layouts."""
@@ -214,11 +233,29 @@ class StagedBackbone(nn.Module):
         )
         return f"stages: {stages}; classes: {self.num_classes}"
 
+    def _answer(self, carry: Carry) -> Tensor:
+        (answer,) = self._call(self.num_stages, _with_sizes(carry))
+        return answer  # type: ignore[no-any-return]
+
     def _call(self, segment: int, values: tuple[Any, ...]) -> tuple[Any, ...]:
         mode = self.model.training
         part = self._segments[mode][segment]
-        constants = {name: getattr(self, _constant_name(mode, name)) for name in part.constants}
+        constants = {name: self._constant(mode, name) for name in part.constants}
+        if mode and torch.is_grad_enabled() and self._checkpoints_stages():
+            return checkpoint(part.call, self.model, constants, values, use_reentrant=False)
         return part.call(self.model, constants, values)
+
+    def _constant(self, mode: bool, name: str) -> Any:
+        if name == _fx.DEVICE:
+            return next(self.model.parameters()).device
+        return getattr(self, _constant_name(mode, name))
+
+    def _checkpoints_stages(self) -> bool:
+        """Whether `model.set_grad_checkpointing()` was asked of modules that the cut has opened.
+
+        Modules inside a stage checkpoint themselves, as ever.
+        """
+        return any(getattr(self.model.get_submodule(name), "grad_checkpointing", False) for name in self._opened)
 
     @torch.no_grad()
     def _inspect(self) -> None:
@@ -240,18 +277,12 @@ class StagedBackbone(nn.Module):
             self.model = original
 
     def _classify(self) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
-        two, three = self._trail(self._probe_images(2)), self._trail(self._probe_images(3))
+        two, three = (self._trail(_probe_images(self.model, self.input_size, batch)) for batch in (2, 3))
         kinds = [
             tuple(_kind(a, b, name) for a, b in zip(two[n], three[n], strict=True))
             for n, name in enumerate(self.stage_names)
         ]
         return three, kinds
-
-    def _probe_images(self, batch: int) -> Tensor:
-        like = next(self.model.parameters(), torch.empty(0))
-        # A generator of its own: building a backbone must not move the user's random state.
-        images = torch.randn(3, *self.input_size, generator=torch.Generator().manual_seed(0))[:batch]
-        return images.to(like.device, like.dtype)
 
     def _trail(self, images: Tensor) -> list[tuple[Any, ...]]:
         trail, values = [], (images,)
@@ -262,12 +293,17 @@ class StagedBackbone(nn.Module):
 
     def _describe(self, trail: list[tuple[Any, ...]]) -> None:
         info = {str(entry.get("module")): entry for entry in _feature_info(self.model)}
-        features = []
+        features, paths = [], []
         for n, name in enumerate(self.stage_names):
-            x = _first_tensor(trail[n][self._segments[False][n].feature])
-            if x is None:
+            feature, entry = self._segments[False][n].feature, info.get(name, {})
+            found = list(_feature_tensors(trail[n][feature], self._kinds[False][n][feature]))
+            if not found:
                 raise DynskipError(f"Boundary {name!r} ends with no feature tensor to pool. Choose another module.")
-            features.append((name, x, info.get(name, {})))
+            # Of several (TNT's pixels and patches, branches of other widths), the one that `feature_info` speaks of.
+            path, x = next(((p, x) for p, x in found if entry.get("num_chs") in (x.shape[1], x.shape[-1])), found[0])
+            features.append((name, x, entry))
+            paths.append(path)
+        self._feature_paths = tuple(paths)
         layouts = [_layout(x, entry.get("num_chs"), self.input_size) for _, x, entry in features]
         known = [layout for layout in layouts if layout in ("NCHW", "NHWC")]
         self.layouts = tuple(layout or (known[0] if known else "NCHW") for layout in layouts)
@@ -280,13 +316,33 @@ class StagedBackbone(nn.Module):
             self._count_prefix(x, reductions) if layout == "NLC" else 0
             for (_, x, _), layout in zip(features, self.layouts, strict=True)
         )
-        logits = trail[-1][0]
-        if not isinstance(logits, Tensor) or logits.ndim != 2:
-            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        self._describe_answer(trail[-1][0])
+
+    def _describe_answer(self, answer: Any) -> None:
+        name = type(self.model).__name__
+        if not isinstance(answer, Tensor):
             raise DynskipError(
-                f"The model returns {got}, where logits of shape (B, classes) were expected. Give it a pooled "
-                "classifier head, or wrap it in a module that returns the logits alone."
+                f"{name} returns a {type(answer).__name__}, where one tensor of logits was expected. Wrap it in a "
+                "module that returns the logits alone."
             )
+        if answer.ndim not in (2, 3, 4):
+            raise DynskipError(
+                f"{name} returns a tensor of shape {tuple(answer.shape)}, which is neither (B, K) logits nor features "
+                "that can be pooled. Wrap it in a module that returns logits."
+            )
+        self._answer_layout = _layout(answer, getattr(self.model, "num_features", None), self.input_size) or "NCHW"
+        features = _pool(answer, self._answer_layout, prefix_tokens=0)
+        if self.classifier is None:
+            self.num_classes = features.shape[1]
+            return
+        try:
+            logits = self.classifier(features)
+        except Exception as error:
+            raise DynskipError(
+                f"`head` cannot run on the {features.shape[1]} features that {name} ends in: {error}."
+            ) from error
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            raise DynskipError(f"`head` must turn (B, {features.shape[1]}) features into (B, K) logits.")
         self.num_classes = logits.shape[1]
 
     def _count_prefix(self, x: Tensor, reductions: set[int]) -> int:
@@ -298,7 +354,7 @@ class StagedBackbone(nn.Module):
 
     def _verify(self, full: list[tuple[Any, ...]]) -> None:
         """Check the whole run against the original model and a shrinking batch against the rows of the whole run."""
-        images = self._probe_images(3)
+        images = _probe_images(self.model, self.input_size, 3)
         expected = self.model(images)
         if not _close(full[-1][0], expected):
             raise DynskipError(
@@ -317,7 +373,7 @@ class StagedBackbone(nn.Module):
             if n < 2:  # 3 rows -> rows 0 and 2 -> row 2
                 keep = torch.tensor([0, 2] if n == 0 else [1], device=images.device)
                 carry, rows = carry.select(keep), rows[keep]
-        if not _close(self.head(carry), expected[rows]):
+        if not _close(self._answer(carry), expected[rows]):
             raise DynskipError(
                 f"The head after boundary {self.stage_names[-1]!r} gives other logits on a part of the batch than "
                 f"on all of it. Choose another last boundary, {_fx.BY_HAND}."
@@ -337,11 +393,11 @@ def stage_model(
 
     Args:
         model: a timm model name (`"resnet50"`), a model, or a sequence of modules that run one after another.
-        boundaries: qualified names of the modules that end the stages. By default the model's own `feature_info`:
-            the stem and every stage of hierarchical models, evenly spaced blocks of plain ViTs. For a sequence, every
-            module is a stage.
-        head: what follows the last stage of a sequence: features to `(B, K)` logits. By default the sequence's last
-            module.
+        boundaries: qualified names of the modules that end the stages, in the order in which they run; a ModuleList
+            ends where its last member does. By default the model's own `feature_info`: the stem and every stage of
+            hierarchical models, evenly spaced blocks of plain ViTs. For a sequence, every module is a stage.
+        head: for a sequence, what follows its last stage: features to `(B, K)` logits; by default its last module.
+            For an encoder, a classifier of the `(B, C)` pooled features that it ends in.
         num_stages: keep only this many of the default boundaries, evenly spaced; the last one always stays.
         input_size: `(C, H, W)` to cut and check at; by default the model's own, or `(3, 224, 224)`.
         **timm_kwargs: for a model name, passed to `timm.create_model` (`pretrained`, `num_classes`, ...).
@@ -351,8 +407,8 @@ def stage_model(
         equal the rows of the whole run.
 
     Raises:
-        DynskipError: if the model is unknown, has no such boundary, or cannot be cut there; the message names the
-            boundary.
+        DynskipError: if the model is unknown, refuses the input size, has no such boundary, or cannot be cut there;
+            the message names the boundary and says what to do.
     """
     if isinstance(model, str):
         model = _create(model, timm_kwargs)
@@ -360,34 +416,38 @@ def stage_model(
         raise DynskipError(
             f"{sorted(timm_kwargs)} are arguments for timm models made by name; got a model already built."
         )
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise DynskipError(
+            "The model is already compiled as a whole, and skipping happens between its stages. Stage the model that "
+            "was compiled (model._orig_mod); its stages can be compiled one by one."
+        )
     if not isinstance(model, nn.Module) or isinstance(model, nn.ModuleList | nn.Sequential):
         model, chain = _as_chain(model, head)
         boundaries = chain if boundaries is None else boundaries
-    elif head is not None:
-        raise DynskipError("`head` goes with a sequence of modules; a whole model brings its own head.")
-    size = input_size or _input_size(model)
-    names = list(boundaries) if boundaries is not None else _default_names(model)
-    if not names:
-        raise DynskipError("No boundaries were given. Name at least one module that ends a stage.")
+        head = None
+    _check_traceable(model, boundaries or ())
+    names = _default_names(model) if boundaries is None else list(dict.fromkeys(boundaries))
     _check_names(model, names)
+    size = _fitting_size(model, input_size)
+    images = _probe_images(model, size, 2)
 
     segments: dict[bool, list[_fx.Segment]] = {}
     constants: dict[bool, dict[str, Tensor]] = {}
     stage_names: list[str] = []
     for training in (False, True):
         # timm's glue may differ between the modes (F.dropout, drop path), so each has segments of its own.
-        graph, constants[training] = _fx.trace(model, names, training)
+        graph, constants[training] = _fx.trace(model, names, training, images)
         cuts = [_fx.boundary_node(graph, name, model) for name in names]
         if boundaries is None:
-            cuts = _default_cuts(model, cuts, graph, num_stages)
+            cuts = _default_cuts(model, names[0], cuts, graph, num_stages)
         elif num_stages is not None:
             raise DynskipError("`num_stages` thins out default boundaries; leave it out when you name boundaries.")
-        segments[training] = _fx.split(graph, cuts)
+        segments[training] = _fx.split(graph, cuts, type(model).__name__)
         # A stem that ends in glue (a position embedding is added) has no module of its own to be named after.
         stage_names = [str(cut.target) if cut.op == "call_module" else "stem" for cut in cuts]
     if boundaries is not None:
         stage_names = names
-    return StagedBackbone(model, stage_names, segments, constants, size)
+    return StagedBackbone(model, stage_names, segments, constants, size, classifier=head)
 
 
 def _create(name: str, kwargs: dict[str, Any]) -> nn.Module:
@@ -441,8 +501,9 @@ def _feature_info(model: nn.Module) -> list[dict[str, Any]]:
 
 def _default_names(model: nn.Module) -> list[str]:
     known = {name for name, _ in model.named_modules()}
-    names = [str(entry["module"]) for entry in _feature_info(model)]
-    names = [name for name in dict.fromkeys(names) if name and name in known]
+    listed = [name for entry in _feature_info(model) if (name := str(entry.get("module", "")))]
+    found = [name if name in known else _resolve(model, name, listed) for name in listed]
+    names = [name for name in dict.fromkeys(found) if name]
     if not names:
         children = [name for name, _ in model.named_children()]
         raise DynskipError(
@@ -452,14 +513,34 @@ def _default_names(model: nn.Module) -> list[str]:
     return names
 
 
+def _resolve(model: nn.Module, name: str, listed: Sequence[str]) -> str:
+    """Find the module that an entry of `feature_info` means whose name is none of the model's; "" if there is none."""
+    known = {known_name for known_name, _ in model.named_modules()}
+    # Names relative to an inner encoder.
+    for child, _ in model.named_children():
+        if all(f"{child}.{entry}" in known for entry in listed):
+            return f"{child}.{name}"
+    # "block.2" for the third member of a list of as many stages as there are entries.
+    prefix, _, index = name.rpartition(".")
+    count = sum(entry.rpartition(".")[0] == prefix for entry in listed)
+    lists = [
+        child
+        for child, module in model.named_children()
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) == count
+    ]
+    if not index.isdigit() or not lists:
+        return ""
+    return f"{difflib.get_close_matches(prefix, lists, n=1, cutoff=0)[0]}.{index}"
+
+
 def _default_cuts(
-    model: nn.Module, cuts: list[Any], graph: torch.fx.Graph, num_stages: int | None
+    model: nn.Module, first: str, cuts: list[Any], graph: torch.fx.Graph, num_stages: int | None
 ) -> list[torch.fx.Node]:
     reductions = [entry.get("reduction") for entry in _feature_info(model)]
-    if len(cuts) > PLAIN_STAGES and len(set(reductions)) == 1:
-        num_stages = num_stages or PLAIN_STAGES
+    if len(cuts) > 1 and len(set(reductions)) == 1:
+        num_stages = num_stages or min(PLAIN_STAGES, len(cuts))
     else:
-        stem = _stem_node(model, cuts[0])
+        stem = _stem_node(model, first, graph)
         cuts = [_fx.swallow_parameterless(cut, model) for cut in cuts[:-1]] + cuts[-1:]
         cuts = ([stem] if stem is not None else []) + cuts
     if num_stages is None:
@@ -471,42 +552,82 @@ def _default_cuts(
     return [cuts[(i + 1) * len(cuts) // num_stages - 1] for i in range(num_stages)]
 
 
-def _stem_node(model: nn.Module, first: torch.fx.Node) -> torch.fx.Node | None:
+def _stem_node(model: nn.Module, first: str, graph: torch.fx.Graph) -> torch.fx.Node | None:
     """Return the value that enters the first stage, unless the first boundary ends the stem itself."""
-    layers = [m for m in model.get_submodule(str(first.target)).modules() if list(m.parameters(recurse=False))]
-    (entering,) = first.all_input_nodes[:1]
-    if len(layers) <= 1 or entering.op == "placeholder":
-        return None
-    return entering
+    layers = [m for m in model.get_submodule(first).modules() if list(m.parameters(recurse=False))]
+    # The first called member, where the stage is a ModuleList.
+    calls = (n for n in graph.nodes if n.op == "call_module" and f"{n.target}.".startswith(first + "."))
+    entering: torch.fx.Node = next(calls).all_input_nodes[0]
+    return None if len(layers) <= 1 or entering.op == "placeholder" else entering
+
+
+def _check_traceable(model: nn.Module, names: Sequence[str]) -> None:
+    for name in _fx.opened(model, names):
+        module = model.get_submodule(name)
+        if isinstance(module, torch.jit.ScriptModule):
+            raise DynskipError(
+                f"{name or module.original_name} is scripted or frozen by TorchScript, so its forward cannot be cut. "
+                "Stage the Python module that it was made from."
+            )
 
 
 def _check_names(model: nn.Module, names: Sequence[str]) -> None:
+    if not names:
+        raise DynskipError("No boundaries were given. Name at least one module that ends a stage.")
     known = [name for name, _ in model.named_modules() if name]
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=3)
             hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Its children are {known[:8]}."
             raise DynskipError(f"{type(model).__name__} has no module {name!r} to end a stage at. {hint}")
-    if len(set(names)) != len(names):
-        raise DynskipError(f"Boundaries must be named once each; got {list(names)}.")
 
 
-def _input_size(model: nn.Module) -> tuple[int, int, int]:
+def _probe_images(model: nn.Module, input_size: tuple[int, int, int], batch: int) -> Tensor:
+    like = next(model.parameters(), torch.empty(0))
+    # A generator of its own: building a backbone must not move the user's random state.
+    images = torch.randn(3, *input_size, generator=torch.Generator().manual_seed(0))[:batch]
+    return images.to(like.device, like.dtype)
+
+
+def _fitting_size(model: nn.Module, given: tuple[int, int, int] | None) -> tuple[int, int, int]:
+    """Return the size to cut at, having seen that the model takes it."""
+    sizes = [given] if given is not None else _likely_sizes(model)
+    for size in sizes:
+        try:
+            with torch.no_grad(), _fx.in_mode(model, False):
+                model(_probe_images(model, size, 2))
+        except Exception as error:
+            refusal = error
+        else:
+            return size
+    raise DynskipError(
+        f"{type(model).__name__} refuses images of {' or '.join('x'.join(map(str, size)) for size in sizes)} "
+        f"({type(refusal).__name__}: {refusal}). Pass input_size=(C, H, W) that it takes; models with position tables "
+        "or windows of a fixed size have to be built for it (timm: img_size=...)."
+    ) from refusal
+
+
+def _likely_sizes(model: nn.Module) -> list[tuple[int, int, int]]:
     config = getattr(model, "pretrained_cfg", None) or {}
     channels, height, width = config.get("input_size") or (3, 224, 224)
     embed = getattr(model, "patch_embed", None)
     if getattr(embed, "img_size", None) is not None:  # a ViT built at another size than its published weights
         height, width = embed.img_size  # type: ignore[union-attr]
     convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if convolution is not None:
-        channels = convolution.in_channels
-    return channels, height, width
+    # Built for other channels than its published weights; but not where pixels are folded into channels first.
+    built_for = channels if convolution is None else convolution.in_channels
+    return [(c, height, width) for c in dict.fromkeys((channels, built_for))]
 
 
-def _first_tensor(value: Any) -> Tensor | None:
-    if isinstance(value, tuple | list):
-        return next((x for item in value if (x := _first_tensor(item)) is not None), None)
-    return value if _fx.is_tensor_like(value) else None
+def _feature_tensors(value: Any, kind: Any) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Find the tensors that could be pooled in what a stage returns: one row a sample, with where they stand in it."""
+    if kind == ("rows", 1):
+        if value.is_floating_point() and value.ndim >= 2:
+            yield (), value
+    elif isinstance(value, tuple | list) and kind != "static":
+        for i, (item, item_kind) in enumerate(zip(value, kind, strict=True)):
+            for path, x in _feature_tensors(item, item_kind):
+                yield (i, *path), x
 
 
 def _layout(x: Tensor, num_chs: int | None, input_size: tuple[int, int, int]) -> str | None:
