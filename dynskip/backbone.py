@@ -336,7 +336,8 @@ class StagedBackbone(nn.Module):
             self.num_classes = features.shape[1]
             return
         try:
-            logits = self.classifier(features)
+            with _fx.in_mode(self.classifier, False):
+                logits = self.classifier(features)
         except Exception as error:
             raise DynskipError(
                 f"`head` cannot run on the {features.shape[1]} features that {name} ends in: {error}."
@@ -562,8 +563,9 @@ def _stem_node(model: nn.Module, first: str, graph: torch.fx.Graph) -> torch.fx.
 
 
 def _check_traceable(model: nn.Module, names: Sequence[str]) -> None:
+    modules = dict(model.named_modules())  # get_submodule is what scripted modules lack
     for name in _fx.opened(model, names):
-        module = model.get_submodule(name)
+        module = modules[name]
         if isinstance(module, torch.jit.ScriptModule):
             raise DynskipError(
                 f"{name or module.original_name} is scripted or frozen by TorchScript, so its forward cannot be cut. "
