@@ -14,9 +14,10 @@ from dynskip.losses import (
     SelfSupervisionLoss,
     SoFLoss,
 )
+from dynskip.output import UNSEEN, EncodedVideo, SkipOutput
 from dynskip.sofnet import sofnet
 from dynskip.terminate import EarlyTerminator
-from dynskip.wrapper import UNSEEN, EncodedVideo, SkipOutput, StopOrForward
+from dynskip.wrapper import StopOrForward
 
 __version__ = "0.1.0"
 
