@@ -15,6 +15,8 @@ from dynskip.losses import (
     SoFLoss,
 )
 from dynskip.output import UNSEEN, EncodedVideo, SkipOutput
+from dynskip.runtime.online import FrameStep, Prediction, Session
+from dynskip.runtime.streams import FrameResult, VideoResult
 from dynskip.sofnet import sofnet
 from dynskip.terminate import EarlyTerminator
 from dynskip.wrapper import StopOrForward
@@ -30,16 +32,21 @@ __all__ = [
     "EfficiencyLoss",
     "EncodedVideo",
     "FLOPsLookup",
+    "FrameResult",
+    "FrameStep",
     "InnerClassificationLoss",
     "InnerClassifier",
     "LossParts",
     "PolicyGate",
     "PolicyGuidanceLoss",
+    "Prediction",
     "SelfSupervisionLoss",
+    "Session",
     "SkipOutput",
     "SoFLoss",
     "StagedBackbone",
     "StopOrForward",
+    "VideoResult",
     "exponential_temperature",
     "sofnet",
     "stage_model",

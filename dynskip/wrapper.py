@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from dynskip.gates import FORWARD, STOP, GateState
 from dynskip.output import EncodedVideo, SkipOutput, answered_by, fallback_frames, masked_output, sum_dtype
 from dynskip.runtime.clip import Usage, run_clip
 from dynskip.runtime.online import Session
+from dynskip.runtime.streams import FrameResult, VideoResult, aserve, serve
 from dynskip.terminate import EarlyTerminator
 
 
@@ -135,6 +136,52 @@ class StopOrForward(nn.Module):
             DynskipError: if the batch is not positive, or the model is in training mode.
         """
         return Session(self, batch)
+
+    def serve_streams(
+        self, sources: Iterable[Any], max_streams: int = 16, batch_size: int = 16
+    ) -> Iterator[FrameResult | VideoResult]:
+        """Classify many videos or cameras at once, their frames batched per stage.
+
+        Each stream has at most one frame in flight, which is pulled only when it can be taken; a stream that is done
+        is replaced at once. Results do not depend on which streams run beside one another. A stream that raises, or
+        sends a frame that does not fit, fails alone. Sources that wait for frames hold up the others here; give them
+        to `aserve_streams`. Closing the iterator closes the sources' iterators.
+
+        Args:
+            sources: one item a video, endless or lazy as you like: `(key, frames)`, or `frames` alone, which get their
+                number as key. Frames are an iterable of `(C, H, W)` normalised tensors.
+            max_streams: streams in flight; the others wait.
+            batch_size: most frames in one stage run.
+
+        Returns:
+            An iterator of events: a `FrameResult` for every frame, a `VideoResult` for every stream.
+
+        Raises:
+            DynskipError: if a number is not positive, or the model is in training mode.
+        """
+        return serve(self, sources, max_streams, batch_size)
+
+    def aserve_streams(
+        self, sources: Any, max_streams: int = 16, batch_size: int = 16
+    ) -> AsyncIterator[FrameResult | VideoResult]:
+        """Classify many videos or cameras at once, whenever their frames arrive: `async for event in ...`.
+
+        As `serve_streams`, but a stream that has to wait for its next frame holds up nobody. Stages run in the event
+        loop's thread; sources get their turn between them. Where you leave the loop early, close it with
+        `contextlib.aclosing`.
+
+        Args:
+            sources: as in `serve_streams`; it and the frames of each stream may be asynchronous iterables.
+            max_streams: streams in flight; the others wait.
+            batch_size: most frames in one stage run.
+
+        Returns:
+            An asynchronous iterator of events.
+
+        Raises:
+            DynskipError: if a number is not positive, or the model is in training mode.
+        """
+        return aserve(self, sources, max_streams, batch_size)
 
     def lookup_for(self, image_size: tuple[int, int]) -> FLOPsLookup:
         """Return the cost table for frames of a size.

@@ -23,10 +23,11 @@ from dynskip.output import UNSEEN, SkipOutput, masked_output
 from dynskip.runtime._state import CarryRow, Progress, check_eval, gather, run_to_end
 
 if TYPE_CHECKING:
+    from dynskip.terminate import EarlyTerminator
     from dynskip.wrapper import StopOrForward
 
 FRAMES_IN_FLIGHT = 64  # bounds the features held at a time, over all videos of a batch
-LONGEST_STEP = 8  # frames to look ahead where videos may end: few are wasted, and larger batches gain little more
+LONGEST_STEP = 8  # frames to look ahead where some may be wasted; larger batches gain little more
 
 
 @torch.no_grad()
@@ -51,7 +52,7 @@ def run_clip(model: StopOrForward, video: Tensor, window: int | None = None, sam
         raise DynskipError(f"window={window}: a window has at least one frame; give 1 to go frame by frame.")
     batch, frames = video.shape[:2]
     clip = _Clip(model, video, sample)
-    size = window or model._usage.window(model, batch)
+    size = window or model._usage.window(model.terminator, batch, clip.gate_by_gate)
     while live := [b for b in range(batch) if clip.position[b] < clip.length[b]]:
         clip.run_window({b: min(clip.position[b] + size, frames) for b in live})
     if window is None and model.terminator is not None:
@@ -70,15 +71,22 @@ class Usage:
         for count in seen:
             self._mean = count if self._mean is None else 0.9 * self._mean + 0.1 * count
 
-    def window(self, model: StopOrForward, batch: int) -> int:
-        """Choose how many frames of each video of a batch to look ahead."""
+    def window(self, terminator: EarlyTerminator | None, batch: int, gate_by_gate: bool) -> int:
+        """Choose how many frames of each video of a batch to look ahead.
+
+        Args:
+            terminator: what ends videos.
+            batch: number of videos.
+            gate_by_gate: whether nothing that is looked at ahead can turn out otherwise.
+        """
         bound = max(1, FRAMES_IN_FLIGHT // batch)
-        if model.terminator is None:
-            return bound
-        sure = model.terminator.min_frames + 1  # no video ends before
+        if terminator is None:
+            return bound if gate_by_gate else min(LONGEST_STEP, bound)
+        sure = terminator.min_frames + 1  # no video ends before
         expected = max(self._mean or sure, sure)
         # Steps of equal length that come out where videos usually end.
-        return min(max(sure, math.ceil(expected / math.ceil(expected / LONGEST_STEP))), bound)
+        step = math.ceil(expected / math.ceil(expected / LONGEST_STEP))
+        return min(max(sure, step) if gate_by_gate else step, bound)
 
 
 class _Features:
