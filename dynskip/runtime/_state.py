@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -58,11 +59,14 @@ class Progress:
         ended: `(B,)` boolean, videos that the terminator has ended.
         furthest: for each row without a used frame, the stopped frame that got furthest so far.
         answered: for each row, whether a frame has been used.
+        dtype: of the model's weights, and so of what is handed out.
+        device: where the model is.
     """
 
     def __init__(self, model: StopOrForward, batch: int) -> None:
         self.model = model
         weight = next(model.parameters())
+        self.dtype, self.device = weight.dtype, weight.device
         # Written in place, so every tensor is our own (a gate may hand out one tensor of zeros twice), and a normal
         # one even where the caller is in inference mode now and leaves it later.
         with torch.inference_mode(False), torch.no_grad():
@@ -128,6 +132,10 @@ class Progress:
                 self.furthest[row], self.answered[row] = None, True
         if self.model.terminator is not None:
             self.ended[rows] = self.model.terminator(self.running(rows).softmax(-1), self.seen[rows])
+
+    def unknown(self, *shape: int) -> Tensor:
+        """Return NaNs, of the model's dtype, for what has not been computed."""
+        return torch.full(shape, math.nan, dtype=self.dtype, device=self.device)
 
     def running(self, rows: Tensor) -> Tensor:
         """Return the mean logits of the rows' used frames; NaN where there are none."""

@@ -141,9 +141,8 @@ class _Clip:
         self.position = [0] * self.batch  # the first frame that is not decided
         self.length = [self.frames] * self.batch  # frames until the video ends, as far as is known
         self.stopped_at = [UNSEEN] * (self.batch * self.frames)
-        weight = next(model.parameters())
-        self.gate_logits = weight.new_full((self.batch * self.frames, self.stages, 2), math.nan)
-        self.frame_logits = weight.new_full((self.batch * self.frames, model.backbone.num_classes), math.nan)
+        self.gate_logits = self.progress.unknown(self.batch * self.frames, self.stages, 2)
+        self.frame_logits = self.progress.unknown(self.batch * self.frames, model.backbone.num_classes)
         # How often each video ran each stage, each gate and the head.
         self.executed = [[0] * (2 * self.stages + 1) for _ in range(self.batch)]
         # Without memory, or where it advances gate by gate, no gate waits for what later ones say.

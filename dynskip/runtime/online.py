@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -93,7 +92,8 @@ class Session:
         self.model = model
         self.batch = batch
         self._progress = Progress(model, batch)
-        self._macs = torch.zeros(batch, dtype=torch.float64, device=self._progress.used.device)
+        with torch.inference_mode(False):  # see `Progress`
+            self._macs = torch.zeros(batch, dtype=torch.float64, device=self._progress.device)
         self._image_size: tuple[int, int] | None = None
         self._costs = self._macs  # of a frame by what became of it, once the frames' size is known
 
@@ -114,19 +114,19 @@ class Session:
         frames = frame[None] if isinstance(frame, Tensor) and frame.ndim == 3 and self.batch == 1 else frame
         check_frames(frames, self.model.backbone, self.batch)
         self._set_size((frames.shape[2], frames.shape[3]))
-        progress, backbone, weight = self._progress, self.model.backbone, next(self.model.parameters())
-        stages, unknown = backbone.num_stages, math.nan
+        progress, backbone = self._progress, self.model.backbone
+        stages = backbone.num_stages
         stopped_at = torch.full((self.batch,), UNSEEN, device=frames.device)
-        gate_logits = weight.new_full((self.batch, stages, 2), unknown)
-        frame_logits = weight.new_full((self.batch, backbone.num_classes), unknown)
+        gate_logits = progress.unknown(self.batch, stages, 2)
+        frame_logits = progress.unknown(self.batch, backbone.num_classes)
         rows = (~progress.ended).nonzero().squeeze(1)
         if len(rows):
             used, logits = self._run(rows, frames if len(rows) == self.batch else frames[rows], stopped_at, gate_logits)
-            frame_logits[used] = logits.to(weight.dtype)
+            frame_logits[used] = logits.to(progress.dtype)
             progress.advance(rows, used, frame_logits[used])
         macs = self._costs[stopped_at + 1]
         self._macs += macs
-        running = progress.running(torch.arange(self.batch, device=rows.device)).to(weight.dtype)
+        running = progress.running(torch.arange(self.batch, device=rows.device)).to(progress.dtype)
         ended = progress.ended.clone()
         return FrameStep(stopped_at, stopped_at == stages, gate_logits, frame_logits, running, ended, macs)
 
@@ -210,8 +210,7 @@ class Session:
             fallback_frame[rows] = torch.tensor([f.frame for f in frames], device=macs.device)
             completion = self.model.lookup_for(self._image_size).completion
             macs[rows] += completion[[f.stopped_at for f in frames]].to(macs.device)
-        dtype = next(self.model.parameters()).dtype
-        return Prediction(logits.to(dtype), progress.used.clone(), progress.seen.clone(), fallback_frame, macs)
+        return Prediction(logits.to(progress.dtype), progress.used.clone(), progress.seen.clone(), fallback_frame, macs)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to go on elsewhere: tensors, numbers and names, no objects.

@@ -180,7 +180,7 @@ class Scheduler:
         """
         frames = frame[None] if isinstance(frame, Tensor) and frame.ndim == 3 else frame
         if isinstance(frames, Tensor):
-            frames = frames.to(next(self.model.parameters()).device)
+            frames = frames.to(self._progress.device)
         check_frames(frames, self.model.backbone, 1)
         size = (frames.shape[2], frames.shape[3])
         if stream.size is None:
@@ -271,7 +271,7 @@ class Scheduler:
 
     def _answer(self, frames: list[_Waiting], carry: Carry) -> list[Event]:
         """Run the head on frames that came to the end: used ones, and those that answer for their videos."""
-        logits = self.model.backbone.head(carry).to(next(self.model.parameters()).dtype)
+        logits = self.model.backbone.head(carry).to(self._progress.dtype)
         events: list[Event] = [self._result(w.stream, logits[i].clone()) for i, w in enumerate(frames) if w.final]
         used = [i for i, waiting in enumerate(frames) if not waiting.final]
         if used:
@@ -287,7 +287,7 @@ class Scheduler:
         else:
             self._progress.commit(slots)
             self._progress.advance(slots, slots, logits)
-        running = self._progress.running(slots).to(next(self.model.parameters()).dtype)
+        running = self._progress.running(slots).to(self._progress.dtype)
         events: list[Event] = []
         for i, (stream, ended) in enumerate(zip(streams, self._progress.ended[slots].tolist(), strict=True)):
             assert stream.lookup is not None
@@ -305,8 +305,7 @@ class Scheduler:
         progress, slot = self._progress, stream.slot
         furthest = progress.furthest[slot] if fallback is not None else None
         frame = -1 if furthest is None else furthest.frame
-        dtype = next(self.model.parameters()).dtype
-        logits = progress.running(torch.tensor([slot]))[0].to(dtype) if fallback is None else fallback
+        logits = progress.running(torch.tensor([slot]))[0].to(progress.dtype) if fallback is None else fallback
         self.streams.remove(stream)
         self.finished.append(stream)
         self._free.append(slot)
