@@ -14,9 +14,12 @@ from dynskip.losses import (
     SelfSupervisionLoss,
     SoFLoss,
 )
+from dynskip.output import UNSEEN, EncodedVideo, SkipOutput
+from dynskip.runtime.online import FrameStep, Prediction, Session
+from dynskip.runtime.streams import FrameResult, VideoResult
 from dynskip.sofnet import sofnet
 from dynskip.terminate import EarlyTerminator
-from dynskip.wrapper import UNSEEN, EncodedVideo, SkipOutput, StopOrForward
+from dynskip.wrapper import StopOrForward
 
 __version__ = "0.1.0"
 
@@ -29,16 +32,21 @@ __all__ = [
     "EfficiencyLoss",
     "EncodedVideo",
     "FLOPsLookup",
+    "FrameResult",
+    "FrameStep",
     "InnerClassificationLoss",
     "InnerClassifier",
     "LossParts",
     "PolicyGate",
     "PolicyGuidanceLoss",
+    "Prediction",
     "SelfSupervisionLoss",
+    "Session",
     "SkipOutput",
     "SoFLoss",
     "StagedBackbone",
     "StopOrForward",
+    "VideoResult",
     "exponential_temperature",
     "sofnet",
     "stage_model",

@@ -137,6 +137,17 @@ class FLOPsLookup:
         """What forwarding at each gate may still cost, `(N,)` (Eq. 3.10)."""
         return self.total - self.cumulative
 
+    @property
+    def by_outcome(self) -> Tensor:
+        """Cost of a frame that is not looked at, is stopped by gate 0, ..., by gate `N - 1`, or is used, `(N + 2,)`."""
+        zero = torch.zeros(1, dtype=torch.float64)
+        return torch.cat([zero, self.cumulative, zero + self.total])
+
+    @property
+    def completion(self) -> Tensor:
+        """What running a frame that each gate stopped to the end costs, without gates, `(N,)`."""
+        return self.per_stage.sum() - self.per_stage.cumsum(0) + self.head
+
     def cost(self, stopped_at: Tensor, used: Tensor) -> Tensor:
         """Add up what was executed.
 
@@ -149,15 +160,11 @@ class FLOPsLookup:
         Returns:
             `(B,)` float64 executed cost a video, gates and head included.
         """
-        stages = len(self.per_stage)
-        zero = torch.zeros(1, dtype=torch.float64)
-        # Index 0: unseen; 1..N: stopped by a gate; N + 1: used.
-        table = torch.cat([zero, self.cumulative, zero + self.total]).to(stopped_at.device)
-        costs = table[stopped_at + 1].sum(1)
-        after = (self.per_stage.sum() - self.per_stage.cumsum(0) + self.head).to(stopped_at.device)
+        costs = self.by_outcome.to(stopped_at.device)[stopped_at + 1].sum(1)
         furthest = stopped_at.amax(1)
         fallback = ~used.any(1) & (furthest >= 0)
-        return costs + torch.where(fallback, after[furthest.clamp(0, stages - 1)], 0.0)
+        completion = self.completion.to(stopped_at.device)[furthest.clamp(0, len(self.per_stage) - 1)]
+        return costs + torch.where(fallback, completion, 0.0)
 
     def __repr__(self) -> str:
         """Show the table in thousands of millions where it counts MACs."""

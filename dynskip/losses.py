@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
 from dynskip.gates import FORWARD, STOP
-from dynskip.wrapper import SkipOutput
+from dynskip.output import SkipOutput
 
 
 def classification_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dynskip.errors import DynskipError
-from dynskip.wrapper import UNSEEN
+from dynskip.output import UNSEEN
 
 
 @dataclass(frozen=True)

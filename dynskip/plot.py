@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dynskip.errors import DynskipError
 from dynskip.metrics import FrameUsage, check_stopped_at
-from dynskip.wrapper import UNSEEN
+from dynskip.output import UNSEEN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

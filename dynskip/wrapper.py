@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,105 +11,17 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from dynskip._check import check_video
 from dynskip._fx import in_mode
-from dynskip.backbone import Carry, StagedBackbone
+from dynskip.backbone import StagedBackbone
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
 from dynskip.gates import FORWARD, STOP, GateState
+from dynskip.output import EncodedVideo, SkipOutput, answered_by, fallback_frames, masked_output, sum_dtype
+from dynskip.runtime.clip import Usage, run_clip
+from dynskip.runtime.online import Session
+from dynskip.runtime.streams import FrameResult, VideoResult, aserve, serve
 from dynskip.terminate import EarlyTerminator
-
-UNSEEN = -1  # `stopped_at` of a frame that was never looked at, because the video had ended
-
-
-@dataclass
-class SkipOutput:
-    """What a pass over videos decided, predicted and cost. What was not evaluated is masked, never invented.
-
-    Attributes:
-        logits: `(B, K)` logits of each video: the mean over its used frames (Eq. 3.6).
-        forward: `(B, T, N)` decisions, 1 forward and 0 stop; straight-through in training, 0 where a gate was not
-            evaluated.
-        used: `(B, T)` boolean, frames that passed every gate.
-        stopped_at: `(B, T)` index of the gate that stopped the frame; `N` for used frames, -1 for unseen ones.
-        frame_logits: `(B, T, K)` logits of each frame (Eq. 3.5), NaN where not computed.
-        gate_logits: `(B, T, N, 2)` logits (stop, forward), NaN where not evaluated; `None` without gates.
-        inner_logits: `(B, T, N, K)` logits of the inner classifiers, NaN where their gate was not evaluated; `None`
-            when they did not run (they serve training; the skipping pass leaves them out).
-        macs: `(B,)` float64 executed cost of each video in the lookup's unit (MACs), gates and head included.
-        fallback_frame: `(B,)` where no frame was used, the frame that was run to the end in their place; else -1.
-        evaluated: `(B, T, N)` boolean, gates that ran: all of them in training, those a frame reached in eval.
-    """
-
-    logits: Tensor
-    forward: Tensor
-    used: Tensor
-    stopped_at: Tensor
-    frame_logits: Tensor
-    gate_logits: Tensor | None
-    inner_logits: Tensor | None
-    macs: Tensor
-    fallback_frame: Tensor
-    evaluated: Tensor
-
-    @property
-    def num_stages(self) -> int:
-        """Number of stages `N`."""
-        return self.forward.shape[-1]
-
-    @property
-    def probabilities(self) -> Tensor:
-        """`(B, K)` class probabilities of each video."""
-        return self.logits.softmax(-1)
-
-    @property
-    def fallback(self) -> Tensor:
-        """`(B,)` boolean, videos of which no frame was used."""
-        return self.fallback_frame >= 0
-
-    @property
-    def seen(self) -> Tensor:
-        """`(B, T)` boolean, frames that were looked at."""
-        return self.stopped_at != UNSEEN
-
-
-@dataclass
-class EncodedVideo:
-    """Everything that gates and the video's prediction need of a dense backbone pass.
-
-    With a frozen backbone, store it once and train gates on it in seconds per epoch.
-
-    Attributes:
-        pooled: for each of `N` stages `(B, T, C_n)` pooled features.
-        frame_logits: `(B, T, K)` logits of every frame.
-        image_size: `(H, W)` of the frames, for the cost table.
-    """
-
-    pooled: tuple[Tensor, ...]
-    frame_logits: Tensor
-    image_size: tuple[int, int]
-
-
-@dataclass
-class _Progress:
-    """Where a batch of videos stands while frames arrive: one row a video."""
-
-    states: list[GateState]
-    logit_sum: Tensor  # (B, K) over used frames
-    used: Tensor  # (B,) frames used
-    seen: Tensor  # (B,) frames looked at
-    ended: Tensor  # (B,) boolean
-    best_score: Tensor  # (B,) float64: depth + forward probability of the furthest stopped frame; -1 before any
-    best_frame: Tensor  # (B,)
-    best_carry: list[Carry | None]  # the furthest frame's carry, kept while no frame has been used
-
-
-@dataclass
-class _Step:
-    """What happened to one frame of each of some videos."""
-
-    stopped_at: Tensor  # (M,)
-    gate_logits: Tensor  # (M, N, 2)
-    frame_logits: Tensor  # (M, K)
 
 
 class StopOrForward(nn.Module):
@@ -167,6 +78,7 @@ class StopOrForward(nn.Module):
         _check_lookup(backbone, lookup)
         self._given_lookup = lookup
         self._measured: dict[tuple[int, int], FLOPsLookup] = {}
+        self._usage = Usage()
 
     def forward(self, video: Tensor, *, dense: bool = False, sample: bool | None = None) -> SkipOutput:
         """Classify videos.
@@ -187,7 +99,89 @@ class StopOrForward(nn.Module):
             return self._dense(video)
         if self.training:
             return self.decide(self.encode(video), sample=sample)
-        return self._skip(video, sample=bool(sample))
+        # Draws cannot be the same in another order, so a sampled pass goes frame by frame.
+        return run_clip(self, video, window=1 if sample else None, sample=bool(sample))
+
+    def run_clip(self, video: Tensor, window: int | None = None) -> SkipOutput:
+        """Classify stored videos, really skipping: what `model(video)` does in eval, with the window to choose.
+
+        A window of frames of every video goes through each stage as one batch, ahead of the decisions that they depend
+        on; where a decision then changes, only what it asks for is run. The outputs do not depend on the window: it
+        trades `speculative_macs` for larger batches.
+
+        Args:
+            video: `(B, T, C, H, W)` normalised frames in order, floating point.
+            window: frames of a video to look ahead; 1 goes frame by frame. By default as many as videos are usually
+                looked at before they end, within bounds.
+
+        Returns:
+            The output, without gradients.
+
+        Raises:
+            DynskipError: if the video does not fit (see `forward`), the window is not positive, or the model is in
+                training mode.
+        """
+        return run_clip(self, video, window)
+
+    def stream(self, batch: int = 1) -> Session:
+        """Open a session that classifies videos while their frames arrive.
+
+        Args:
+            batch: number of videos; a frame of each arrives at a time.
+
+        Returns:
+            The session: call it with every frame.
+
+        Raises:
+            DynskipError: if the batch is not positive, or the model is in training mode.
+        """
+        return Session(self, batch)
+
+    def serve_streams(
+        self, sources: Iterable[Any], max_streams: int = 16, batch_size: int = 16
+    ) -> Iterator[FrameResult | VideoResult]:
+        """Classify many videos or cameras at once, their frames batched per stage.
+
+        Each stream has at most one frame in flight, which is pulled only when it can be taken; a stream that is done
+        is replaced at once. Results do not depend on which streams run beside one another. A stream that raises, or
+        sends a frame that does not fit, fails alone. Sources that wait for frames hold up the others here; give them
+        to `aserve_streams`. Closing the iterator closes the sources' iterators.
+
+        Args:
+            sources: one item a video, endless or lazy as you like: `(key, frames)`, or `frames` alone, which get their
+                number as key. Frames are an iterable of `(C, H, W)` normalised tensors.
+            max_streams: streams in flight; the others wait.
+            batch_size: most frames in one stage run.
+
+        Returns:
+            An iterator of events: a `FrameResult` for every frame, a `VideoResult` for every stream.
+
+        Raises:
+            DynskipError: if a number is not positive, or the model is in training mode.
+        """
+        return serve(self, sources, max_streams, batch_size)
+
+    def aserve_streams(
+        self, sources: Any, max_streams: int = 16, batch_size: int = 16
+    ) -> AsyncIterator[FrameResult | VideoResult]:
+        """Classify many videos or cameras at once, whenever their frames arrive: `async for event in ...`.
+
+        As `serve_streams`, but a stream that has to wait for its next frame holds up nobody. Stages run in the event
+        loop's thread; sources get their turn between them. Where you leave the loop early, close it with
+        `contextlib.aclosing`.
+
+        Args:
+            sources: as in `serve_streams`; it and the frames of each stream may be asynchronous iterables.
+            max_streams: streams in flight; the others wait.
+            batch_size: most frames in one stage run.
+
+        Returns:
+            An asynchronous iterator of events.
+
+        Raises:
+            DynskipError: if a number is not positive, or the model is in training mode.
+        """
+        return aserve(self, sources, max_streams, batch_size)
 
     def lookup_for(self, image_size: tuple[int, int]) -> FLOPsLookup:
         """Return the cost table for frames of a size.
@@ -225,7 +219,7 @@ class StopOrForward(nn.Module):
         Raises:
             DynskipError: as `forward`.
         """
-        self._check_video(video)
+        check_video(video, self.backbone)
         batch, height, width = video.shape[0], video.shape[3], video.shape[4]
         carry = self.backbone.start(rearrange(video, "b t c h w -> (b t) c h w"))
         pooled = []
@@ -256,7 +250,7 @@ class StopOrForward(nn.Module):
         stages = self.backbone.num_stages
         states = [gate.initial_state(batch) for gate in self.gates]
         ended = torch.zeros(batch, dtype=torch.bool, device=frame_logits.device)
-        logit_sum = torch.zeros_like(frame_logits[:, 0], dtype=_sum_dtype(frame_logits.dtype))
+        logit_sum = torch.zeros_like(frame_logits[:, 0], dtype=sum_dtype(frame_logits.dtype))
         used_count = torch.zeros(batch, dtype=torch.long, device=frame_logits.device)
         all_gate_logits, all_decisions, all_inner, all_reached, all_used = [], [], [], [], []
         for t in range(frames):
@@ -292,31 +286,24 @@ class StopOrForward(nn.Module):
         inner_logits = torch.stack(all_inner, 1) if all_inner else None
         # Of the gates a frame reached, the last one stopped it; a used frame passed that one, too.
         stopped_at = evaluated.sum(-1) - 1 + used.long()
-        fallback_frame = _fallback_frame(stopped_at, used, gate_logits)
-        answered = _answered(used, fallback_frame)
-        if self.training:
-            evaluated = torch.ones_like(evaluated)
-            # Straight-through: the product of the gates carries their gradient, a fallback frame counts as given.
-            weights = forward.prod(-1) + (answered & ~used).to(forward.dtype)
-            logits = (weights[..., None] * frame_logits).sum(1) / weights.sum(1, keepdim=True)
-        else:
-            forward = forward * evaluated
-            gate_logits = gate_logits.masked_fill(~evaluated[..., None], math.nan)
-            if inner_logits is not None:
-                inner_logits = inner_logits.masked_fill(~evaluated[..., None], math.nan)
-            frame_logits = frame_logits.masked_fill(~answered[..., None], math.nan)
-            logits = _mean_where(answered, frame_logits)
+        fallback_frame = fallback_frames(stopped_at, used, gate_logits)
+        lookup = self.lookup_for(encoded.image_size)
+        if not self.training:
+            return masked_output(stopped_at, gate_logits, frame_logits, fallback_frame, lookup, inner_logits)
+        answered = answered_by(used, fallback_frame)
+        # Straight-through: the product of the gates carries their gradient, a fallback frame counts as given.
+        weights = forward.prod(-1) + (answered & ~used).to(forward.dtype)
         return SkipOutput(
-            logits=logits,
+            logits=(weights[..., None] * frame_logits).sum(1) / weights.sum(1, keepdim=True),
             forward=forward,
             used=used,
             stopped_at=stopped_at,
             frame_logits=frame_logits,
             gate_logits=gate_logits,
             inner_logits=inner_logits,
-            macs=self.lookup_for(encoded.image_size).cost(stopped_at, used),
+            macs=lookup.cost(stopped_at, used),
             fallback_frame=fallback_frame,
-            evaluated=evaluated,
+            evaluated=torch.ones_like(evaluated),
         )
 
     def _dense(self, video: Tensor) -> SkipOutput:
@@ -337,134 +324,6 @@ class StopOrForward(nn.Module):
             evaluated=torch.zeros(batch, frames, stages, dtype=torch.bool, device=video.device),
         )
 
-    @torch.no_grad()
-    def _skip(self, video: Tensor, sample: bool) -> SkipOutput:
-        self._check_video(video)
-        batch, frames = video.shape[:2]
-        stages, classes = self.backbone.num_stages, self.backbone.num_classes
-        progress = self._begin(batch)
-        dtype, device = next(self.parameters()).dtype, video.device
-        stopped_at = torch.full((batch, frames), UNSEEN, device=device)
-        gate_logits = torch.full((batch, frames, stages, 2), math.nan, dtype=dtype, device=device)
-        frame_logits = torch.full((batch, frames, classes), math.nan, dtype=dtype, device=device)
-        for t in range(frames):
-            rows = (~progress.ended).nonzero().squeeze(1)
-            if not len(rows):
-                break
-            step = self._step(progress, rows, video[rows, t], sample)
-            stopped_at[rows, t] = step.stopped_at
-            gate_logits[rows, t] = step.gate_logits
-            frame_logits[rows, t] = step.frame_logits
-        fallback_frame = self._run_fallback(progress, frame_logits)
-        used = stopped_at == stages
-        depth = torch.arange(stages, device=device)
-        lookup = self.lookup_for((video.shape[3], video.shape[4]))
-        return SkipOutput(
-            logits=_mean_where(_answered(used, fallback_frame), frame_logits),
-            forward=(depth < stopped_at[..., None]).to(dtype),
-            used=used,
-            stopped_at=stopped_at,
-            frame_logits=frame_logits,
-            gate_logits=gate_logits,
-            inner_logits=None,
-            macs=lookup.cost(stopped_at, used),
-            fallback_frame=fallback_frame,
-            evaluated=depth <= stopped_at[..., None],
-        )
-
-    def _begin(self, batch: int) -> _Progress:
-        weight = next(self.parameters())
-        return _Progress(
-            # Rows are written in place: a gate may well hand out one tensor of zeros twice.
-            states=[tuple(s.clone() for s in gate.initial_state(batch)) for gate in self.gates],
-            logit_sum=weight.new_zeros(batch, self.backbone.num_classes, dtype=_sum_dtype(weight.dtype)),
-            used=torch.zeros(batch, dtype=torch.long, device=weight.device),
-            seen=torch.zeros(batch, dtype=torch.long, device=weight.device),
-            ended=torch.zeros(batch, dtype=torch.bool, device=weight.device),
-            best_score=torch.full((batch,), -1.0, dtype=torch.float64, device=weight.device),
-            best_frame=torch.full((batch,), -1, device=weight.device),
-            best_carry=[None] * batch,
-        )
-
-    def _step(self, progress: _Progress, rows: Tensor, frames: Tensor, sample: bool) -> _Step:
-        """Take one frame of each of the videos `rows` as far as its gates let it, and update where they stand."""
-        stages = self.backbone.num_stages
-        count, dtype, device = len(rows), next(self.parameters()).dtype, frames.device
-        stopped_at = torch.full((count,), stages, device=device)
-        gate_logits = torch.full((count, stages, 2), math.nan, dtype=dtype, device=device)
-        frame_logits = torch.full((count, self.backbone.num_classes), math.nan, dtype=dtype, device=device)
-        frame_number = progress.seen[rows]
-        progress.seen[rows] += 1
-        carry, alive = self.backbone.start(frames), torch.arange(count, device=device)
-        candidates: list[tuple[Tensor, GateState]] = []
-        for n, gate in enumerate(self.gates):
-            carry = self.backbone.run(n, carry)
-            state = tuple(s[rows[alive]] for s in progress.states[n])
-            logits, new_state = gate(self.backbone.pool(n, carry), state)
-            gate_logits[alive, n] = logits.to(dtype)
-            candidates.append((alive, new_state))
-            forward = self._draw(n, logits, sample) > 0.5
-            stop = (~forward).nonzero().squeeze(1)
-            if len(stop):
-                stopped_at[alive[stop]] = n
-                self._remember(progress, rows[alive[stop]], frame_number[alive[stop]], n, logits[stop], carry, stop)
-                keep = forward.nonzero().squeeze(1)
-                carry, alive = carry.select(keep), alive[keep]
-            if not len(alive):
-                break
-        if len(alive):
-            logits = self.backbone.head(carry).to(dtype)
-            frame_logits[alive] = logits
-            progress.logit_sum[rows[alive]] += logits
-            progress.used[rows[alive]] += 1
-            for row in rows[alive].tolist():
-                progress.best_carry[row] = None
-        used = stopped_at == stages
-        for n, (reached, new_state) in enumerate(candidates):
-            commit = used[reached] if self.state_update == "used" else torch.ones_like(reached, dtype=torch.bool)
-            for old, new in zip(progress.states[n], new_state, strict=True):
-                old[rows[reached[commit]]] = new[commit].to(old.dtype)
-        if self.terminator is not None:
-            running = (progress.logit_sum[rows] / progress.used[rows, None]).softmax(-1)
-            progress.ended[rows] = self.terminator(running, progress.seen[rows])
-        return _Step(stopped_at, gate_logits, frame_logits)
-
-    def _remember(
-        self,
-        progress: _Progress,
-        rows: Tensor,
-        frame_number: Tensor,
-        stage: int,
-        logits: Tensor,
-        carry: Carry,
-        position: Tensor,
-    ) -> None:
-        """Keep the carry of the furthest stopped frame of videos that have no used frame yet."""
-        score = _depth_score(torch.full_like(rows, stage), logits)
-        better = ((progress.used[rows] == 0) & (score > progress.best_score[rows])).nonzero().squeeze(1)
-        progress.best_score[rows[better]] = score[better]
-        progress.best_frame[rows[better]] = frame_number[better]
-        for i in better.tolist():
-            progress.best_carry[int(rows[i])] = carry.select(position[i : i + 1])
-
-    def _run_fallback(self, progress: _Progress, frame_logits: Tensor) -> Tensor:
-        """Run the furthest frame of videos without a used frame to the end; return its number, -1 elsewhere."""
-        needs = progress.used == 0
-        depth = progress.best_score.floor().long()
-        rows: list[int] = []
-        carry: Carry | None = None
-        for n in range(self.backbone.num_stages):
-            if carry is not None:
-                carry = self.backbone.run(n, carry)
-            joining = (needs & (depth == n)).nonzero().squeeze(1).tolist()
-            parts = [c for row in joining if (c := progress.best_carry[row]) is not None]
-            if parts:
-                carry = Carry.cat(parts if carry is None else [carry, *parts])
-                rows += joining
-        if carry is not None:
-            frame_logits[rows, progress.best_frame[rows]] = self.backbone.head(carry).to(frame_logits.dtype)
-        return torch.where(needs, progress.best_frame, -1)
-
     def _draw(self, stage: int, logits: Tensor, sample: bool) -> Tensor:
         """Turn `(B, 2)` gate logits into `(B,)` decisions in {0, 1}, straight-through where gradients are recorded."""
         if sample:
@@ -475,38 +334,6 @@ class StopOrForward(nn.Module):
             return hard
         soft = (logits / self.temperature).softmax(-1)[..., FORWARD]
         return hard + soft - soft.detach()
-
-    def _check_video(self, video: Tensor) -> None:
-        channels = self.backbone.input_size[0]
-        if not isinstance(video, Tensor) or not video.is_floating_point():
-            got = video.dtype if isinstance(video, Tensor) else type(video).__name__
-            raise DynskipError(
-                f"A video must be a floating-point tensor of normalised frames; got {got}. Convert 8-bit frames with "
-                "`video.float() / 255`, then subtract the model's mean and divide by its standard deviation."
-            )
-        if video.ndim != 5 or video.shape[2] != channels:
-            raise DynskipError(
-                f"A video batch must have shape (B, T, {channels}, H, W); got {tuple(video.shape)}. Add a batch "
-                "dimension with `video[None]` to a single video, and keep channels before height and width."
-            )
-        if 0 in video.shape:
-            raise DynskipError(
-                f"The video batch is empty: shape {tuple(video.shape)}. Give at least one video and frame."
-            )
-        weight = next(self.backbone.parameters(), video)
-        if video.dtype != weight.dtype and not torch.is_autocast_enabled(video.device.type):
-            raise DynskipError(
-                f"The video is {video.dtype} and the model {weight.dtype}. Convert one of them, for instance with "
-                f"`video.to({weight.dtype})`, or run under torch.autocast."
-            )
-        # One reduction tells whether all is well; where it is not, look closer.
-        if not torch.isfinite(video.detach().sum(dtype=torch.float32)):
-            bad = (~video.isfinite()).flatten(2).any(-1).nonzero().tolist()
-            if bad:
-                raise DynskipError(
-                    f"The video has NaN or infinite values in {len(bad)} frames, the first being frame {bad[0][1]} of "
-                    f"video {bad[0][0]}. Check decoding and normalisation."
-                )
 
     def _check_encoded(self, encoded: EncodedVideo) -> None:
         expected = self.backbone.num_features
@@ -526,38 +353,6 @@ def _commit(mask: Tensor, new: GateState, old: GateState) -> GateState:
     return tuple(
         torch.where(mask.view(-1, *[1] * (b.ndim - 1)), a.to(b.dtype), b) for a, b in zip(new, old, strict=True)
     )
-
-
-def _depth_score(stopped_at: Tensor, logits: Tensor) -> Tensor:
-    """Order stopped frames by how far they got, then by how nearly their gate forwarded them."""
-    margin = logits[..., FORWARD].detach().double() - logits[..., STOP].detach().double()
-    # Rises with the forward probability, from 0 to 1. A softmax would do, but its last digit depends on where in a
-    # batch a row stands, and equal frames have to stay equal in every batch.
-    nearness = 0.5 + 0.5 * margin / (1 + margin.abs())
-    return stopped_at.double() + nearness.clamp(max=1 - 1e-12)
-
-
-def _fallback_frame(stopped_at: Tensor, used: Tensor, gate_logits: Tensor) -> Tensor:
-    last = stopped_at.clamp(0, gate_logits.shape[2] - 1)
-    at_stop = gate_logits.detach().gather(2, last[..., None, None].expand(-1, -1, 1, 2)).squeeze(2)
-    score = _depth_score(stopped_at, at_stop)  # an unseen frame scores below 0
-    return torch.where(used.any(1), -1, score.argmax(1))
-
-
-def _answered(used: Tensor, fallback_frame: Tensor) -> Tensor:
-    """Mark the frames whose logits make the prediction: the used ones, or else the fallback."""
-    frames = torch.arange(used.shape[1], device=used.device)
-    return used | (frames == fallback_frame[:, None])
-
-
-def _mean_where(mask: Tensor, frame_logits: Tensor) -> Tensor:
-    total = torch.where(mask[..., None], frame_logits, 0.0).sum(1, dtype=_sum_dtype(frame_logits.dtype))
-    return (total / mask.sum(1, keepdim=True)).to(frame_logits.dtype)
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Sums over frames need more digits than half precision has."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _margin(probability: float) -> float:

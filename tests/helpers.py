@@ -215,10 +215,13 @@ def rows_of(output: SkipOutput, index: Any) -> SkipOutput:
 
 
 def assert_same(actual: SkipOutput, expected: SkipOutput, exact: bool = False, skip: Sequence[str] = ()) -> None:
-    """Compare all fields of two outputs, NaN where and only where the other has NaN."""
+    """Compare all fields of two outputs, NaN where and only where the other has NaN.
+
+    What was executed ahead of decisions depends on how a pass was run, so it is no part of the comparison.
+    """
     for name, wanted in fields_of(expected).items():
         got = getattr(actual, name)
-        if name in skip:
+        if name in (*skip, "speculative_macs"):
             continue
         if wanted is None or got is None:
             assert got is wanted, f"{name}: one is None"

@@ -339,7 +339,7 @@ def test_stopped_rows_never_reach_later_stages() -> None:
                     calls.append(len(inputs[0]))
 
                 module.register_forward_hook(count)
-        output = model(video)
+        output = model.run_clip(video, window=1)
         expected: dict[str, list[int]] = {name: [] for name in rows}
         for t in range(case.frames):
             for n in range(case.stages):
@@ -377,7 +377,7 @@ def test_stopped_rows_never_reach_later_modules_of_real_networks(name: str) -> N
     rows = Counter[int]()
     for n, stage in enumerate(backbone.stage_names):
         network.get_submodule(stage).register_forward_hook(lambda _, x, __, n=n: rows.update({n: len(x[0])}))
-    output = model(video)
+    output = model.run_clip(video, window=1)
     furthest = output.stopped_at.amax(1)[output.fallback]
     for n in range(backbone.num_stages):
         assert rows[n] == int((output.stopped_at >= n).sum() + (furthest < n).sum())
@@ -389,7 +389,7 @@ def test_a_batch_in_which_all_videos_have_ended_runs_nothing_more() -> None:
     model.lookup_for((SIZE, SIZE))
     calls: list[int] = []
     next(model.backbone.model.children()).register_forward_hook(lambda _, x, __: calls.append(len(x[0])))
-    output = model(toy_video(3, 8))
+    output = model.run_clip(toy_video(3, 8), window=1)
     assert calls == [3, 3]
     assert output.stopped_at.tolist() == [[3, 3, *[UNSEEN] * 6]] * 3
 

@@ -1,0 +1,520 @@
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    BOTH_UPDATES,
+    CLASSES,
+    SIZE,
+    Case,
+    StateUpdate,
+    assert_same,
+    balance,
+    cases,
+    large_cases,
+    random_gates,
+    rows_of,
+    timm_network,
+    toy_backbone,
+    toy_model,
+    toy_network,
+    toy_video,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dynskip import (
+    UNSEEN,
+    DynskipError,
+    EarlyTerminator,
+    FLOPsLookup,
+    FrameStep,
+    PolicyGate,
+    Session,
+    SkipOutput,
+    StopOrForward,
+    stage_model,
+)
+
+COUNTS = [10.0**n for n in range(0, 14, 2)]  # costs that tell from a sum how often each part ran
+
+
+def counting(case: Case) -> StopOrForward:
+    """Build a case's model with a table whose sums say how many rows of each stage, gate and head they are made of."""
+    model = case.model()
+    stages = case.stages
+    model._given_lookup = FLOPsLookup(COUNTS[:stages], 1e10, [0.0] * stages)
+    return model
+
+
+def rows_run(model: StopOrForward) -> list[int]:
+    """Count, from now on, the rows that each stage and the head run."""
+    parts = list(model.backbone.model.children())
+    rows = [0] * len(parts)
+
+    for n, part in enumerate(parts):
+
+        def count(_: nn.Module, inputs: tuple[Any, ...], __: Any, n: int = n) -> None:
+            rows[n] += len(inputs[0])
+
+        part.register_forward_hook(count)
+    return rows
+
+
+def run_online(model: StopOrForward, video: Tensor) -> tuple[Session, list[FrameStep]]:
+    session = model.stream(len(video))
+    return session, [session(video[:, t]) for t in range(video.shape[1])]
+
+
+def assert_online_equals(model: StopOrForward, video: Tensor, expected: SkipOutput) -> None:
+    session, steps = run_online(model, video)
+    result = session.result()
+    used = expected.used.cumsum(1)
+    for t, step in enumerate(steps):
+        assert torch.equal(step.stopped_at, expected.stopped_at[:, t])
+        assert torch.equal(step.used, expected.used[:, t])
+        torch.testing.assert_close(step.gate_logits, expected.gate_logits[:, t], equal_nan=True)  # type: ignore[index]
+        wanted = expected.frame_logits[:, t].masked_fill(~expected.used[:, t, None], math.nan)
+        torch.testing.assert_close(step.frame_logits, wanted, equal_nan=True)
+        assert torch.equal(step.logits.isnan().any(-1), used[:, t] == 0)
+        assert torch.equal(step.macs == 0, ~expected.seen[:, t])
+        if t + 1 < len(steps):
+            assert torch.equal(step.ended, ~expected.seen[:, t + 1])
+    torch.testing.assert_close(result.logits, expected.logits)
+    torch.testing.assert_close(steps[-1].logits[used[:, -1] > 0], expected.logits[used[:, -1] > 0])
+    assert torch.equal(result.macs, expected.macs)
+    assert torch.equal(result.fallback_frame, expected.fallback_frame)
+    assert torch.equal(result.used, used[:, -1])
+    assert torch.equal(result.seen, expected.seen.sum(1))
+
+
+# One set of decisions, however they are run
+
+
+@pytest.mark.parametrize("state_update", BOTH_UPDATES)
+def test_runtime_online_equals_clip_equals_masking_for_any_window(state_update: StateUpdate) -> None:
+    happened = dict.fromkeys(["fallback", "ended", "speculated"], False)
+
+    def check(case: Case, window: int) -> None:
+        model, video = case.model(), case.video()
+        masked = model.decide(model.encode(video))
+        clip = model.run_clip(video, window)
+        assert_same(clip, masked, skip=["inner_logits"])
+        assert_same(model(video), masked, skip=["inner_logits"])
+        assert_online_equals(model, video, masked)
+        happened["fallback"] |= bool(clip.fallback.any())
+        happened["ended"] |= bool((~clip.seen).any())
+        happened["speculated"] |= bool(clip.speculative_macs.any())
+
+    for case in large_cases("lstm", state_update)[::2]:
+        check(case, window=5)
+    assert all(happened.values()), happened
+    windows = st.integers(1, 10)
+    settings(max_examples=15)(given(case=cases(updates=[state_update]), window=windows)(check))()
+
+
+def test_runtime_frame_by_frame_speculates_nothing() -> None:
+    for case in large_cases("lstm", "used"):
+        assert not case.model().run_clip(case.video(), window=1).speculative_macs.any()
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_mambaout"])
+@pytest.mark.parametrize("state_update", BOTH_UPDATES)
+def test_runtime_on_real_networks(name: str, state_update: StateUpdate) -> None:
+    options = {"img_size": 64} if name == "test_vit" else {}
+    backbone = stage_model(copy.deepcopy(timm_network(name, 64, **options)).double(), input_size=(3, 64, 64))
+    terminator = EarlyTerminator(0.01, 3)
+    model = StopOrForward(
+        backbone, random_gates(backbone.num_features, seed=1), terminator=terminator, state_update=state_update
+    ).eval()
+    video = toy_video(3, 6, size=64, seed=3)
+    balance(model, video, share=0.8)
+    masked = model.decide(model.encode(video))
+    assert len(masked.stopped_at.unique()) > 2
+    assert_same(model.run_clip(video, window=3), masked)
+    assert_online_equals(model, video, masked)
+
+
+@settings(max_examples=15)
+@given(case=cases(), window=st.integers(1, 8), data=st.data())
+def test_runtime_clip_does_not_depend_on_neighbours(case: Case, window: int, data: st.DataObject) -> None:
+    model, video = case.model(), case.video()
+    order = data.draw(st.permutations(range(case.batch)))[: data.draw(st.integers(1, case.batch))]
+    assert_same(model.run_clip(video[order], window), rows_of(model(video), order))
+
+
+def test_runtime_measured_usage_changes_windows_and_no_results() -> None:
+    model, video = toy_model(seed=3, share=0.9, terminator=EarlyTerminator(0.99, 1)), toy_video(2, 16, seed=5)
+    calls: list[int] = []
+    next(model.backbone.model.children()).register_forward_hook(lambda _, x, __: calls.append(len(x[0])))
+    first = model(video)
+    assert first.seen.sum(1).max() > 4
+    before = len(calls)
+    assert_same(model(video), first)
+    assert len(calls) - before < before
+
+
+def test_runtime_clip_looks_ahead_in_batches() -> None:
+    for state_update in BOTH_UPDATES:
+        model = toy_model(seed=1, share=0.9, state_update=state_update)
+        calls: list[int] = []
+        next(model.backbone.model.children()).register_forward_hook(
+            lambda _, x, __, calls=calls: calls.append(len(x[0]))
+        )
+        model.run_clip(toy_video(3, 8), window=4)
+        assert calls == [12, 12]
+
+
+# What is executed
+
+
+@settings(max_examples=20)
+@given(case=cases(), window=st.one_of(st.none(), st.integers(1, 9)))
+def test_runtime_rows_executed_are_those_accounted_for(case: Case, window: int | None) -> None:
+    model, video = counting(case), case.video()
+    rows = rows_run(model)
+    output = model.run_clip(video, window)
+    cost = [*COUNTS[: case.stages], 1e10]
+    assert sum(n * c for n, c in zip(rows, cost, strict=True)) == float((output.macs + output.speculative_macs).sum())
+    assert max(rows) <= case.batch * case.frames  # no stage runs twice on a frame
+    seen, fallback = output.stopped_at >= 0, int(output.fallback.sum())
+    assert rows[0] >= int(seen.sum())
+    assert rows[-1] >= int(output.used.sum()) + fallback
+    online, session_rows = counting(case), [0]
+    session_rows = rows_run(online)
+    session, _ = run_online(online, video)
+    result = session.result()
+    assert sum(n * c for n, c in zip(session_rows, cost, strict=True)) == float(result.macs.sum())
+    torch.testing.assert_close(result.macs, output.macs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("state_update", BOTH_UPDATES)
+@pytest.mark.parametrize("window", [1, 3, None])
+def test_runtime_macs_are_what_torch_counts(state_update: StateUpdate, window: int | None) -> None:
+    for case in large_cases("lstm", state_update)[:2]:
+        model, video = case.model(), case.video()
+        model.lookup_for((SIZE, SIZE))
+        with FlopCounterMode(display=False) as counter:
+            output = model.run_clip(video, window)
+        assert counter.get_total_flops() / 2 == float((output.macs + output.speculative_macs).sum())
+        with FlopCounterMode(display=False) as counter:
+            session, steps = run_online(model, video)
+        assert counter.get_total_flops() / 2 == sum(float(step.macs.sum()) for step in steps)
+        with FlopCounterMode(display=False) as counter:
+            result = session.result()
+        extra = counter.get_total_flops() / 2
+        assert extra + sum(float(step.macs.sum()) for step in steps) == float(result.macs.sum())
+
+
+def test_runtime_rows_of_ended_videos_are_not_executed() -> None:
+    model = toy_model(forward_threshold=0.0, terminator=EarlyTerminator(0.5, 0))
+    video = toy_video(4, 6)
+    rows, expected = rows_run(model), model.run_clip(video, window=1)
+    assert 0 < expected.seen.sum() < 24
+    before = rows[0]
+    assert before == int(expected.seen.sum())
+    session, steps = run_online(model, video)
+    assert rows[0] - before == int(expected.seen.sum())
+    assert steps[-1].ended.any()
+    ended = session(video[:, 0])
+    assert torch.equal(ended.stopped_at == UNSEEN, steps[-1].ended)
+
+
+# Gates and numbers of other kinds
+
+
+class Stateless(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.decide = nn.Linear(width, 2)
+
+    def initial_state(self, batch: int) -> tuple[Tensor, ...]:
+        return ()
+
+    def forward(self, pooled: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self.decide(pooled), state
+
+
+class Shared(nn.Module):
+    """Keep a sum in a tensor that stands in the state twice."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.decide = nn.Linear(width, 2)
+
+    def initial_state(self, batch: int) -> tuple[Tensor, ...]:
+        zeros = self.decide.weight.new_zeros(batch, self.decide.in_features)
+        return zeros, zeros
+
+    def forward(self, pooled: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        total = pooled + 0.5 * state[0] - 0.3 * state[1]
+        return self.decide(total), (total, total)
+
+
+@pytest.mark.parametrize("state_update", BOTH_UPDATES)
+@pytest.mark.parametrize("kinds", [(Stateless, Stateless), (Shared, Shared), (Stateless, Shared)])
+def test_runtime_gates_with_little_or_odd_memory(kinds: tuple[Any, Any], state_update: StateUpdate) -> None:
+    backbone = toy_backbone(stages=2)
+    gates = [kind(width).double() for kind, width in zip(kinds, backbone.num_features, strict=True)]
+    model = balance(StopOrForward(backbone, gates, state_update=state_update).eval(), toy_video(4, 5, seed=9), 0.7)
+    video = toy_video(4, 7)
+    masked = model.decide(model.encode(video))
+    assert len(masked.stopped_at.unique()) > 1
+    for window in (1, 4, None):
+        assert_same(model.run_clip(video, window), masked)
+    assert_online_equals(model, video, masked)
+    if kinds == (Stateless, Stateless):
+        assert not model.run_clip(video, 7).speculative_macs.any()
+
+
+@pytest.mark.parametrize("way", ["float32", "bfloat16", "autocast"])
+def test_runtime_in_other_precisions(way: str) -> None:
+    dtype = torch.bfloat16 if way == "bfloat16" else torch.float32
+    model = toy_model(seed=2, terminator=EarlyTerminator(0.9, 2)).to(dtype)
+    video = toy_video(3, 6, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+        stepwise, clip = model.run_clip(video, window=1), model(video)
+        session, steps = run_online(model, video)
+    assert torch.equal(torch.stack([step.stopped_at for step in steps], 1), stepwise.stopped_at)
+    assert clip.logits.dtype == session.result().logits.dtype == dtype
+    assert clip.logits.isfinite().all()
+    if way == "float32":
+        assert torch.equal(clip.stopped_at, stepwise.stopped_at)
+        torch.testing.assert_close(clip.logits, stepwise.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_runtime_single_frames() -> None:
+    for threshold in (0.0, 0.5, 1.0):
+        model, video = toy_model(forward_threshold=threshold), toy_video(3, 1)
+        masked = model.decide(model.encode(video))
+        assert_same(model(video), masked, skip=["inner_logits"])
+        assert_online_equals(model, video, masked)
+
+
+def test_runtime_a_session_opened_in_inference_mode_serves_outside() -> None:
+    model, video = toy_model(seed=2), toy_video(1, 6)
+    with torch.inference_mode():
+        session = model.stream()
+        session(video[:, 0])
+    for t in range(1, 6):
+        session(video[:, t])
+    assert torch.equal(session.result().macs, model(video).macs)
+
+
+def test_runtime_sampled_passes_go_frame_by_frame() -> None:
+    model, video = toy_model(seed=2), toy_video()
+    calls: list[int] = []
+    next(model.backbone.model.children()).register_forward_hook(lambda _, x, __: calls.append(len(x[0])))
+    output = model(video, sample=True)
+    assert calls == [3] * 6
+    assert not output.speculative_macs.any()
+
+
+# Sessions
+
+
+def saved(session: Session) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(session.state_dict(), file)
+    file.seek(0)
+    state: dict[str, Any] = torch.load(file, weights_only=True)
+    return state
+
+
+def assert_steps_equal(one: FrameStep, other: FrameStep) -> None:
+    for name, value in vars(one).items():
+        torch.testing.assert_close(getattr(other, name), value, rtol=0, atol=0, equal_nan=True)
+
+
+@settings(max_examples=25)
+@given(case=cases(), data=st.data())
+def test_runtime_a_session_saved_and_restored_goes_on_identically(case: Case, data: st.DataObject) -> None:
+    model, video = case.model(), case.video()
+    session = model.stream(case.batch)
+    until = data.draw(st.integers(0, case.frames))
+    for t in range(until):
+        session(video[:, t])
+    state = saved(session)
+    elsewhere = copy.deepcopy(model).stream(case.batch)
+    elsewhere(video[:, -1] + 1)  # what stood there before is gone
+    elsewhere.load_state_dict(state)
+    for t in range(until, case.frames):
+        assert_steps_equal(session(video[:, t]), elsewhere(video[:, t]))
+    one, other = session.result(), elsewhere.result()
+    for name, value in vars(one).items():
+        torch.testing.assert_close(getattr(other, name), value, rtol=0, atol=0, equal_nan=True)
+
+
+def test_runtime_a_saved_state_stands_still() -> None:
+    model, video = toy_model(seed=2, forward_threshold=(0.0, 0.0, 1.0)), toy_video(2, 4)
+    session = model.stream(2)
+    session(video[:, 0])
+    state = session.state_dict()
+    later = [session(video[:, t]) for t in (1, 2)]
+    session.load_state_dict(state)
+    for t, step in zip((1, 2), later, strict=True):
+        assert_steps_equal(step, session(video[:, t]))
+
+
+def damage(change: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def apply(state: dict[str, Any]) -> dict[str, Any]:
+        change(state)
+        return state
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("spoil", "telling"),
+    [
+        (lambda s: None, "no state of a session. Pass what `session.state_dict"),
+        (lambda s: {}, "no state of a session"),
+        (damage(lambda s: s.update(stage_names=["a", "b"])), r"of another model: its stage_names is \['a', 'b'\]"),
+        (damage(lambda s: s.update(state_update="reached")), "its state_update is 'reached' and this model's 'used'"),
+        (damage(lambda s: s["tensors"].pop("used")), "not the tensors that this model's gates have"),
+        (damage(lambda s: s["tensors"].update(used=None)), "its used is NoneType, expected torch.int64"),
+        (
+            damage(lambda s: s["tensors"].update(macs=torch.zeros(3).double())),
+            r"its macs is .* \(3,\), expected .* \(2,\)",
+        ),
+        (damage(lambda s: s["tensors"]["logit_sum"].fill_(math.nan)), "damaged: its logit_sum has NaN"),
+        (damage(lambda s: s.update(furthest=[None, None])), "does not hold the furthest frame"),
+        (damage(lambda s: s.pop("furthest")), "does not hold the furthest frame"),
+        (damage(lambda s: s["furthest"][0].pop("values")), "a stored frame cannot be gone on with"),
+        (damage(lambda s: s["furthest"][0].update(depth=7)), "a stored frame cannot be gone on with"),
+        (damage(lambda s: s["furthest"][0].update(values=(torch.zeros(1, 3, 8, 8),))), "cannot be gone on with"),
+        (damage(lambda s: s["furthest"][0]["values"][0].fill_(math.nan)), "its logits are not finite"),
+        (damage(lambda s: s.update(image_size=None)), "frames and no image size"),
+        (damage(lambda s: s.pop("image_size")), "cannot be gone on with"),
+    ],
+)
+def test_runtime_states_that_do_not_fit(spoil: Callable[[Any], Any], telling: str) -> None:
+    model, video = toy_model(seed=2, forward_threshold=(0.0, 0.0, 1.0)), toy_video(2, 4)
+    session, undisturbed = model.stream(2), model.stream(2)
+    for each in (session, undisturbed):
+        each(video[:, 0])
+    with pytest.raises(DynskipError, match=telling):
+        session.load_state_dict(spoil(saved(undisturbed)))
+    assert_steps_equal(session(video[:, 1]), undisturbed(video[:, 1]))
+    assert torch.equal(session.result().logits, undisturbed.result().logits)
+
+
+def test_runtime_results_do_not_disturb_a_session() -> None:
+    for threshold in (0.5, 1.0):
+        model, video = toy_model(seed=1, forward_threshold=threshold), toy_video(3, 5)
+        session = model.stream(3)
+        assert session.result().logits.isnan().all()
+        assert session.result().seen.tolist() == [0, 0, 0]
+        for t in range(5):
+            session(video[:, t])
+            result, expected = session.result(), model(video[:, : t + 1])
+            torch.testing.assert_close(result.logits, expected.logits)
+            torch.testing.assert_close(result.probabilities, expected.probabilities)
+            assert torch.equal(result.macs, expected.macs)
+
+
+@pytest.mark.parametrize("rows", [1, [1], torch.tensor([1]), torch.tensor([False, True, False])])
+def test_runtime_rows_of_a_session_start_anew(rows: Any) -> None:
+    for state_update in BOTH_UPDATES:
+        model = toy_model(seed=2, state_update=state_update, terminator=EarlyTerminator(0.9, 1))
+        video, other = toy_video(3, 5, seed=1), toy_video(1, 5, seed=8)
+        session = model.stream(3)
+        for t in range(5):
+            session(video[:, t])
+        session.reset(rows)
+        for t in range(5):
+            session(torch.cat([video[:1, t], other[:, t], video[2:, t]]))
+        result, expected = session.result(), model(other)
+        torch.testing.assert_close(result.logits[1:2], expected.logits)
+        assert torch.equal(result.macs[1:2], expected.macs)
+        assert torch.equal(result.fallback_frame[1:2], expected.fallback_frame)
+        session.reset()
+        for t in range(5):
+            session(video[:, t])
+        torch.testing.assert_close(session.result().logits, model(video).logits)
+
+
+def test_runtime_a_session_of_one_takes_frames_without_a_batch() -> None:
+    model, video = toy_model(seed=2), toy_video(1, 4)
+    session = model.stream()
+    for frame in video[0]:
+        step = session(frame)
+    assert step.probabilities.shape == (1, CLASSES)
+    torch.testing.assert_close(session.result().logits, model(video).logits)
+
+
+@pytest.mark.parametrize(
+    ("frame", "telling"),
+    [
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), r"A frame must be a floating-point tensor.*frame.float\(\) / 255"),
+        (None, "got NoneType"),
+        (torch.zeros(4, 8, 8).double(), r"must have shape \(3, H, W\); got \(4, 8, 8\)"),
+        (torch.zeros(2, 3, 8, 8).double(), r"must have shape \(3, H, W\); got \(2, 3, 8, 8\)"),
+        (torch.zeros(8, 8).double(), r"must have shape \(3, H, W\); got \(8, 8\)"),
+        (torch.zeros(3, 0, 8).double(), r"must have shape \(3, H, W\); got \(3, 0, 8\)"),
+        (torch.zeros(3, 8, 8), "frame is torch.float32 and the model torch.float64"),
+        (torch.full((3, 8, 8), math.nan).double(), "NaN or infinite values"),
+        (torch.zeros(3, 9, 8).double(), r"is 9x8 and earlier ones of this session were 8x8. .*session.reset\(\)"),
+    ],
+)
+def test_runtime_frames_that_do_not_fit_leave_a_session_as_it_was(frame: Any, telling: str) -> None:
+    model, video = toy_model(seed=2), toy_video(1, 4)
+    session = model.stream()
+    for t in range(4):
+        session(video[:, t])
+        with pytest.raises(DynskipError, match=telling):
+            session(frame)
+    assert torch.equal(session.result().macs, model(video).macs)
+
+
+def test_runtime_frames_of_a_lock_step_batch_that_do_not_fit() -> None:
+    session = toy_model().stream(3)
+    with pytest.raises(DynskipError, match=r"\(3, 3, H, W\), one frame a video; got \(3, 8, 8\)"):
+        session(torch.zeros(3, 8, 8).double())
+    frames = torch.zeros(3, 3, 8, 8).double()
+    frames[1, 0, 0, 0] = math.inf
+    with pytest.raises(DynskipError, match=r"of videos \[1\] has NaN or infinite values"):
+        session(frames)
+
+
+def test_runtime_refuses_what_makes_no_sense() -> None:
+    model, video = toy_model(), toy_video()
+    with pytest.raises(DynskipError, match="window=0"):
+        model.run_clip(video, window=0)
+    with pytest.raises(DynskipError, match="batch=0"):
+        model.stream(0)
+    session = model.stream(2)
+    for rows in (2, [0, 5], "all", 1.5):
+        with pytest.raises(DynskipError, match="rows 0 to 1; cannot reset"):
+            session.reset(rows)  # type: ignore[arg-type]
+    model.train()
+    for call in (lambda: model.run_clip(video), model.stream, lambda: session(video[:2, 0])):
+        with pytest.raises(DynskipError, match=r"model.eval\(\)"):
+            call()
+
+
+def test_runtime_policy_gates_are_asked_once_more_at_most_after_each_used_frame() -> None:
+    model, video = toy_model(seed=1, forward_threshold=0.0), toy_video(1, 8)
+    calls: list[int] = []
+    for gate in model.gates:
+        assert isinstance(gate, PolicyGate)
+        gate.register_forward_hook(lambda _, x, __: calls.append(len(x[0])))
+    output = model.run_clip(video, window=8)
+    assert output.used.all()
+    assert calls == [8] * 3 + [1] * 3 * 7
+
+
+def test_runtime_networks_are_left_as_they_were() -> None:
+    network = toy_network(stages=2)
+    before = copy.deepcopy(network.state_dict())
+    model = StopOrForward(stage_model(network, input_size=(3, SIZE, SIZE)), random_gates((6, 8), 0)).eval()
+    model(toy_video())
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
