@@ -1,0 +1,1 @@
+"""How decisions are executed: faster stages and export."""
