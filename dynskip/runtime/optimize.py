@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from dynskip.wrapper import StopOrForward
 # convolutions when it has one thread. The second of a kind makes numbers that follow the batch size dynamic.
 WARM_UP = (17, 3, 18, 2, 1)
 _Function: TypeAlias = Callable[..., tuple[Any, ...]]
+_serial = itertools.count()
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -86,7 +88,7 @@ def optimize(
     compile: bool = True,
     dtype: torch.dtype | None = None,
     buckets: Sequence[int] | None = None,
-    backend: str = "inductor",
+    backend: str | Callable[..., Any] = "inductor",
 ) -> tuple[StopOrForward, Agreement]:
     """Build a faster copy of a model for inference at one image size.
 
@@ -218,7 +220,9 @@ def _gives(backbone: StagedBackbone, images: Tensor, expected: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _compile(backbone: StagedBackbone, image: Tensor, buckets: Sequence[int], backend: str) -> None:
+def _compile(
+    backbone: StagedBackbone, image: Tensor, buckets: Sequence[int], backend: str | Callable[..., Any]
+) -> None:
     """Swap compiled functions in for the evaluation segments, and run them once so that all compiling is done."""
     kinds = [(("rows", 1),), *backbone._kinds[False], (("rows", 1),)]
     on_gpu = image.device.type == "cuda"
@@ -254,8 +258,13 @@ def _warm_up(backbone: StagedBackbone, images: Tensor) -> None:
 
 
 def _fresh(function: _Function) -> _Function:
-    """Copy a function with a code object of its own: compiled forms are kept there, and counted against a limit."""
-    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    """Copy a function with a code object and a name of its own.
+
+    Compiled forms are kept with the code object and counted against a limit; which sizes have varied is remembered by
+    name, and the shapes of one stage would make those of another dynamic.
+    """
+    code = function.__code__.replace(co_name=f"stage_{next(_serial)}")
+    return types.FunctionType(code, function.__globals__, code.co_name)
 
 
 def _without_grad(function: _Function) -> _Function:
