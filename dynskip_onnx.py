@@ -12,9 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -232,12 +232,10 @@ class Runner:
         if capacity < 1:
             raise DynskipOnnxError(f"{capacity=} streams can never finish; give a positive number.")
         waiting = enumerate(sources)
-        active: dict[int, tuple[_Video, Iterator[Array]]] = {}
+        active: dict[int, tuple[_Video, Generator[Array, None, None]]] = {}
         while True:
-            for number, source in waiting:
-                active[number] = (self._begin(), _frames_of(source))
-                if len(active) == capacity:
-                    break
+            for number, opened in islice(waiting, capacity - len(active)):
+                active[number] = (self._begin(), _frames_of(opened))
             if not active:
                 return
             ready, images, over = [], [], []
@@ -253,7 +251,7 @@ class Runner:
                 self._advance(ready, [images])
             over += [self._served(number, video) for number, (video, _) in active.items() if video.ended]
             for served in over:
-                del active[served.stream]
+                active.pop(served.stream)[1].close()
             yield from over
 
     def _served(self, number: int, video: _Video) -> Served:
@@ -514,7 +512,7 @@ def _fits(entry: Any, value: dict[str, Any]) -> bool:
     )
 
 
-def _frames_of(source: Iterable[Array]) -> Iterator[Array]:
+def _frames_of(source: Iterable[Array]) -> Generator[Array, None, None]:
     """Open a source when its first frame is asked for, so that one that cannot be opened fails as a stream."""
     yield from source
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -27,7 +27,14 @@ def flatten(values: Any, kinds: Any) -> Iterator[tuple[Tensor, int]]:
 
 def batch_of(values: Any, kinds: Any) -> int:
     """Return the number of samples that nested values hold."""
-    return next(tensor.shape[0] // rows for tensor, rows in flatten(values, kinds) if rows)
+    return count_samples(flatten(values, kinds))
+
+
+def count_samples(tensors: Iterable[tuple[Tensor, int]]) -> int:
+    """Return the number of samples of tensors with their rows a sample."""
+    # The tensor with the fewest rows a sample: dividing a size would stay in an exported graph as a guard.
+    tensor, rows = min((pair for pair in tensors if pair[1]), key=lambda pair: pair[1])
+    return tensor.shape[0] // rows
 
 
 def restore(template: Any, kinds: Any, tensors: Iterator[Tensor], batch: int) -> tuple[Any, ...]:

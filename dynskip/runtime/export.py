@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import dynskip
 from dynskip.backbone import Carry, StagedBackbone
 from dynskip.errors import DynskipError
-from dynskip.runtime._values import flatten, restore
+from dynskip.runtime._values import count_samples, flatten, restore
 from dynskip.terminate import EarlyTerminator
 from dynskip.wrapper import StopOrForward
 
@@ -123,7 +123,7 @@ class _Flat(nn.Module):
 
     def entering(self, tensors: tuple[Tensor, ...]) -> Carry:
         # Numbers that grow with the batch are worked out anew from the rows that came.
-        batch = next(tensor.shape[0] // rows for tensor, rows in zip(tensors, self.rows, strict=True) if rows)
+        batch = count_samples(zip(tensors, self.rows, strict=True))
         values = restore(self.carry.values, self.carry.kinds, iter(tensors), batch)
         return Carry(values, self.carry.kinds, batch)
 

@@ -14,6 +14,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._pytree import tree_map_only
 
 from dynskip.backbone import Carry, StagedBackbone
 from dynskip.errors import DynskipError
@@ -232,9 +233,7 @@ def _compile(
         if backend == "inductor" and on_gpu:
             options["mode"] = "reduce-overhead"
     for n, segment in enumerate(backbone._segments[False]):
-        function = _without_grad(torch.compile(_fresh(segment.function), **options))
-        if n == 0:
-            function = _with_contiguous_images(function)
+        function = _prepared(torch.compile(_fresh(segment.function), **options), first=n == 0)
         if buckets:
             function = _in_buckets(function, len(segment.constants), (kinds[n], kinds[n + 1]), buckets)
         backbone._segments[False][n] = replace(segment, function=function)
@@ -267,24 +266,22 @@ def _fresh(function: _Function) -> _Function:
     return types.FunctionType(code, function.__globals__, code.co_name)
 
 
-def _without_grad(function: _Function) -> _Function:
-    """Compiled graphs depend on whether gradients are recorded; an inference copy never records them."""
+def _prepared(function: _Function, first: bool) -> _Function:
+    """Call a compiled function in the one way that it was compiled for."""
 
     def call(*args: Any) -> tuple[Any, ...]:
         with torch.no_grad():
-            return function(*args)
+            return function(*tree_map_only(Tensor, lambda x: _canonical(x, first), args))
 
     return call
 
 
-def _with_contiguous_images(function: _Function) -> _Function:
-    """Compiled graphs depend on strides; a user's video may come in any."""
-
-    def call(model: nn.Module, *args: Any) -> tuple[Any, ...]:
-        *constants, images = args
-        return function(model, *constants, images.contiguous())
-
-    return call
+def _canonical(x: Tensor, first: bool) -> Tensor:
+    """Give a tensor the strides of its shape: compiled graphs depend on them, even on those of axes of one element."""
+    channels_last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last and not first else torch.contiguous_format
+    strides = torch.empty(x.shape, device="meta", memory_format=layout).stride()
+    return x if x.stride() == strides else x.contiguous(memory_format=layout).as_strided(x.shape, strides)
 
 
 def _in_buckets(
