@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ from dynskip.runtime.clip import Usage, run_clip
 from dynskip.runtime.online import Session
 from dynskip.runtime.streams import FrameResult, VideoResult, aserve, serve
 from dynskip.terminate import EarlyTerminator
+
+if TYPE_CHECKING:
+    from dynskip.runtime.optimize import Agreement
 
 
 class StopOrForward(nn.Module):
@@ -347,6 +351,35 @@ class StopOrForward(nn.Module):
                 f"T, C_n) with C_n = {expected} and {self.backbone.num_classes} classes. Encode the videos again "
                 "with this model."
             )
+
+    def optimize(self, clips: Tensor, **options: Any) -> tuple[StopOrForward, Agreement]:
+        """Build a faster copy and compare its decisions; see `dynskip.runtime.optimize.optimize`.
+
+        Args:
+            clips: `(B, T, C, H, W)` normalised calibration clips, at the frame size to optimise for.
+            **options: `compile`, `dtype`, `buckets`, `backend`.
+
+        Returns:
+            The faster model, and how its decisions on `clips` compare with this model's.
+        """
+        from dynskip.runtime.optimize import optimize
+
+        return optimize(self, clips, **options)
+
+    def export(self, folder: str | Path, image_size: int | tuple[int, int], **options: Any) -> Path:
+        """Write every stage, gate and the head as files that run elsewhere; see `dynskip.runtime.export.export`.
+
+        Args:
+            folder: new or empty folder to write to.
+            image_size: `(H, W)` of the frames, or one number for squares.
+            **options: `format`, `class_names`, `mean`, `std`.
+
+        Returns:
+            The folder.
+        """
+        from dynskip.runtime.export import export
+
+        return export(self, folder, image_size, **options)
 
 
 def _commit(mask: Tensor, new: GateState, old: GateState) -> GateState:

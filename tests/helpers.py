@@ -92,6 +92,30 @@ def toy_backbone(seed: int = 0, stages: int = 3, classes: int = CLASSES) -> Stag
     return stage_model(toy_network(seed, stages, classes), input_size=(3, SIZE, SIZE))
 
 
+class Crossings(nn.Module):
+    """A network in which every kind of value crosses its boundaries: rows, rows folded, the batch size, a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 6, 3, padding=1)
+        self.shift = nn.Parameter(torch.zeros(4, 6))
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, shift = x.shape[0], self.shift * 2
+        x = self.first(x).tanh()
+        tokens = x.reshape(batch * 4, -1)  # one row for each channel
+        x = self.second(x).tanh()
+        mixed = tokens.mean(1, keepdim=True).reshape(batch, 4) @ shift
+        return self.head(x.mean((2, 3)) + mixed)  # type: ignore[no-any-return]
+
+
+def crossings_backbone() -> StagedBackbone:
+    network = randomise(Crossings(), seed=1)
+    randomise(network.head, seed=2, scale=5.0)  # type: ignore[arg-type]
+    return stage_model(network.eval(), ["first", "second"], input_size=(3, SIZE, SIZE))
+
+
 def random_gates(widths: Sequence[int], seed: int, temporal: Temporal = "lstm") -> list[PolicyGate]:
     """Build gates in float64 whose margins vary widely with what they see."""
     gates = []

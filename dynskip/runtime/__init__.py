@@ -1,1 +1,1 @@
-"""How decisions are executed: frames as they arrive, stored clips, many streams; the same answers from each."""
+"""How decisions are executed: frame by frame, stored clips, many streams; faster stages, and export."""

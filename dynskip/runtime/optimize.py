@@ -1,0 +1,306 @@
+"""The same decisions from faster stages: BatchNorm folded, channels-last, compiled; checked against the plain model."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+from torch._inductor import config as inductor_config
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._pytree import tree_map_only
+
+from dynskip._check import check_video
+from dynskip.backbone import Carry, StagedBackbone
+from dynskip.errors import DynskipError
+from dynskip.runtime._values import batch_of, flatten
+from dynskip.wrapper import StopOrForward
+
+# Batches that make every graph there will be: one row; several rows; and from 16 rows on, where torch chooses other
+# convolutions when it has one thread. The second of a kind makes numbers that follow the batch size dynamic.
+WARM_UP = (17, 3, 18, 2, 1)
+_Function: TypeAlias = Callable[..., tuple[Any, ...]]
+_serial = itertools.count()
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far an optimised model does what the plain one does, on some clips.
+
+    Attributes:
+        clips: clips compared.
+        decisions: share of frames that stopped at the same gate, or were used, or remained unseen in both.
+        predictions: share of clips with the same most probable class.
+        probability_gap: largest difference between two probabilities of a class.
+        plain_macs: executed MACs a clip of the plain model.
+        macs: executed MACs a clip of the optimised model.
+    """
+
+    clips: int
+    decisions: float
+    predictions: float
+    probability_gap: float
+    plain_macs: float
+    macs: float
+
+    def __str__(self) -> str:
+        """Say it in one line."""
+        return (
+            f"{self.clips} clips: {self.decisions:.2%} of the decisions and {self.predictions:.2%} of the predictions "
+            f"are equal, probabilities within {self.probability_gap:.1e}; {self.macs / 1e9:.4g} GMACs a clip against "
+            f"{self.plain_macs / 1e9:.4g}"
+        )
+
+
+@torch.no_grad()
+def compare(plain: StopOrForward, other: StopOrForward, clips: Tensor) -> Agreement:
+    """Run two models on the same clips and compare what they decide.
+
+    Args:
+        plain: the model to compare with, in eval mode.
+        other: a model of the same stages, in eval mode and in any dtype.
+        clips: `(B, T, C, H, W)` normalised frames.
+
+    Returns:
+        The comparison.
+    """
+    wanted, got = (model(clips.to(next(model.parameters()).dtype)) for model in (plain, other))
+    return Agreement(
+        clips=len(clips),
+        decisions=(got.stopped_at == wanted.stopped_at).double().mean().item(),
+        predictions=(got.logits.argmax(-1) == wanted.logits.argmax(-1)).double().mean().item(),
+        probability_gap=(got.probabilities.double() - wanted.probabilities.double()).abs().max().item(),
+        plain_macs=wanted.macs.mean().item(),
+        macs=got.macs.mean().item(),
+    )
+
+
+def optimize(
+    model: StopOrForward,
+    clips: Tensor,
+    *,
+    compile: bool = True,
+    dtype: torch.dtype | None = None,
+    buckets: Sequence[int] | None = None,
+    backend: str | Callable[..., Any] = "inductor",
+) -> tuple[StopOrForward, Agreement]:
+    """Build a faster copy of a model for inference at one image size.
+
+    BatchNorm is folded into the convolution before it, weights are laid out channels-last, and every stage is compiled
+    for any number of rows. All compiling happens here; no later call compiles, whatever the gates decide.
+
+    Args:
+        model: the model, in eval mode; it stays as it is.
+        clips: `(B, T, C, H, W)` normalised calibration clips. Their frame size is the one to optimise for, and the
+            decisions on them are compared.
+        compile: compile the stages; `False` only folds and lays out, which takes no time.
+        dtype: compute in this precision, such as `torch.bfloat16`; videos then have to come in it, too.
+        buckets: batch sizes to pad to, such as `(1, 2, 4, 8)`: stages are compiled for these sizes alone, on a GPU
+            as CUDA graphs. By default one graph serves all sizes.
+        backend: compiler, as in `torch.compile`.
+
+    Returns:
+        The faster model, and how its decisions on `clips` compare with the plain model's.
+
+    Raises:
+        DynskipError: if the model is in training mode, or a bucket is no positive number.
+    """
+    if model.training:
+        raise DynskipError("Only a model in eval mode can be optimised, since BatchNorm is folded. Call model.eval().")
+    if buckets is not None and (not buckets or min(buckets) < 1):
+        raise DynskipError(f"buckets={tuple(buckets)} are no batch sizes; give positive numbers, such as (1, 2, 4, 8).")
+    check_video(clips, model.backbone)
+    images = clips[:, 0]
+    backbone = fold(model.backbone, images).to(dtype=dtype)
+    fast = StopOrForward(
+        backbone,
+        [copy.deepcopy(gate).to(dtype=dtype) for gate in model.gates],
+        terminator=copy.deepcopy(model.terminator),
+        lookup=model.lookup_for((clips.shape[3], clips.shape[4])),
+        state_update=model.state_update,
+        forward_threshold=model.forward_threshold,
+    )
+    fast.eval().requires_grad_(False)
+    if compile:
+        _compile(backbone, images[:1].to(dtype=dtype), sorted(set(buckets or ())), backend)
+    return fast, compare(model, fast, clips)
+
+
+@torch.no_grad()
+def fold(backbone: StagedBackbone, images: Tensor) -> StagedBackbone:
+    """Copy a backbone with BatchNorm folded into the convolutions before it, and weights channels-last.
+
+    What does not leave the logits as they were is undone.
+
+    Args:
+        backbone: the backbone, in eval mode; it stays as it is.
+        images: `(B, C, H, W)` normalised images to try it on.
+
+    Returns:
+        The copy.
+    """
+    expected = backbone(images)
+    folded = copy.deepcopy(backbone)
+    pairs = _foldable(folded, images)
+    undo = [_fold_pair(folded.model, *pair) for pair in pairs]
+    if not _gives(folded, images, expected):
+        for restore in undo:
+            restore()
+        for pair in pairs:
+            restore = _fold_pair(folded.model, *pair)
+            if not _gives(folded, images, expected):
+                restore()
+    folded.to(memory_format=torch.channels_last)
+    if not _gives(folded, images, expected):
+        folded.to(memory_format=torch.contiguous_format)
+    return folded
+
+
+def _foldable(backbone: StagedBackbone, images: Tensor) -> list[tuple[str, str]]:
+    """Name the convolutions whose output enters a BatchNorm as it is, with that BatchNorm."""
+    made_by: dict[int, str] = {}
+    alive: list[Tensor] = []  # keeps ids from being given away
+    calls: list[str] = []
+    pairs: list[tuple[str, str]] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            calls.append(name)
+            alive.append(output)
+            if isinstance(module, _CONVOLUTIONS):
+                made_by[id(output)] = name
+            elif id(inputs[0]) in made_by:
+                pairs.append((made_by[id(inputs[0])], name))
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(watch(name))
+        for name, module in backbone.model.named_modules()
+        if (isinstance(module, _CONVOLUTIONS) and isinstance(module.weight, nn.Parameter))
+        or (type(module) in (*_NORMS, BatchNormAct2d) and module.running_mean is not None)
+    ]
+    try:
+        backbone(images[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [pair for pair in pairs if all(calls.count(name) == 1 for name in pair)]
+
+
+def _fold_pair(model: nn.Module, conv_name: str, norm_name: str) -> Callable[[], None]:
+    """Fold one BatchNorm; return what undoes it."""
+    conv: Any = model.get_submodule(conv_name)
+    norm: Any = model.get_submodule(norm_name)
+    weight, bias = conv.weight, conv.bias
+    fused = fuse_conv_bn_eval(conv, norm)
+    conv.weight, conv.bias = fused.weight, fused.bias
+    rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+    model.set_submodule(norm_name, rest.eval())
+
+    def undo() -> None:
+        conv.weight, conv.bias = weight, bias
+        model.set_submodule(norm_name, norm)
+
+    return undo
+
+
+def _gives(backbone: StagedBackbone, images: Tensor, expected: Tensor) -> bool:
+    try:
+        logits = backbone(images)
+    except RuntimeError:  # a `view` that wants another memory layout
+        return False
+    return bool((logits - expected).abs().max() <= 1e-4 * expected.abs().max())
+
+
+@torch.no_grad()
+def _compile(
+    backbone: StagedBackbone, image: Tensor, buckets: Sequence[int], backend: str | Callable[..., Any]
+) -> None:
+    """Swap compiled functions in for the evaluation segments, and run them once so that all compiling is done."""
+    kinds = [(("rows", 1),), *backbone._kinds[False], (("rows", 1),)]
+    on_gpu = image.device.type == "cuda"
+    options: dict[str, Any] = {"fullgraph": True, "backend": backend}
+    if buckets:
+        options["dynamic"] = False
+        if backend == "inductor" and on_gpu:
+            options["mode"] = "reduce-overhead"
+    for n, segment in enumerate(backbone._segments[False]):
+        function = _prepared(torch.compile(_fresh(segment.function), **options), first=n == 0)
+        if buckets:
+            function = _in_buckets(function, len(segment.constants), (kinds[n], kinds[n + 1]), buckets)
+        backbone._segments[False][n] = replace(segment, function=function)
+    # The copy's weights never change, so the compiler may pack them once. Tracing reads this setting, too, so that it
+    # cannot be given to torch.compile.
+    with inductor_config.patch(freezing=not on_gpu):
+        for batch in buckets[::-1] or WARM_UP:
+            for _ in range(3 if buckets and on_gpu else 1):  # CUDA graphs are recorded in the second run
+                _warm_up(backbone, image.expand(batch, -1, -1, -1).contiguous())
+
+
+def _warm_up(backbone: StagedBackbone, images: Tensor) -> None:
+    carry = backbone.start(images)
+    for n in range(backbone.num_stages + 1):
+        for tensor, rows in flatten(carry.values, carry.kinds):
+            if rows:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        if n < backbone.num_stages:
+            carry = backbone.run(n, carry)
+    backbone.head(carry)
+
+
+def _fresh(function: _Function) -> _Function:
+    """Copy a function with a code object and a name of its own.
+
+    Compiled forms are kept with the code object and counted against a limit; which sizes have varied is remembered by
+    name, and the shapes of one stage would make those of another dynamic.
+    """
+    code = function.__code__.replace(co_name=f"stage_{next(_serial)}")
+    return types.FunctionType(code, function.__globals__, code.co_name)
+
+
+def _prepared(function: _Function, first: bool) -> _Function:
+    """Call a compiled function in the one way that it was compiled for."""
+
+    def call(*args: Any) -> tuple[Any, ...]:
+        with torch.no_grad():
+            return function(*tree_map_only(Tensor, lambda x: _canonical(x, first), args))
+
+    return call
+
+
+def _canonical(x: Tensor, first: bool) -> Tensor:
+    """Give a tensor the strides of its shape: compiled graphs depend on them, even on those of axes of one element."""
+    channels_last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last and not first else torch.contiguous_format
+    strides = torch.empty(x.shape, device="meta", memory_format=layout).stride()
+    return x if x.stride() == strides else x.contiguous(memory_format=layout).as_strided(x.shape, strides)
+
+
+def _in_buckets(
+    function: _Function, constants: int, kinds: tuple[tuple[Any, ...], tuple[Any, ...]], buckets: Sequence[int]
+) -> _Function:
+    """Run a segment at batch sizes of `buckets` alone: pad by repeating the last row, split what is larger."""
+
+    def call(model: nn.Module, *args: Any) -> tuple[Any, ...]:
+        values = args[constants:]
+        device = next(tensor.device for tensor, _ in flatten(values, kinds[0]))
+        carry = Carry(values, kinds[0], batch_of(values, kinds[0]))
+        parts = []
+        for rows in torch.arange(carry.batch, device=device).split(buckets[-1]):
+            bucket = next(size for size in buckets if size >= len(rows))
+            padded = carry.select(torch.cat([rows, rows[-1:].expand(bucket - len(rows))]))
+            outputs = function(model, *args[:constants], *padded.values)
+            # Selecting copies: the next replay of a CUDA graph writes over its outputs.
+            parts.append(Carry(outputs, kinds[1], bucket).select(torch.arange(len(rows), device=device)))
+        return Carry.cat(parts).values
+
+    return call

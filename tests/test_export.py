@@ -1,0 +1,339 @@
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    BOTH_TEMPORAL,
+    BOTH_UPDATES,
+    SIZE,
+    StateUpdate,
+    balance,
+    crossings_backbone,
+    random_gates,
+    timm_network,
+    toy_model,
+    toy_video,
+)
+
+import dynskip_onnx
+from dynskip import DynskipError, EarlyTerminator, SkipOutput, StagedBackbone, StopOrForward, stage_model
+from dynskip_onnx import DynskipOnnxError, Result, Runner
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+ROOT = Path(dynskip_onnx.__file__).parent
+
+
+def wrap(backbone: StagedBackbone, size: int) -> StopOrForward:
+    gates = [gate.float() for gate in random_gates(backbone.num_features, seed=1)]
+    model = StopOrForward(backbone, gates, terminator=EarlyTerminator(0.5, 2)).eval()
+    return balance(model, toy_video(4, 6, size=size, seed=3, dtype=torch.float32), share=0.7)
+
+
+def build(name: str) -> tuple[StopOrForward, int]:
+    if name == "crossings":
+        return wrap(crossings_backbone(), SIZE), SIZE
+    if name == "test_vit":
+        network = copy.deepcopy(timm_network(name, 64, img_size=64))
+        return wrap(stage_model(network, num_stages=2, input_size=(3, 64, 64)), 64), 64
+    model = toy_model(seed=5, stages=2, temporal=name or None, inner=False, share=0.7).float()
+    return model, SIZE
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | None], tuple[StopOrForward, Path, int]]:
+    """Export each model once, for exporting takes seconds."""
+    made: dict[str | None, tuple[StopOrForward, Path, int]] = {}
+
+    def get(name: str | None) -> tuple[StopOrForward, Path, int]:
+        if name not in made:
+            model, size = build(name or "")
+            folder = tmp_path_factory.mktemp("onnx") / "model"
+            names = [chr(97 + k % 26) for k in range(model.backbone.num_classes)]
+            model.export(folder, size, mean=MEAN, std=STD, class_names=names)
+            made[name] = model, folder, size
+        return made[name]
+
+    return get
+
+
+def edit(folder: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """Copy an export with another manifest."""
+    shutil.copytree(folder, target)
+    manifest = json.loads((target / "manifest.json").read_text())
+    change(manifest)
+    (target / "manifest.json").write_text(json.dumps(manifest))
+    return target
+
+
+def assert_result(result: Result, output: SkipOutput, row: int) -> None:
+    frames = len(result.stopped_at)
+    assert result.stopped_at.tolist() == output.stopped_at[row, :frames].tolist()
+    assert (output.stopped_at[row, frames:] == -1).all()
+    assert result.fallback_frame == output.fallback_frame[row]
+    assert result.macs == pytest.approx(output.macs[row].item())
+    for name, wanted in (
+        ("logits", output.logits[row]),
+        ("probabilities", output.probabilities[row]),
+        ("frame_logits", output.frame_logits[row, :frames]),
+        ("gate_logits", output.gate_logits[row, :frames]),  # type: ignore[index]
+    ):
+        np.testing.assert_allclose(getattr(result, name), wanted, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def assert_all_ways(runner: Runner, output: SkipOutput, video: np.ndarray) -> float:
+    """Run clips, a session and streams; return the extra cost of speculation."""
+    extra = 0.0
+    for row, clip in enumerate(video):
+        for window in (1, 3, 16):
+            result = runner.clip(clip, window)
+            assert_result(result, output, row)
+            assert result.extra_macs >= -1e-6 if window > 1 else result.extra_macs == pytest.approx(0)
+            extra += result.extra_macs
+    session = runner.stream(batch=len(video))
+    for t in range(video.shape[1]):
+        step = session(video[:, t])
+        assert step.stopped_at.tolist() == output.stopped_at[:, t].tolist()
+    assert step.ended[~output.seen.all(1).numpy()].all()
+    for row in range(len(video)):
+        assert_result(session.result(row), output, row)
+        assert session.result(row).extra_macs == pytest.approx(0)
+    served = list(runner.serve((iter(clip) for clip in video), capacity=3))
+    assert sorted(end.stream for end in served) == list(range(len(video)))
+    for end in served:
+        assert end.result is not None
+        assert end.error is None
+        assert_result(end.result, output, end.stream)
+        assert end.result.extra_macs == pytest.approx(0)
+    return extra
+
+
+@pytest.mark.parametrize("state_update", BOTH_UPDATES)
+@pytest.mark.parametrize("temporal", BOTH_TEMPORAL)
+def test_every_way_decides_as_torch(
+    exported: Any, tmp_path: Path, temporal: str | None, state_update: StateUpdate
+) -> None:
+    plain, folder, _ = exported(temporal)
+    kinds, extra = set(), 0.0
+    thresholds: list[Any] = [(0.5, 0.5), (0.3, 0.6), (0.5, 0.97), (0.0, 1.0)]
+    for n, (forward, ending) in enumerate(zip(thresholds, [(0.7, 3), None, (0.5, 1), (0.9, 0)], strict=True)):
+        model = StopOrForward(
+            plain.backbone,
+            list(plain.gates),
+            terminator=EarlyTerminator(*ending) if ending else None,
+            state_update=state_update,
+            forward_threshold=forward,
+        ).eval()
+
+        def change(manifest: dict[str, Any], model: StopOrForward = model) -> None:
+            ends = model.terminator
+            manifest["termination"] = ends and {"threshold": ends.threshold, "min_frames": ends.min_frames}
+            manifest["state_update"] = model.state_update
+            for stage, threshold in zip(manifest["stages"], model.forward_threshold, strict=True):
+                stage["gate"]["forward_threshold"] = threshold
+
+        runner = dynskip_onnx.load(edit(folder, tmp_path / str(n), change), threads=1)
+        video = toy_video(6, 8, seed=n + 20, dtype=torch.float32)
+        output = model(video)
+        extra += assert_all_ways(runner, output, video.numpy())
+        kinds |= set(output.stopped_at.flatten().tolist()) | ({"fallback"} if output.fallback.any() else set())
+    assert kinds >= {-1, 0, 1, 2, "fallback"}
+    assert extra > 0
+
+
+@pytest.mark.parametrize("name", ["crossings", "test_vit"])
+def test_real_networks_and_values_of_every_kind(exported: Any, name: str) -> None:
+    model, folder, size = exported(name)
+    video = toy_video(5, 6, size=size, seed=9, dtype=torch.float32)
+    output = model(video)
+    assert len(output.stopped_at.unique()) > 2
+    assert_all_ways(dynskip_onnx.load(folder, threads=1), output, video.numpy())
+
+
+@torch.no_grad()
+def test_torch_files_give_the_same_numbers(tmp_path: Path) -> None:
+    model, size = build("crossings")
+    folder = model.export(tmp_path / "model", size, format="torch")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    parts = {name: torch.export.load(folder / name).module() for name in manifest["sha256"]}
+    for batch in (1, 5):
+        images = toy_video(batch, 1, seed=batch, dtype=torch.float32)[:, 0]
+        carry, values = model.backbone.start(images), (images,)
+        for n, stage in enumerate(manifest["stages"]):
+            carry = model.backbone.run(n, carry)
+            pooled, *values = parts[stage["file"]](*values)
+            torch.testing.assert_close(pooled, model.backbone.pool(n, carry))
+            state = model.gates[n].initial_state(batch)
+            logits, *new = parts[stage["gate"]["file"]](pooled, *state)
+            wanted, wanted_state = model.gates[n](pooled, state)
+            torch.testing.assert_close((logits, *new), (wanted, *wanted_state))
+        torch.testing.assert_close(parts["head.pt2"](*values)[0], model.backbone.head(carry))
+    with pytest.raises(DynskipOnnxError, match="format 'dynskip-torch'"):
+        dynskip_onnx.load(folder)
+
+
+def test_runs_where_torch_cannot_be_imported(exported: Any, tmp_path: Path) -> None:
+    model, folder, _ = exported("lstm")
+    video = toy_video(3, 6, seed=30, dtype=torch.float32)
+    np.save(tmp_path / "video.npy", video.numpy())
+    code = """
+import json, sys
+for name in ("torch", "timm", "dynskip", "einops"):
+    sys.modules[name] = None
+import dynskip_onnx, numpy
+runner = dynskip_onnx.load(sys.argv[1], threads=1)
+print(json.dumps([runner.clip(clip).stopped_at.tolist() for clip in numpy.load(sys.argv[2])]))
+"""
+    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "video.npy")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == model(video).stopped_at.tolist()
+
+
+def test_streams_are_read_no_further_than_needed_and_fail_alone(exported: Any) -> None:
+    model, folder, _ = exported("crossings")
+    runner = dynskip_onnx.load(folder, threads=1)
+    video = toy_video(5, 6, seed=9, dtype=torch.float32)
+    output, read, alive = model(video), [0] * 9, 0
+
+    def source(row: int, fault: str = "") -> Iterator[np.ndarray]:
+        nonlocal alive
+        alive += 1
+        assert alive <= 3
+        try:
+            for t, frame in enumerate(video[row % 5].numpy()):
+                read[row] += 1
+                if t == 1 and fault == "raises":
+                    raise OSError("cable")
+                yield {"NaN": frame * np.nan, "bytes": frame.astype(np.uint8)}.get(fault if t else "", frame)
+        finally:
+            alive -= 1
+
+    faults = {5: "raises", 6: "NaN", 7: "bytes"}
+    sources: list[Any] = [source(row, faults.get(row, "")) for row in range(8)]
+    sources += [7, []]
+    ends = {end.stream: end for end in runner.serve(sources, capacity=3)}
+    assert sorted(ends) == list(range(10))
+    for row in range(5):
+        assert_result(ends[row].result, output, row)  # type: ignore[arg-type]
+        assert read[row] == output.seen[row].sum()
+    for row, message in zip(range(5, 10), ("cable", "NaN", "uint8", "iterable", "before its first"), strict=True):
+        assert ends[row].result is None
+        assert message in str(ends[row].error)
+    assert not output.seen.all()
+
+
+def test_a_session_starts_over(exported: Any) -> None:
+    model, folder, _ = exported("lstm")
+    video = toy_video(2, 5, seed=31, dtype=torch.float32)
+    output, session = model(video), dynskip_onnx.load(folder, threads=1).stream(batch=2)
+    with pytest.raises(DynskipOnnxError, match="no frame yet"):
+        session.result()
+    frames = video.numpy()
+    for t in range(5):
+        session(frames[[0, 0], t])
+    session.reset([1])
+    for t in range(5):
+        session(frames[[0, 1], t])
+    assert_result(session.result(1), output, 1)
+
+
+def test_frames_are_normalised_as_the_manifest_says(exported: Any) -> None:
+    runner = dynskip_onnx.load(exported("lstm")[1], threads=1)
+    frames = np.random.default_rng(0).integers(0, 256, (2, SIZE, SIZE, 3), dtype=np.uint8)
+    wanted = (frames.transpose(0, 3, 1, 2) / 255 - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))
+    np.testing.assert_allclose(runner.normalise(frames), wanted, rtol=1e-5, atol=1e-6)
+    assert runner.class_names == ["a", "b", "c", "d"]
+    runner.manifest["input"]["mean"] = None
+    with pytest.raises(DynskipOnnxError, match="without `mean`"):
+        runner.normalise(frames)
+    for bad, message in ((frames, "uint8"), (np.zeros((0, 3, SIZE, SIZE)), "0 frames"), (wanted[..., 1:], "shape")):
+        with pytest.raises(DynskipOnnxError, match=message):
+            runner.clip(bad)
+
+
+def swap_gates(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    first, second = folder / "gate_0.onnx", folder / "gate_1.onnx"
+    contents = first.read_bytes(), second.read_bytes()
+    first.write_bytes(contents[1])
+    second.write_bytes(contents[0])
+    for path in (first, second):
+        manifest["sha256"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def not_onnx(folder: Path) -> None:
+    (folder / "head.onnx").write_bytes(b"x")
+    edit_in_place(folder, lambda m: m["sha256"].update({"head.onnx": hashlib.sha256(b"x").hexdigest()}))
+
+
+def edit_in_place(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+SPOILS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "changed": (lambda f: (f / "gate_1.onnx").write_bytes((f / "gate_1.onnx").read_bytes() + b" "), "hash differs"),
+    "missing": (lambda f: (f / "stage_1.onnx").unlink(), "missing"),
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), "no manifest"),
+    "garbled": (lambda f: (f / "manifest.json").write_text("{"), "no manifest of"),
+    "foreign": (lambda f: (f / "manifest.json").write_text("[]"), "no manifest of"),
+    "newer": (lambda f: edit_in_place(f, lambda m: m.update(version=2)), "version 2"),
+    "outside": (lambda f: edit_in_place(f, lambda m: m["sha256"].update({"../a.onnx": ""})), "outside"),
+    "lacking": (lambda f: edit_in_place(f, lambda m: m.pop("head")), "'head'"),
+    "unlisted": (lambda f: edit_in_place(f, lambda m: m["sha256"].pop("head.onnx")), "head.onnx"),
+    "rule": (lambda f: edit_in_place(f, lambda m: m.update(state_update="sometimes")), "sometimes"),
+    "shape": (lambda f: edit_in_place(f, lambda m: m["stages"][0]["values"][0].update(shape=[9, 8, 8])), "stage_0"),
+    "classes": (lambda f: edit_in_place(f, lambda m: m.update(num_classes=9)), "head.onnx"),
+    "swapped": (swap_gates, "gate_0"),
+    "not onnx": (not_onnx, "cannot load 'head.onnx'"),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+def test_spoilt_folders_are_refused(exported: Any, tmp_path: Path, spoil: str) -> None:
+    folder = shutil.copytree(exported("lstm")[1], tmp_path / "model")
+    change, message = SPOILS[spoil]
+    change(folder)
+    with pytest.raises(DynskipOnnxError, match=message):
+        dynskip_onnx.load(folder)
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
+    model = toy_model(stages=1)
+    for change, message in (
+        (lambda m: m, "float32"),
+        (lambda m: m.float().export(tmp_path, SIZE, class_names=["a"]), "1 class names for 4"),
+        (lambda m: m.float().export(tmp_path, SIZE, std=[1.0]), "`std`"),
+        (lambda m: m.float().export(tmp_path, SIZE, format="tensorflow"), "'tensorflow'"),
+    ):
+        with pytest.raises(DynskipError, match=message):
+            change(copy.deepcopy(model)).export(tmp_path / "x", SIZE)
+    model = model.float()
+
+    class Other(EarlyTerminator):
+        pass
+
+    model.terminator = Other()
+    with pytest.raises(DynskipError, match="Other"):
+        model.export(tmp_path / "x", SIZE)
+    model.terminator = None
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "mine").touch()
+    with pytest.raises(DynskipError, match="no empty folder"):
+        model.export(tmp_path / "x", SIZE)
+    gate: Any = model.gates[0]
+    gate.initial_state = lambda batch: (torch.arange(5.0).expand(batch, -1),) * 2
+    with pytest.raises(DynskipError, match="not one number"):
+        model.export(tmp_path / "y", SIZE, format="torch")
