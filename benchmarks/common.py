@@ -16,7 +16,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 import dynskip
-from dynskip import EarlyTerminator, StopOrForward, sofnet
-from dynskip.gates import Gate, GateState
+from dynskip import StopOrForward, sofnet
+from dynskip.gates import GateState
 
 FRAMES, ENDS_AFTER, CLASSES = 16, 14, 200
 STOPPED_BY = {2: 2, 5: 1, 8: 3, 11: 2, 14: 4}  # frame: its gate, counted from one; frames not named are used
@@ -89,11 +89,10 @@ def build(args: argparse.Namespace, size: int, optimize: bool = False) -> tuple[
     return optimised(model, video) if optimize else (model, video)
 
 
-def overruled(gates: Sequence[Gate], known: Sequence[Tensor]) -> list[nn.Module]:
+def overruled(gates: Iterable[nn.Module], known: Sequence[Tensor]) -> list[nn.Module]:
+    """Put gates in the schedule's hands, given the pooled features of the video's frames at each stage."""
     stops = torch.tensor(schedule(len(known)), device=known[0].device)
-    return [
-        ScheduledGate(gate, features, stops > n) for n, (gate, features) in enumerate(zip(gates, known, strict=True))
-    ]  # type: ignore[arg-type]
+    return [ScheduledGate(*both, stops > n) for n, both in enumerate(zip(gates, known, strict=True))]
 
 
 def check(model: StopOrForward, video: Tensor) -> float:
@@ -102,7 +101,7 @@ def check(model: StopOrForward, video: Tensor) -> float:
     wanted = schedule(model.backbone.num_stages)[:ENDS_AFTER] + [dynskip.UNSEEN] * (FRAMES - ENDS_AFTER)
     if output.stopped_at.tolist() != [wanted]:
         raise SystemExit(f"The schedule is {wanted} and the model did {output.stopped_at[0].tolist()}.")
-    return output.macs.item() / 1e9
+    return float(output.macs) / 1e9
 
 
 def optimised(model: StopOrForward, video: Tensor) -> tuple[StopOrForward, Tensor]:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynskip import SoFLoss, sofnet
+from dynskip import LossParts, SoFLoss, sofnet
 from dynskip.sofnet import Recipe
 
 NAMES = ("dense TSN", "SoF-Net")
@@ -39,8 +39,10 @@ def training_step(name: str, args: argparse.Namespace) -> Callable[[], None]:
 
     def loss() -> Tensor:
         if name == NAMES[0]:
-            return F.cross_entropy(network(videos.flatten(0, 1)).unflatten(0, videos.shape[:2]).mean(1), labels)
-        return criterion(model(videos), labels).total
+            frame_logits: Tensor = network(videos.flatten(0, 1))
+            return F.cross_entropy(frame_logits.unflatten(0, videos.shape[:2]).mean(1), labels)
+        parts: LossParts = criterion(model(videos), labels)
+        return parts.total
 
     def step() -> None:
         optimizer.zero_grad()
