@@ -130,19 +130,22 @@ def test_measuring_leaves_hooks_alone() -> None:
 # Reported MACs are executed MACs
 
 
-def counted_macs(model: StopOrForward, video: torch.Tensor) -> tuple[float, torch.Tensor]:
+def assert_counted(model: StopOrForward, video: torch.Tensor) -> None:
+    """Compare with torch's count what is reported frame by frame, and ahead of decisions with its extra."""
     model.lookup_for((video.shape[3], video.shape[4]))  # measured before counting starts
-    with FlopCounterMode(display=False) as counter:
-        output = model(video)
-    return counter.get_total_flops() / 2, output.macs
+    for window in (1, None):
+        with FlopCounterMode(display=False) as counter:
+            output = model.run_clip(video, window)
+        extra = output.speculative_macs.sum()
+        assert counter.get_total_flops() / 2 == float(output.macs.sum() + extra)
+        assert (output.macs > 0).all()
+        assert window is None or extra == 0
 
 
 @settings(max_examples=40)
 @given(case=cases())
 def test_reported_macs_are_executed_macs(case: Case) -> None:
-    counted, reported = counted_macs(case.model(), case.video())
-    assert counted == float(reported.sum())
-    assert (reported > 0).all()
+    assert_counted(case.model(), case.video())
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_mambaout"])
@@ -152,9 +155,7 @@ def test_reported_macs_are_executed_macs_of_real_networks(name: str, share: floa
     backbone = stage_model(timm_network(name, 64, **options), input_size=(3, 64, 64))
     gates = [gate.float() for gate in random_gates(backbone.num_features, seed=5)]
     video = toy_video(2, 3, size=64, dtype=torch.float32)
-    model = balance(StopOrForward(backbone, gates).eval(), video, share)
-    counted, reported = counted_macs(model, video)
-    assert counted == float(reported.sum())
+    assert_counted(balance(StopOrForward(backbone, gates).eval(), video, share), video)
 
 
 def test_dense_macs_leave_gates_out() -> None:

@@ -291,6 +291,15 @@ def test_runtime_in_other_precisions(way: str) -> None:
         torch.testing.assert_close(clip.logits, stepwise.logits, rtol=1e-4, atol=1e-4)
 
 
+def test_runtime_fallbacks_of_many_videos_start_at_different_depths() -> None:
+    model, video = toy_model(seed=1, stages=4, forward_threshold=(0.5, 0.5, 0.5, 1.0)), toy_video(12, 2)
+    masked = model.decide(model.encode(video))
+    assert masked.fallback.all()
+    assert len(masked.stopped_at.amax(1).unique()) > 2
+    assert_same(model(video), masked, skip=["inner_logits"])
+    assert_online_equals(model, video, masked)
+
+
 def test_runtime_single_frames() -> None:
     for threshold in (0.0, 0.5, 1.0):
         model, video = toy_model(forward_threshold=threshold), toy_video(3, 1)
@@ -354,7 +363,7 @@ def test_runtime_a_session_saved_and_restored_goes_on_identically(case: Case, da
 
 
 def test_runtime_a_saved_state_stands_still() -> None:
-    model, video = toy_model(seed=2, forward_threshold=(0.0, 0.0, 1.0)), toy_video(2, 4)
+    model, video = toy_model(seed=2, state_update="reached"), toy_video(2, 4)
     session = model.stream(2)
     session(video[:, 0])
     state = session.state_dict()
@@ -389,7 +398,7 @@ def damage(change: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]
         (damage(lambda s: s.update(furthest=[None, None])), "does not hold the furthest frame"),
         (damage(lambda s: s.pop("furthest")), "does not hold the furthest frame"),
         (damage(lambda s: s["furthest"][0].pop("values")), "a stored frame cannot be gone on with"),
-        (damage(lambda s: s["furthest"][0].update(depth=7)), "a stored frame cannot be gone on with"),
+        (damage(lambda s: s["furthest"][0].update(score=7.5)), "a stored frame cannot be gone on with"),
         (damage(lambda s: s["furthest"][0].update(values=(torch.zeros(1, 3, 8, 8),))), "cannot be gone on with"),
         (damage(lambda s: s["furthest"][0]["values"][0].fill_(math.nan)), "its logits are not finite"),
         (damage(lambda s: s.update(image_size=None)), "frames and no image size"),
@@ -405,6 +414,15 @@ def test_runtime_states_that_do_not_fit(spoil: Callable[[Any], Any], telling: st
         session.load_state_dict(spoil(saved(undisturbed)))
     assert_steps_equal(session(video[:, 1]), undisturbed(video[:, 1]))
     assert torch.equal(session.result().logits, undisturbed.result().logits)
+
+
+def test_runtime_a_state_of_another_frame_size_leaves_a_session_with_a_given_table_as_it_was() -> None:
+    table = FLOPsLookup([1.0, 2.0, 3.0], image_size=(SIZE, SIZE))
+    session, large = toy_model(seed=2, lookup=table).stream(), toy_model(seed=2).stream()
+    large(toy_video(1, 1, size=12)[:, 0])
+    with pytest.raises(DynskipError, match="made for frames of 8x8"):
+        session.load_state_dict(saved(large))
+    assert session.result().seen.tolist() == [0]
 
 
 def test_runtime_results_do_not_disturb_a_session() -> None:

@@ -419,10 +419,10 @@ def test_streams_left_early_release_asynchronous_sources() -> None:
 
     async def camera(b: int) -> AsyncIterator[Tensor]:
         try:
-            for frame in toy_video(1, 8)[0]:
+            for t, frame in enumerate(toy_video(1, 8)[0]):
+                if b == 0 and t == 2:
+                    await asyncio.Event().wait()
                 yield frame
-                await asyncio.sleep(0)
-            await asyncio.Event().wait()
         finally:
             released.append(b)
 

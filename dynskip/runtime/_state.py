@@ -30,13 +30,11 @@ class Furthest:
     Attributes:
         score: gate that stopped it plus how nearly that gate forwarded it, in [0, 1).
         frame: its number in the video.
-        depth: the last stage that `carry` has been through.
-        carry: what the next stage takes, of this frame alone.
+        carry: what the stage after that gate takes, of this frame alone.
     """
 
     score: float
     frame: int
-    depth: int
     carry: Carry
 
     @property
@@ -148,7 +146,6 @@ class Progress:
         frames: Sequence[int],
         stopped_at: Tensor,
         logits: Tensor,
-        depths: Sequence[int],
         carries: Sequence[CarryRow],
     ) -> None:
         """Keep the furthest of the stopped frames of rows that have no used frame.
@@ -158,18 +155,17 @@ class Progress:
             frames: their numbers in the videos.
             stopped_at: `(M,)` the gate that stopped each.
             logits: `(M, 2)` what that gate said.
-            depths: the last stage that each has been through.
-            carries: what came out of that stage.
+            carries: what that gate's stage made of them.
         """
         if all(self.answered[row] for row in rows):
             return
         scores = depth_score(stopped_at, logits).tolist()
-        for row, frame, score, depth, (carry, position) in zip(rows, frames, scores, depths, carries, strict=True):
+        for row, frame, score, (carry, position) in zip(rows, frames, scores, carries, strict=True):
             best = self.furthest[row]
             if not self.answered[row] and (best is None or score > best.score):
                 # A copy of one row, so that the rest of its batch can go.
                 alone = carry.select(torch.tensor([position]))
-                self.furthest[row] = Furthest(score, frame, depth, alone)
+                self.furthest[row] = Furthest(score, frame, alone)
 
 
 def _write(table: GateState, rows: Rows, new: GateState) -> None:
@@ -191,16 +187,16 @@ def gather(rows: Sequence[CarryRow]) -> Carry:
 
 
 def run_to_end(backbone: StagedBackbone, frames: Sequence[Furthest]) -> Tensor:
-    """Run stopped frames through the stages that they have not been through, and the head.
+    """Run stopped frames through the rest of the stages, and the head.
 
     Returns:
         `(M, K)` logits.
     """
-    order = sorted(range(len(frames)), key=lambda i: frames[i].depth)
+    order = sorted(range(len(frames)), key=lambda i: frames[i].stopped_at)
     carry: list[Carry] = []
     for n in range(backbone.num_stages):
         carry = [backbone.run(n, Carry.cat(carry))] if carry else []
-        carry += [frames[i].carry for i in order if frames[i].depth == n]
+        carry += [frames[i].carry for i in order if frames[i].stopped_at == n]
     logits = backbone.head(Carry.cat(carry))
     return logits[torch.tensor(order, device=logits.device).argsort()]
 

@@ -98,7 +98,6 @@ class _Features:
         self._carries: dict[int, CarryRow] = {}
         self._rows: list[dict[int, int]] = [{} for _ in range(backbone.num_stages)]
         self._pooled: list[Tensor | None] = [None] * backbone.num_stages
-        self.depth: dict[int, int] = {}  # last stage that a frame has been through
 
     def reach(self, stage: int, frames: list[int]) -> tuple[Tensor, list[int]]:
         """Return `(M, C_n)` pooled features of frames at a stage, and the frames among them that had to be run."""
@@ -109,7 +108,6 @@ class _Features:
             fresh = self._backbone.pool(stage, carry)
             rows.update({f: i for i, f in enumerate(new, start=len(rows))})
             self._carries.update((f, (carry, i)) for i, f in enumerate(new))
-            self.depth.update((f, stage) for f in new)
             self._pooled[stage] = pooled = fresh if pooled is None else torch.cat([pooled, fresh])
             if len(new) == len(frames):
                 return fresh, new
@@ -176,7 +174,7 @@ class _Clip:
             self.frame_logits[frames] = logits.to(self.frame_logits.dtype)
             for b, furthest in left.items():
                 fallback_frame[b] = furthest.frame
-                for part in (*range(furthest.depth + 1, self.stages), 2 * self.stages):
+                for part in (*range(furthest.stopped_at + 1, self.stages), 2 * self.stages):
                     self.executed[b][part] += 1
         output = masked_output(
             torch.tensor(self.stopped_at, device=device).view(shape),
@@ -283,6 +281,8 @@ class _Clip:
                     self.length[b] = t + 1
 
     def _remember(self, frames: list[int], stopped_at: dict[int, int], features: _Features) -> None:
+        # Without a used frame no state has moved under "used", so these stopped where they were first looked at: their
+        # carries are of the stage that they stopped after.
         frames = [f for f in frames if not self.progress.answered[f // self.frames]]
         if frames:
             gates = [stopped_at[f] for f in frames]
@@ -291,7 +291,6 @@ class _Clip:
                 [f % self.frames for f in frames],
                 torch.tensor(gates, device=self.video.device),
                 self.gate_logits[frames, gates],
-                [features.depth[f] for f in frames],
                 [features.row(f) for f in frames],
             )
 

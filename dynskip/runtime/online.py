@@ -153,11 +153,11 @@ class Session:
         return alive, backbone.head(carry)
 
     def _remember(self, stage: int, rows: Tensor, logits: Tensor, carry: Carry, positions: Tensor) -> None:
-        progress, count = self._progress, len(rows)
+        progress = self._progress
         carries = [(carry, position) for position in positions.tolist()]
         frames = progress.seen[rows].tolist()
         stages = torch.full_like(rows, stage)
-        progress.remember(rows.tolist(), frames, stages, logits, [stage] * count, carries)
+        progress.remember(rows.tolist(), frames, stages, logits, carries)
 
     def _set_size(self, size: tuple[int, int]) -> None:
         if size == self._image_size:
@@ -281,13 +281,15 @@ class Session:
             raise DynskipError(f"The state is damaged: a stored frame cannot be gone on with ({error}).") from error
         if size is None and any(seen):
             raise DynskipError("The state is damaged: it has frames and no image size.")
+        if size is not None:
+            self.model.lookup_for(size)  # so that nothing is left to fail once tensors are written
         return restored, size
 
     def _restore(self, plain: dict[str, Any]) -> Furthest:
         backbone = self.model.backbone
         carry = Carry(_to(plain["values"], self._macs.device), plain["kinds"], 1)
-        furthest = Furthest(float(plain["score"]), int(plain["frame"]), int(plain["depth"]), carry)
-        if not 0 <= furthest.stopped_at <= furthest.depth < backbone.num_stages or furthest.frame < 0:
+        furthest = Furthest(float(plain["score"]), int(plain["frame"]), carry)
+        if not 0 <= furthest.stopped_at < backbone.num_stages or furthest.frame < 0:
             raise ValueError(f"no frame stops at gate {furthest.stopped_at}")
         # The surest test of a carry is to go on with it; it happens once, and only where no frame has been used yet.
         if not run_to_end(backbone, [furthest]).isfinite().all():
@@ -299,7 +301,7 @@ def _plain(furthest: Furthest) -> dict[str, Any]:
     """Take a frame apart into tensors and numbers."""
     values = _to(furthest.carry.values, None)
     carry = {"values": values, "kinds": furthest.carry.kinds}
-    return {"score": furthest.score, "frame": furthest.frame, "depth": furthest.depth, **carry}
+    return {"score": furthest.score, "frame": furthest.frame, **carry}
 
 
 def _to(value: Any, device: torch.device | None) -> Any:

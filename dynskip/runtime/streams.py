@@ -204,8 +204,8 @@ class Scheduler:
         stream.idle = False
         stream.macs += float(stream.lookup.completion[furthest.stopped_at])
         last = _Waiting(stream, (furthest.carry, 0), 0, final=True)
-        if furthest.depth + 1 < self.model.backbone.num_stages:
-            self._enqueue(furthest.depth + 1, [last])
+        if furthest.stopped_at + 1 < self.model.backbone.num_stages:
+            self._enqueue(furthest.stopped_at + 1, [last])
             return []
         return self._answer([last], furthest.carry)
 
@@ -263,7 +263,6 @@ class Scheduler:
             [stream.seen for stream in streams],
             torch.full((len(stop),), stage, device=logits.device),
             logits[stop],
-            [stage] * len(stop),
             [(carry, i) for i in stopped],
         )
         gone = set(stopped)
