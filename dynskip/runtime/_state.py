@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dynskip.wrapper import StopOrForward
 
 CarryRow = tuple[Carry, int]  # one frame in the carry of a batch
+Rows = Tensor | slice  # indices; or a slice, which takes views and costs less
 
 
 @dataclass
@@ -88,7 +89,7 @@ class Progress:
             self.furthest[row], self.answered[row] = None, False
 
     def evaluate(
-        self, stage: int, rows: Tensor, pooled: Tensor, sample: bool = False
+        self, stage: int, rows: Rows, pooled: Tensor, sample: bool = False
     ) -> tuple[Tensor, Tensor, GateState]:
         """Ask a gate about a frame of each of some rows, which may repeat, and change nothing.
 
@@ -98,17 +99,17 @@ class Progress:
         logits, state = self.model.gates[stage](pooled, tuple(s[rows] for s in self.states[stage]))
         return logits, self.model._draw(stage, logits, sample) > 0.5, state
 
-    def store(self, stage: int, rows: Tensor, state: GateState) -> None:
+    def store(self, stage: int, rows: Rows, state: GateState) -> None:
         """Set the state of a gate."""
         _write(self.states[stage], rows, state)
 
-    def gate(self, stage: int, rows: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+    def gate(self, stage: int, rows: Rows, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """Ask a gate about a frame of each of some rows; its state moves on now, or when `commit` says so."""
         logits, forward, state = self.evaluate(stage, rows, pooled)
         _write((self.states if self.model.state_update == "reached" else self._proposed)[stage], rows, state)
         return logits, forward
 
-    def commit(self, rows: Tensor) -> None:
+    def commit(self, rows: Rows) -> None:
         """Move all gates' states on to those that `gate` made of the rows' used frames."""
         if self.model.state_update == "used":
             for state, proposed in zip(self.states, self._proposed, strict=True):
@@ -135,7 +136,7 @@ class Progress:
         """Return NaNs, of the model's dtype, for what has not been computed."""
         return torch.full(shape, math.nan, dtype=self.dtype, device=self.device)
 
-    def running(self, rows: Tensor) -> Tensor:
+    def running(self, rows: Rows = slice(None)) -> Tensor:
         """Return the mean logits of the rows' used frames; NaN where there are none."""
         return self.logit_sum[rows] / self.used[rows, None]
 
@@ -167,7 +168,7 @@ class Progress:
                 self.furthest[row] = Furthest(score, frame, alone)
 
 
-def _write(table: GateState, rows: Tensor, new: GateState) -> None:
+def _write(table: GateState, rows: Rows, new: GateState) -> None:
     for old, value in zip(table, new, strict=True):
         old[rows] = value.to(old.dtype)
 

@@ -126,7 +126,7 @@ class Session:
             progress.advance(rows, used, frame_logits[used])
         macs = self._costs[stopped_at + 1]
         self._macs += macs
-        running = progress.running(torch.arange(self.batch, device=rows.device)).to(progress.dtype)
+        running = progress.running().to(progress.dtype)
         ended = progress.ended.clone()
         return FrameStep(stopped_at, stopped_at == stages, gate_logits, frame_logits, running, ended, macs)
 
@@ -136,12 +136,12 @@ class Session:
         carry = backbone.start(frames)
         for n in range(backbone.num_stages):
             carry = backbone.run(n, carry)
-            logits, forward = progress.gate(n, alive, backbone.pool(n, carry))
-            gate_logits[alive, n] = logits.to(gate_logits.dtype)
-            keep = forward.nonzero().squeeze(1)
-            if len(keep) == len(alive):
+            rows = slice(None) if len(alive) == self.batch else alive
+            logits, forward = progress.gate(n, rows, backbone.pool(n, carry))
+            gate_logits[rows, n] = logits.to(gate_logits.dtype)
+            if forward.all():
                 continue
-            stop = (~forward).nonzero().squeeze(1)
+            keep, stop = forward.nonzero().squeeze(1), (~forward).nonzero().squeeze(1)
             stopped_at[alive[stop]] = n
             self._remember(n, alive[stop], gate_logits[alive[stop], n], carry, stop)
             alive = alive[keep]
@@ -149,7 +149,7 @@ class Session:
                 return alive, gate_logits.new_empty(0, backbone.num_classes)
             carry = carry.select(keep)
         stopped_at[alive] = backbone.num_stages
-        progress.commit(alive)
+        progress.commit(slice(None) if len(alive) == self.batch else alive)
         return alive, backbone.head(carry)
 
     def _remember(self, stage: int, rows: Tensor, logits: Tensor, carry: Carry, positions: Tensor) -> None:
@@ -201,7 +201,7 @@ class Session:
             The prediction.
         """
         progress = self._progress
-        logits = progress.running(torch.arange(self.batch, device=self._macs.device))
+        logits = progress.running()
         macs, fallback_frame = self._macs.clone(), torch.full_like(progress.used, -1)
         left = [(row, furthest) for row, furthest in enumerate(progress.furthest) if furthest is not None]
         if left and self._image_size is not None:

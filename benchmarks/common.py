@@ -1,0 +1,213 @@
+"""What the benchmarks share: a model that follows a fixed schedule, interleaved timing, and the report.
+
+Random weights decide nothing sensible, so gates are evaluated as ever and then overruled: of a video's 16 frames, 11
+would be used, and the others stop at gates 4, 3, 2, 2 and 1, counted from one. The video ends after 14 frames. The two
+that remain unseen are a used one and the one for gate 4: 10 frames are used and 4 stopped. This reading is the one that
+comes to 27.2 GMACs at 168x168 with ResNet-50, the thesis' rates; all 16 frames would take 31.6.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import dynskip
+from dynskip import StopOrForward, sofnet
+from dynskip.gates import GateState
+
+FRAMES, ENDS_AFTER, CLASSES = 16, 14, 200
+STOPPED_BY = {2: 2, 5: 1, 8: 3, 11: 2, 14: 4}  # frame: its gate, counted from one; frames not named are used
+
+
+class ScheduledGate(nn.Module):
+    """A gate that is evaluated and then overruled by what the schedule has for the frame.
+
+    It recognises the frame as the nearest of those known, so that neither order nor batch nor runtime matters.
+
+    Args:
+        gate: the gate to evaluate.
+        known: `(F, C_n)` pooled features of the known frames.
+        forwards: `(F,)` boolean, whether the schedule has each of them go forward here.
+    """
+
+    centre: Tensor
+    keys: Tensor
+    half_norms: Tensor
+    verdicts: Tensor
+
+    def __init__(self, gate: nn.Module, known: Tensor, forwards: Tensor) -> None:
+        super().__init__()
+        self.gate: Any = gate
+        self.register_buffer("centre", known.mean(0))
+        self.register_buffer("keys", (known - self.centre).t().contiguous())
+        self.register_buffer("half_norms", self.keys.square().sum(0) / 2)
+        self.register_buffer("verdicts", torch.where(forwards[:, None], 100.0, -100.0) * known.new_tensor([-1.0, 1.0]))
+
+    def initial_state(self, batch: int) -> GateState:
+        return self.gate.initial_state(batch)  # type: ignore[no-any-return]
+
+    def forward(self, pooled: Tensor, state: GateState) -> tuple[Tensor, GateState]:
+        logits, new = self.gate(pooled, state)
+        nearest = ((pooled - self.centre) @ self.keys - self.half_norms).argmax(-1)
+        # Added rather than put in their place, so that no compiler leaves the gate's own logits out.
+        return logits + self.verdicts[nearest], new
+
+
+def schedule(stages: int) -> list[int]:
+    """Return for each frame of a video where it goes, as in `SkipOutput.stopped_at`, if it is looked at."""
+    return [STOPPED_BY.get(t, stages + 1) - 1 for t in range(FRAMES)]
+
+
+@torch.no_grad()
+def build(args: argparse.Namespace, size: int, optimize: bool = False) -> tuple[StopOrForward, Tensor]:
+    """Return a model with random weights that follows the schedule, and a `(1, 16, 3, size, size)` video to run."""
+    torch.manual_seed(0)
+    backbone = dynskip.stage_model(args.backbone, num_classes=CLASSES, zero_init_last=False)
+    # The threshold lets every video end as soon as the frames allow it.
+    model = sofnet(backbone, guidance=False, threshold=1e-6, min_frames=ENDS_AFTER - 1).eval().to(args.device)
+    generator = torch.Generator().manual_seed(1)
+    video = torch.randn(1, FRAMES, 3, size, size, generator=generator)
+    # Networks with random weights hardly tell noise from noise; brightness and contrast they do.
+    video = video * torch.linspace(0.5, 2.0, FRAMES).view(FRAMES, 1, 1, 1)
+    video = (video + 2 * torch.randn(FRAMES, 3, 1, 1, generator=generator)).to(args.device)
+    gates = overruled(model.gates, [pooled[0] for pooled in model.encode(video).pooled])
+    model = StopOrForward(model.backbone, gates, terminator=model.terminator).eval()
+    check(model, video)
+    return optimised(model, video) if optimize else (model, video)
+
+
+def overruled(gates: Iterable[nn.Module], known: Sequence[Tensor]) -> list[nn.Module]:
+    """Put gates in the schedule's hands, given the pooled features of the video's frames at each stage."""
+    stops = torch.tensor(schedule(len(known)), device=known[0].device)
+    return [ScheduledGate(*both, stops > n) for n, both in enumerate(zip(gates, known, strict=True))]
+
+
+def check(model: StopOrForward, video: Tensor) -> float:
+    """Refuse to time a model that does not follow the schedule; return the GMACs of a video."""
+    output = model(video)
+    wanted = schedule(model.backbone.num_stages)[:ENDS_AFTER] + [dynskip.UNSEEN] * (FRAMES - ENDS_AFTER)
+    if output.stopped_at.tolist() != [wanted]:
+        raise SystemExit(f"The schedule is {wanted} and the model did {output.stopped_at[0].tolist()}.")
+    return float(output.macs) / 1e9
+
+
+def optimised(model: StopOrForward, video: Tensor) -> tuple[StopOrForward, Tensor]:
+    """Return a model with faster stages, and the video as it takes it: in bf16 with CUDA graphs on a GPU."""
+    on_gpu = video.device.type == "cuda"
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "buckets": (1, 2, 4, 8, 16)} if on_gpu else {}
+    progress("compiling")
+    fast, agreement = model.optimize(video, **options)
+    progress(str(agreement))
+    video = video.to(next(fast.parameters()).dtype)
+    check(fast, video)
+    return fast, video
+
+
+def interleaved(functions: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Time functions in turns, each once a round and once before, unmeasured; return milliseconds."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
+    for k in range(rounds + 1):
+        for name in names[k % len(names) :] + names[: k % len(names)]:
+            started = now(device)
+            functions[name]()
+            times[name].append(1e3 * (now(device) - started))
+        progress(f"round {k} of {rounds}", end="")
+    progress("")
+    return {name: values[1:] for name, values in times.items()}
+
+
+def now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def progress(text: str, end: str = "\n") -> None:
+    print(f"\r{text}", end=end, file=sys.stderr, flush=True)
+
+
+class Report:
+    """Collects what was measured, prints it, and writes it with what is needed to measure it again.
+
+    Args:
+        question: what the script answers.
+        args: its arguments.
+    """
+
+    def __init__(self, question: str, args: argparse.Namespace) -> None:
+        self.args = args
+        self.content: dict[str, Any] = {
+            "question": question.splitlines()[0],
+            "command": shlex.join(["python", *sys.argv]),
+            "machine": machine(args.device),
+            "results": {},
+            "ratios": {},
+        }
+        print(self.content["question"])
+        print(", ".join(f"{key} {value}" for key, value in self.content["machine"].items()))
+
+    def add(self, name: str, milliseconds: Sequence[float], gmacs: float, **more: Any) -> None:
+        """Note the times of one thing, and the GMACs that it executed."""
+        median = statistics.median(milliseconds)
+        low, high = min(milliseconds), max(milliseconds)
+        self.content["results"][name] = {"median_ms": median, "min_ms": low, "max_ms": high, "gmacs": gmacs, **more}
+        extra = "".join(f", {key} {value:.4g}" for key, value in more.items())
+        print(f"{name:<44}{median:10.1f} ms ({low:.1f} to {high:.1f}){gmacs:9.2f} GMACs{extra}")
+
+    def compare(self, name: str, other: str, wanted: float | None = None) -> None:
+        """Compare the medians of two things; `wanted` is what their ratio should not exceed."""
+        results = self.content["results"]
+        ratio = results[name]["median_ms"] / results[other]["median_ms"]
+        self.ratio(f"{name} / {other}", ratio, None if wanted is None else f"<= {wanted}")
+
+    def ratio(self, name: str, value: float, wanted: str | None = None) -> None:
+        """Note a figure to be reached, to be printed last."""
+        self.content["ratios"][name] = {"value": value, "wanted": wanted}
+
+    def finish(self) -> None:
+        """Print the ratios and write the file."""
+        for name, ratio in self.content["ratios"].items():
+            print(f"{name}: {ratio['value']:.3f}" + (f" (wanted {ratio['wanted']})" if ratio["wanted"] else ""))
+        if self.args.json:
+            self.args.json.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+
+
+def machine(device: str) -> dict[str, Any]:
+    facts = {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if device == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name()
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
+    return {**facts, **versions, "dynskip": dynskip.__version__}
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def parser(doc: str, optimize: bool = False) -> argparse.ArgumentParser:
+    """Return the arguments that all scripts take, and whether to optimise; the last two are for trying a script out."""
+    result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--quick", action="store_true", help="few rounds")
+    result.add_argument("--json", type=Path, help="file to write the results to")
+    result.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    if optimize:
+        result.add_argument("--optimize", action="store_true", help="with faster stages, see StopOrForward.optimize")
+    result.add_argument("--backbone", default="resnet50", help=argparse.SUPPRESS)
+    result.add_argument("--size", type=int, default=168, help=argparse.SUPPRESS)
+    return result

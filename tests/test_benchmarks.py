@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import clip_online  # noqa: E402
+import common  # noqa: E402
+import many_streams  # noqa: E402
+import overhead  # noqa: E402
+import per_video  # noqa: E402
+import plot  # noqa: E402
+import training_step  # noqa: E402
+
+TOY = ["--quick", "--backbone", "test_resnet", "--size", "64"]
+
+
+def run(script: Any, folder: Path, *more: str) -> dict[str, Any]:
+    file = folder / "results.json"
+    script.main([*TOY, "--json", str(file), *more])
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return content
+
+
+@pytest.mark.parametrize("script", [overhead, clip_online, many_streams, training_step], ids=lambda s: s.__name__)
+def test_scripts_run_and_end_with_a_ratio(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = run(script, tmp_path)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == content["question"] == script.__doc__.splitlines()[0]
+    assert {"machine", "command"} <= content.keys()
+    assert all(row["median_ms"] > 0 and row["gmacs"] > 0 for row in content["results"].values())
+    *_, (name, ratio) = content["ratios"].items()
+    assert printed[-1].startswith(f"{name}: {ratio['value']:.3f}")
+
+
+def test_per_video_and_both_pictures(tmp_path: Path) -> None:
+    content = run(per_video, tmp_path, "--eager")
+    plot.per_video(content).savefig(tmp_path / "per_video.png")
+    plot.streams(run(many_streams, tmp_path)).savefig(tmp_path / "streams.png")
+    assert (tmp_path / "per_video.png").stat().st_size > 10_000
+
+
+def test_onnx_against_torch(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    import onnx_torch
+
+    assert len(run(onnx_torch, tmp_path, "--eager")["results"]) == 4
+
+
+def test_the_schedule_is_followed_in_any_order() -> None:
+    args = common.parser("").parse_args(TOY)
+    model, video = common.build(args, 64)
+    stops = torch.tensor(common.schedule(model.backbone.num_stages))
+    assert (stops == 5).sum() == 11
+    assert sorted(stops[stops < 5] + 1) == [1, 2, 2, 3, 4]
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    output = model(video[:, order])
+    seen = output.stopped_at[0] != common.dynskip.UNSEEN
+    assert seen.sum() == 14
+    assert torch.equal(output.stopped_at[0, seen], stops[order][seen])
+
+
+def test_a_model_that_leaves_the_schedule_is_not_timed() -> None:
+    model, video = common.build(common.parser("").parse_args(TOY), 64)
+    model.gates[3].verdicts.neg_()
+    with pytest.raises(SystemExit, match="schedule"):
+        common.check(model, video)
+
+
+def test_the_schedule_executes_the_thesis_macs_on_resnet50() -> None:
+    args = common.parser("").parse_args(["--size", "168"])
+    model, _ = common.build(args, 64)
+    lookup = model.lookup_for((168, 168))
+    stopped_at = torch.tensor([common.schedule(5)])
+    stopped_at[:, common.ENDS_AFTER :] = -1
+    assert lookup.cost(stopped_at, stopped_at == 5).item() == pytest.approx(27.1e9, rel=0.003)
