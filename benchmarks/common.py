@@ -3,7 +3,7 @@
 Random weights decide nothing sensible, so gates are evaluated as ever and then overruled: of a video's 16 frames, 11
 would be used, and the others stop at gates 4, 3, 2, 2 and 1, counted from one. The video ends after 14 frames. The two
 that remain unseen are a used one and the one for gate 4: 10 frames are used and 4 stopped. This reading is the one that
-comes to 27.2 GMACs at 168x168 with ResNet-50, the thesis' rates; all 16 frames would take 31.6.
+comes to 27.1 GMACs at 168x168 with ResNet-50, the thesis' rates; all 16 frames would take 31.6.
 """
 
 from __future__ import annotations

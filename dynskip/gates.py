@@ -8,10 +8,9 @@ is a tuple of tensors with the batch in dimension 0; its first tensor is the gat
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynskip.errors import DynskipError
@@ -92,39 +91,13 @@ class PolicyGate(nn.Module):
         Returns:
             `(B, 2)` logits (stop, forward), and the state after this frame.
         """
-        if self.temporal is None:
-            new: GateState = (self.cell(self.project(pooled)).relu(),)
-        elif pooled.is_cpu and not torch.compiler.is_compiling():  # compilers and exporters choose kernels themselves
-            new = _lstm_on_cpu(self.cell, _linear_on_cpu(pooled, self.project.weight, self.project.bias), state)
-        else:
-            new = self.cell(self.project(pooled), state)
+        x = self.project(pooled)
+        new = self.cell(x, state) if self.temporal == "lstm" else (self.cell(x).relu(),)
         return self.decide(new[0]), new
 
     def extra_repr(self) -> str:
         """Say what the gate reads and remembers."""
         return f"{self.in_features} -> {self.hidden_features}, temporal={self.temporal!r}"
-
-
-def _lstm_on_cpu(cell: Any, x: Tensor, state: GateState) -> GateState:
-    """Do what an `nn.LSTMCell` does."""
-    hidden, memory = state
-    total = _linear_on_cpu(x, cell.weight_ih, cell.bias_ih) + _linear_on_cpu(hidden, cell.weight_hh, cell.bias_hh)
-    write, keep, candidate, read = total.chunk(4, 1)
-    memory = keep.sigmoid() * memory + write.sigmoid() * candidate.tanh()
-    return read.sigmoid() * memory.tanh(), memory
-
-
-def _linear_on_cpu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Do what `F.linear` does; for a few rows, as gates mostly have, in a third to a half of the time.
-
-    CPU libraries take long over few rows times a matrix, and not over parts of the matrix times the rows transposed.
-    """
-    rows, parts = len(x), 4
-    if rows > 8 or len(weight) % parts:
-        return F.linear(x, weight, bias)
-    columns = x.contiguous().t().expand(parts, -1, -1)
-    product = torch.bmm(weight.unflatten(0, (parts, -1)), columns)
-    return product.flatten(0, 1).t().contiguous() + bias
 
 
 def exponential_temperature(epoch: float, initial: float = 5.0, decay: float = 0.045) -> float:
