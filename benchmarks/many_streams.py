@@ -8,7 +8,8 @@ the stages and the head need, in full batches and without gates or anything else
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -32,7 +33,7 @@ class Streams:
         self.count = count
         self.done = [0] * (model.backbone.num_stages + 1)
         self._events = model.serve_streams(
-            (videos(video[0], first) for first in endless()), max_streams=count, batch_size=BATCH
+            (videos(video[0], first) for first in itertools.count()), max_streams=count, batch_size=BATCH
         )
 
     @property
@@ -48,13 +49,6 @@ class Streams:
                 left -= 1
                 if not left:
                     return
-
-
-def endless() -> Iterator[int]:
-    number = 0
-    while True:
-        yield number
-        number += 1
 
 
 def videos(frames: Tensor, first: int) -> list[Tensor]:

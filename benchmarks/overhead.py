@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import clip_online
 import common
 import torch
 from torch import Tensor
@@ -32,13 +33,6 @@ def bare(model: StopOrForward, frames: Sequence[Tensor], gates: bool) -> None:
             backbone.head(carry)
 
 
-def online(model: StopOrForward, frames: Sequence[Tensor]) -> None:
-    session = model.stream()
-    for frame in frames:
-        if session(frame).ended.item():
-            break
-
-
 def stage_gmacs(model: StopOrForward, size: int) -> float:
     """Return what the schedule executes in stages and the head alone."""
     lookup, stages = model.lookup_for((size, size)), model.backbone.num_stages
@@ -55,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         {
             "bare stages": lambda: bare(model, frames, gates=False),
             "bare stages and gates": lambda: bare(model, frames, gates=True),
-            "online": lambda: online(model, frames),
+            "online": lambda: clip_online.online(model, video),
         },
         rounds=3 if args.quick else 30,
         device=args.device,

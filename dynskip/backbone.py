@@ -264,11 +264,12 @@ class StagedBackbone(nn.Module):
             trail, self._kinds[False] = self._classify()
             self._describe(trail)
             try:
-                self._verify()
+                self._verify(trail)
             except DynskipError as error:
                 # Deep networks with unsettled weights may blow up rounding; samples that mix differ in any precision.
                 try:
-                    copy.deepcopy(self).double()._verify()
+                    twin = copy.deepcopy(self).double()
+                    twin._verify(twin._trail(_probe_images(twin.model, twin.input_size, 3)))
                 except Exception:
                     raise error from None
         if [part.source for part in self._segments[True]] == [part.source for part in self._segments[False]]:
@@ -360,10 +361,9 @@ class StagedBackbone(nn.Module):
             return 0
         return prefix if prefix < x.shape[1] else 0
 
-    def _verify(self) -> None:
+    def _verify(self, full: list[tuple[Any, ...]]) -> None:
         """Check the whole run against the original model and a shrinking batch against the rows of the whole run."""
         images = _probe_images(self.model, self.input_size, 3)
-        full = self._trail(images)
         expected = self.model(images)
         if not _close(full[-1][0], expected):
             raise DynskipError(

@@ -257,3 +257,8 @@ def assert_same(actual: SkipOutput, expected: SkipOutput, exact: bool = False, s
             return f"{name}: {text}"
 
         torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance, equal_nan=True, msg=explain)
+
+
+def assert_rows(actual: Tensor, expected: Tensor) -> None:
+    """Compare values from batches of other sizes, for which convolutions pick other algorithms."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * float(expected.detach().abs().max()))

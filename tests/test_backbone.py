@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import SIZE, enliven, randn, timm_network, toy_network
+from helpers import SIZE, assert_rows, enliven, randn, timm_network, toy_network
 from torch import Tensor, nn
 
 from dynskip import Carry, DynskipError, FLOPsLookup, StagedBackbone, stage_model
@@ -52,11 +52,6 @@ def all_carries(backbone: StagedBackbone, images: Tensor) -> list[Carry]:
 
 def photos(batch: int, seed: int, height: int = PIXELS, width: int = PIXELS) -> Tensor:
     return randn(batch, 3, height, width, seed=seed, dtype=torch.float32)
-
-
-def assert_rows(actual: Tensor, expected: Tensor) -> None:
-    # Convolutions pick other algorithms for other batch sizes.
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * float(expected.detach().abs().max()))
 
 
 class Net(nn.Module):

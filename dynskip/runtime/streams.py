@@ -152,6 +152,7 @@ class Scheduler:
         self._progress = Progress(model, max_streams)
         self._queues: dict[tuple[int, tuple[int, int]], deque[_Waiting]] = {}
         self._runs = 0
+        self._tables: dict[tuple[int, int], FLOPsLookup] = {}  # of frame sizes that the model has been seen to take
 
     @property
     def has_room(self) -> bool:
@@ -184,7 +185,9 @@ class Scheduler:
         check_frames(frames, self.model.backbone, 1)
         size = (frames.shape[2], frames.shape[3])
         if stream.size is None:
-            stream.lookup = self._costs(size)
+            if size not in self._tables:
+                self._tables[size] = self._costs(size)
+            stream.lookup = self._tables[size]
             stream.size = size
         elif size != stream.size:
             raise DynskipError(
