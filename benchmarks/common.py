@@ -60,10 +60,16 @@ class ScheduledGate(nn.Module):
         return self.gate.initial_state(batch)  # type: ignore[no-any-return]
 
     def forward(self, pooled: Tensor, state: GateState) -> tuple[Tensor, GateState]:
-        logits, new = self.gate(pooled, state)
+        return self.step(self.embed(pooled), state)
+
+    def embed(self, pooled: Tensor) -> Tensor:
         nearest = ((pooled - self.centre) @ self.keys - self.half_norms).argmax(-1)
+        return torch.cat([self.gate.embed(pooled), self.verdicts[nearest]], 1)
+
+    def step(self, embedded: Tensor, state: GateState) -> tuple[Tensor, GateState]:
+        logits, new = self.gate.step(embedded[:, :-2], state)
         # Added rather than put in their place, so that no compiler leaves the gate's own logits out.
-        return logits + self.verdicts[nearest], new
+        return logits + embedded[:, -2:], new
 
 
 def schedule(stages: int) -> list[int]:

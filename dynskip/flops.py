@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dynskip.backbone import StagedBackbone
 from dynskip.errors import DynskipError
+from dynskip.gates import in_two
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -26,6 +27,8 @@ class FLOPsLookup:
         per_stage: cost of each stage, the gates not included.
         head: cost of what follows the last stage.
         gates: cost of each gate; none by default.
+        steps: the part of each gate's cost that asking it again about a frame takes (see `dynskip.gates`), by default
+            all of it; matters for `speculative_macs` alone.
         stage_names: names of the stages, checked against the backbone's where given.
         image_size: `(H, W)` that the table holds for; `None` for any.
         unit: what is counted; `"MACs"` are multiply-adds.
@@ -43,6 +46,7 @@ class FLOPsLookup:
         head: float = 0.0,
         gates: Sequence[float] | None = None,
         *,
+        steps: Sequence[float] | None = None,
         stage_names: Sequence[str] | None = None,
         image_size: tuple[int, int] | None = None,
         unit: str = "MACs",
@@ -51,18 +55,20 @@ class FLOPsLookup:
         self.gates = torch.zeros_like(self.per_stage)
         if gates is not None:
             self.gates = torch.tensor(list(gates), dtype=torch.float64)
+        self.steps = self.gates if steps is None else torch.tensor(list(steps), dtype=torch.float64)
         self.head = float(head)
         self.stage_names = tuple(stage_names) if stage_names is not None else None
         self.image_size = image_size
         self.unit = unit
         stages = len(self.per_stage)
-        lengths = {stages, len(self.gates), stages if self.stage_names is None else len(self.stage_names)}
+        named = stages if self.stage_names is None else len(self.stage_names)
+        lengths = {stages, len(self.gates), len(self.steps), named}
         if stages == 0 or len(lengths) > 1:
             raise DynskipError(
-                f"A cost table needs one entry a stage: got {stages} stages, {len(self.gates)} gates and "
-                f"stage names {self.stage_names}."
+                f"A cost table needs one entry a stage: got {stages} stages, {len(self.gates)} gates, "
+                f"{len(self.steps)} steps and stage names {self.stage_names}."
             )
-        costs = torch.cat([self.per_stage, self.gates, torch.tensor([self.head], dtype=torch.float64)])
+        costs = torch.cat([self.per_stage, self.gates, self.steps, torch.tensor([self.head], dtype=torch.float64)])
         if not torch.isfinite(costs).all() or (costs < 0).any():
             raise DynskipError(f"Costs must be finite and not negative; got {costs.tolist()}.")
 
@@ -93,26 +99,30 @@ class FLOPsLookup:
         staged = _on_meta(backbone)
         dtype = next((p.dtype for p in staged.parameters() if p.is_floating_point()), torch.float32)
         carry = staged.start(torch.empty(1, backbone.input_size[0], height, width, dtype=dtype, device="meta"))
-        stage_macs, gate_macs = [], []
+        stage_macs, gate_macs, step_macs = [], [], []
         for n in range(backbone.num_stages):
             macs, carry = _count(staged.run, n, carry)
             stage_macs.append(macs)
-            macs = 0
+            embed_macs = macs = 0
             if gates:
                 gate: Any = _on_meta(gates[n])
+                embed, step = in_two(gate)
                 try:
-                    macs, _ = _count(gate, staged.pool(n, carry), gate.initial_state(1))
+                    embed_macs, embedded = _count(embed, staged.pool(n, carry))
+                    macs, _ = _count(step, embedded, gate.initial_state(1))
                 except Exception as error:
                     raise DynskipError(
                         f"Gate {n} ({type(gate).__name__}) cannot run after stage {backbone.stage_names[n]!r}: "
                         f"{error}. Build it for {backbone.num_features[n]} input features."
                     ) from error
-            gate_macs.append(macs)
+            gate_macs.append(embed_macs + macs)
+            step_macs.append(macs)
         head_macs, _ = _count(staged.head, carry)
         return cls(
             stage_macs,
             head_macs,
             gate_macs,
+            steps=step_macs,
             stage_names=backbone.stage_names,
             image_size=(height, width),
         )

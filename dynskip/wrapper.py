@@ -17,7 +17,7 @@ from dynskip._fx import in_mode
 from dynskip.backbone import StagedBackbone
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
-from dynskip.gates import FORWARD, STOP, GateState
+from dynskip.gates import FORWARD, STOP, GateState, in_two
 from dynskip.output import EncodedVideo, SkipOutput, answered_by, fallback_frames, masked_output, sum_dtype
 from dynskip.runtime.clip import Usage, run_clip
 from dynskip.runtime.online import Session
@@ -253,6 +253,11 @@ class StopOrForward(nn.Module):
         batch, frames, _ = frame_logits.shape
         stages = self.backbone.num_stages
         states = [gate.initial_state(batch) for gate in self.gates]
+        parts = [in_two(gate) for gate in self.gates]
+        embedded = [
+            embed(x.flatten(0, 1)).unflatten(0, (batch, frames))
+            for (embed, _), x in zip(parts, encoded.pooled, strict=True)
+        ]
         ended = torch.zeros(batch, dtype=torch.bool, device=frame_logits.device)
         logit_sum = torch.zeros_like(frame_logits[:, 0], dtype=sum_dtype(frame_logits.dtype))
         used_count = torch.zeros(batch, dtype=torch.long, device=frame_logits.device)
@@ -260,8 +265,8 @@ class StopOrForward(nn.Module):
         for t in range(frames):
             step_logits, decisions, inner, reached, new_states = [], [], [], [], []
             passed = ~ended
-            for n, gate in enumerate(self.gates):
-                logits, state = gate(encoded.pooled[n][:, t], states[n])
+            for n, (_, step) in enumerate(parts):
+                logits, state = step(embedded[n][:, t], states[n])
                 decision = self._draw(n, logits, sample)
                 if self.inner is not None:
                     inner.append(self.inner[n](state[0]))

@@ -176,7 +176,10 @@ def test_dense_macs_leave_gates_out() -> None:
     [
         (lambda: FLOPsLookup([]), "needs one entry a stage: got 0 stages"),
         (lambda: FLOPsLookup([1.0, 2.0], gates=[1.0]), "got 2 stages, 1 gates"),
-        (lambda: FLOPsLookup([1.0, 2.0], stage_names=["a"]), r"got 2 stages, 2 gates and stage names \('a',\)"),
+        (
+            lambda: FLOPsLookup([1.0, 2.0], stage_names=["a"]),
+            r"got 2 stages, 2 gates, 2 steps and stage names \('a',\)",
+        ),
         (lambda: FLOPsLookup([1.0, -2.0]), r"finite and not negative; got \[1.0, -2.0"),
         (lambda: FLOPsLookup([1.0], head=math.nan), "finite and not negative"),
         (lambda: FLOPsLookup([1.0], gates=[math.inf]), "finite and not negative"),

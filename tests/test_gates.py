@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dynskip import DynskipError, EarlyTerminator, InnerClassifier, PolicyGate, StopOrForward, exponential_temperature
-from dynskip.gates import FORWARD, STOP
+from dynskip.gates import FORWARD, STOP, GateState
 
 # PolicyGate, Eq. 3.1-3.4
 
@@ -248,3 +248,39 @@ def test_parts_refuse_impossible_arguments(call: Callable[[], Any], telling: str
 
 def test_stop_and_forward_are_the_columns_of_the_logits() -> None:
     assert (STOP, FORWARD) == (0, 1)
+
+
+# A gate in two parts
+
+
+@pytest.mark.parametrize("temporal", ["lstm", None])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5])
+@torch.no_grad()
+def test_few_rows_and_many_give_what_the_layers_give(temporal: Temporal, rows: int) -> None:
+    gate = PolicyGate(7, 6, temporal).double()
+    pooled = randn(rows, 7, seed=1)
+    state = tuple(randn(rows, 6, seed=2 + i) for i in range(len(gate.initial_state(1))))
+    hidden = gate.project(pooled)
+    new = gate.cell(hidden, state) if temporal == "lstm" else (gate.cell(hidden).relu(),)
+    logits, got = gate(pooled, state)
+    torch.testing.assert_close((logits, got), (gate.decide(new[0]), new))
+
+
+def test_a_gate_with_a_forward_of_its_own_is_not_taken_apart() -> None:
+    class Stubborn(PolicyGate):
+        def forward(self, pooled: Tensor, state: GateState) -> tuple[Tensor, GateState]:
+            logits, new = super().forward(pooled, state)
+            return torch.tensor([1.0, -1.0], dtype=logits.dtype).expand_as(logits), new
+
+    backbone = toy_backbone()
+    model = StopOrForward(backbone, [Stubborn(c, 4).double() for c in backbone.num_features]).eval()
+    assert (model(toy_video()).stopped_at == 0).all()
+    assert (model.decide(model.encode(toy_video())).stopped_at == 0).all()
+
+
+def test_hooks_on_gates_are_called() -> None:
+    model, calls = toy_model(), []
+    for gate in model.gates:
+        gate.register_forward_hook(lambda *_: calls.append(1))
+    model(toy_video())
+    assert calls

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dynskip.backbone import Carry, StagedBackbone
 from dynskip.errors import DynskipError
-from dynskip.gates import GateState
+from dynskip.gates import GateState, in_two
 from dynskip.output import depth_score, sum_dtype
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class Progress:
 
     def __init__(self, model: StopOrForward, batch: int) -> None:
         self.model = model
+        self._parts = [in_two(gate) for gate in model.gates]
         weight = next(model.parameters())
         self.dtype, self.device = weight.dtype, weight.device
         # Written in place, so every tensor is our own (a gate may hand out one tensor of zeros twice), and a normal
@@ -88,15 +89,19 @@ class Progress:
         for row in rows.tolist():
             self.furthest[row], self.answered[row] = None, False
 
+    def embed(self, stage: int, pooled: Tensor) -> Tensor:
+        """Do what a gate does with pooled features of any frames before it looks at a state."""
+        return self._parts[stage][0](pooled)
+
     def evaluate(
-        self, stage: int, rows: Rows, pooled: Tensor, sample: bool = False
+        self, stage: int, rows: Rows, embedded: Tensor, sample: bool = False
     ) -> tuple[Tensor, Tensor, GateState]:
         """Ask a gate about a frame of each of some rows, which may repeat, and change nothing.
 
         Returns:
             `(M, 2)` logits, `(M,)` boolean whether to go forward, and the state after the frame.
         """
-        logits, state = self.model.gates[stage](pooled, tuple(s[rows] for s in self.states[stage]))
+        logits, state = self._parts[stage][1](embedded, tuple(s[rows] for s in self.states[stage]))
         return logits, self.model._draw(stage, logits, sample) > 0.5, state
 
     def store(self, stage: int, rows: Rows, state: GateState) -> None:
@@ -105,7 +110,7 @@ class Progress:
 
     def gate(self, stage: int, rows: Rows, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """Ask a gate about a frame of each of some rows; its state moves on now, or when `commit` says so."""
-        logits, forward, state = self.evaluate(stage, rows, pooled)
+        logits, forward, state = self.evaluate(stage, rows, self.embed(stage, pooled))
         _write((self.states if self.model.state_update == "reached" else self._proposed)[stage], rows, state)
         return logits, forward
 

@@ -92,27 +92,30 @@ class Usage:
 class _Features:
     """Frames of a window, each as far through the network as anything has asked for. No stage runs twice on one."""
 
-    def __init__(self, backbone: StagedBackbone, video: Tensor) -> None:
+    def __init__(self, backbone: StagedBackbone, progress: Progress, video: Tensor) -> None:
         self._backbone = backbone
+        self._progress = progress
         self._video = video
         self._carries: dict[int, CarryRow] = {}
         self._rows: list[dict[int, int]] = [{} for _ in range(backbone.num_stages)]
-        self._pooled: list[Tensor | None] = [None] * backbone.num_stages
+        self._embedded: list[Tensor | None] = [None] * backbone.num_stages
 
     def reach(self, stage: int, frames: list[int]) -> tuple[Tensor, list[int]]:
-        """Return `(M, C_n)` pooled features of frames at a stage, and the frames among them that had to be run."""
-        rows, pooled = self._rows[stage], self._pooled[stage]
+        """Return what a stage's gate makes of frames before it decides, and the frames that had to be run for it."""
+        rows, embedded = self._rows[stage], self._embedded[stage]
         new = [f for f in frames if f not in rows]
         if new:
             carry = self._backbone.run(stage, self.carry(new) if stage else self._start(new))
-            fresh = self._backbone.pool(stage, carry)
+            fresh = self._progress.embed(stage, self._backbone.pool(stage, carry))
             rows.update({f: i for i, f in enumerate(new, start=len(rows))})
             self._carries.update((f, (carry, i)) for i, f in enumerate(new))
-            self._pooled[stage] = pooled = fresh if pooled is None else torch.cat([pooled, fresh])
+            self._embedded[stage] = embedded = fresh if embedded is None else torch.cat([embedded, fresh])
             if len(new) == len(frames):
                 return fresh, new
-        assert pooled is not None
-        return pooled[[rows[f] for f in frames]], new
+        assert embedded is not None
+        if len(frames) == 1:
+            return embedded[rows[frames[0]]][None], new
+        return embedded[[rows[f] for f in frames]], new
 
     def carry(self, frames: list[int]) -> Carry:
         """Return what the frames' next stage takes; all of them have been through the same."""
@@ -141,14 +144,14 @@ class _Clip:
         self.stopped_at = [UNSEEN] * (self.batch * self.frames)
         self.gate_logits = self.progress.unknown(self.batch * self.frames, self.stages, 2)
         self.frame_logits = self.progress.unknown(self.batch * self.frames, model.backbone.num_classes)
-        # How often each video ran each stage, each gate and the head.
-        self.executed = [[0] * (2 * self.stages + 1) for _ in range(self.batch)]
+        # How often each video ran each stage, embedded features for each gate, asked each gate, and ran the head.
+        self.executed = [[0] * (3 * self.stages + 1) for _ in range(self.batch)]
         # Without memory, or where it advances gate by gate, no gate waits for what later ones say.
         self.gate_by_gate = model.state_update == "reached" or not any(self.progress.states)
 
     def run_window(self, ends: dict[int, int]) -> None:
         """Decide on the videos' frames from where they stand to `ends`."""
-        features = _Features(self.model.backbone, self.video)
+        features = _Features(self.model.backbone, self.progress, self.video)
         if self.gate_by_gate:
             spans = {b: self._span(b, end) for b, end in ends.items()}
             self._accept(spans, self._decide_gate_by_gate(features, spans), features)
@@ -174,7 +177,7 @@ class _Clip:
             self.frame_logits[frames] = logits.to(self.frame_logits.dtype)
             for b, furthest in left.items():
                 fallback_frame[b] = furthest.frame
-                for part in (*range(furthest.stopped_at + 1, self.stages), 2 * self.stages):
+                for part in (*range(furthest.stopped_at + 1, self.stages), -1):
                     self.executed[b][part] += 1
         output = masked_output(
             torch.tensor(self.stopped_at, device=device).view(shape),
@@ -184,7 +187,8 @@ class _Clip:
             self.lookup,
         )
         head = torch.tensor([self.lookup.head], dtype=torch.float64)
-        costs = torch.cat([self.lookup.per_stage, self.lookup.gates, head])
+        embeds = self.lookup.gates - self.lookup.steps
+        costs = torch.cat([self.lookup.per_stage, embeds, self.lookup.steps, head])
         executed = (torch.tensor(self.executed, dtype=torch.float64) * costs).sum(1)
         output.speculative_macs = (executed.to(device) - output.macs).clamp(min=0.0)
         return output
@@ -201,8 +205,8 @@ class _Clip:
         for n in range(self.stages):
             if not alive:
                 break
-            pooled, videos = self._reach(features, n, alive), self._videos(alive)
-            logits, forward, state = self.progress.evaluate(n, videos, pooled, self.sample)
+            embedded, videos = self._reach(features, n, alive), self._videos(alive)
+            logits, forward, state = self.progress.evaluate(n, videos, embedded, self.sample)
             proposed.append(({f: i for i, f in enumerate(alive)}, state))
             alive = self._stop(n, alive, logits, forward, stopped_at)
         used: dict[int, int] = {}
@@ -229,7 +233,7 @@ class _Clip:
             alive = self._stop(n, alive, logits, forward, stopped_at)
         return stopped_at
 
-    def _gate_in_order(self, stage: int, videos: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+    def _gate_in_order(self, stage: int, videos: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
         """Ask a gate about several frames of each video, in order, its memory advancing with every one."""
         steps: list[list[int]] = []
         count = Counter[int]()
@@ -241,7 +245,7 @@ class _Clip:
             count[b] += bool(self.progress.states[stage])
         answers = []
         for step in steps:
-            logits, forward, state = self.progress.evaluate(stage, videos[step], pooled[step], self.sample)
+            logits, forward, state = self.progress.evaluate(stage, videos[step], embedded[step], self.sample)
             self.progress.store(stage, videos[step], state)
             answers.append((logits, forward))
         back = torch.tensor([i for step in steps for i in step]).argsort()
@@ -253,7 +257,7 @@ class _Clip:
         """Write down what gate `n` said of frames; return those that go forward."""
         self.gate_logits[frames, n] = logits.to(self.gate_logits.dtype)
         for f in frames:
-            self.executed[f // self.frames][self.stages + n] += 1
+            self.executed[f // self.frames][2 * self.stages + n] += 1
         verdicts = list(zip(frames, forward.tolist(), strict=True))
         stopped_at.update((f, n) for f, passes in verdicts if not passes)
         return [f for f, passes in verdicts if passes]
@@ -295,10 +299,11 @@ class _Clip:
             )
 
     def _reach(self, features: _Features, stage: int, frames: list[int]) -> Tensor:
-        pooled, run = features.reach(stage, frames)
+        embedded, run = features.reach(stage, frames)
         for f in run:
             self.executed[f // self.frames][stage] += 1
-        return pooled
+            self.executed[f // self.frames][self.stages + stage] += 1
+        return embedded
 
     def _span(self, video: int, end: int) -> list[int]:
         start = video * self.frames
