@@ -20,7 +20,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-from sofnet_activitynet import Preprocessing, load_weights, move_strides, read_csv, read_frames  # noqa: E402
+from sofnet_activitynet import load_weights, move_strides  # noqa: E402
+from video_data import Preprocessing, read_csv, read_frames  # noqa: E402
 
 from dynskip import StopOrForward, sofnet  # noqa: E402
 

@@ -25,6 +25,7 @@ for needed in ("matplotlib", "safetensors", "tqdm"):
 
 import sofnet_activitynet as example  # noqa: E402
 import stick_figures  # noqa: E402
+import video_data  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 BACKBONE = "test_byobnet"
@@ -32,7 +33,7 @@ FRAMES = 4
 NETWORK = ["--backbone", BACKBONE, "--size", "32", "--frames", str(FRAMES)]
 MACHINE = ["--device", "cpu", "--workers", "0"]
 CLASSES = stick_figures.CLASSES
-PREP = example.Preprocessing(size=32, num_frames=FRAMES)
+PREP = video_data.Preprocessing(size=32, num_frames=FRAMES)
 CONFIG = example.Config(BACKBONE, CLASSES, hidden=8, prep=PREP)
 
 
@@ -188,15 +189,15 @@ def test_dense_training_prints_one_row(data: Path, tmp_path: Path, capsys: pytes
 
 def test_training_from_memory(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[Path] = []
-    read = example.read_frames
+    read = video_data.read_frames
 
     def counting(path: Path, *arguments: Any) -> np.ndarray:
         decoded.append(path)
         return read(path, *arguments)
 
-    monkeypatch.setattr(example, "read_frames", counting)
+    monkeypatch.setattr(video_data, "read_frames", counting)
     assert train(data, tmp_path, "--in-memory") == 0
-    assert sorted(decoded) == sorted(item.path for item in example.read_csv(data))  # each video once
+    assert sorted(decoded) == sorted(item.path for item in video_data.read_csv(data))  # each video once
 
 
 def test_fc_gates_without_guidance(data: Path, tmp_path: Path) -> None:
@@ -296,8 +297,8 @@ def test_training_does_not_depend_on_the_number_of_workers(data: Path, trained: 
 
 
 def test_clips_do_not_depend_on_the_number_of_workers(data: Path) -> None:
-    clips = example.Clips(example.read_csv(data), CLASSES, PREP, training=True, seed=3)
-    epochs = {(w, e): list(example.batches(clips, 5, w, e)) for w, e in itertools.product((0, 2), (0, 1))}
+    clips = video_data.Clips(video_data.read_csv(data), CLASSES, PREP, training=True, seed=3)
+    epochs = {(w, e): list(video_data.batches(clips, 5, w, e)) for w, e in itertools.product((0, 2), (0, 1))}
     for epoch in (0, 1):
         for alone, shared in zip(epochs[0, epoch], epochs[2, epoch], strict=True):
             assert torch.equal(alone.video, shared.video)
@@ -377,7 +378,7 @@ def test_bad_csv(
 def test_csv_as_spreadsheets_write_it(video: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.csv"
     file.write_bytes(f'\ufeffpath,label,split\r\n{video},"a, b",train\r\n'.encode())
-    assert example.read_csv(file) == [example.Item(video, ("a, b",), "train")]
+    assert video_data.read_csv(file) == [video_data.Item(video, ("a, b",), "train")]
 
 
 def test_classes_that_the_model_does_not_know(
@@ -418,11 +419,11 @@ def test_activitynet_annotations(
     }
     more = write_annotations(tmp_path / "anet.json", database)
     expected = [
-        example.Item(folder / "-tVC_5.mp4", ("Ballet",), "train"),
-        example.Item(folder / "v_QOlS.mkv", ("Polo", "Archery"), "train"),
-        example.Item(folder / "v_x_y.mp4", ("Polo",), "val"),
+        video_data.Item(folder / "-tVC_5.mp4", ("Ballet",), "train"),
+        video_data.Item(folder / "v_QOlS.mkv", ("Polo", "Archery"), "train"),
+        video_data.Item(folder / "v_x_y.mp4", ("Polo",), "val"),
     ]
-    assert example.load_items(folder, tmp_path / "anet.json") == expected
+    assert video_data.load_items(folder, tmp_path / "anet.json") == expected
     assert "2 of 5 annotated videos are not in" in capsys.readouterr().out
     assert train(folder, tmp_path / "run", *more) == 0
     assert "1 videos." in capsys.readouterr().out
@@ -433,13 +434,13 @@ def test_activitynet_annotations(
 
 
 def test_any_label_of_a_video_counts_as_right(video: Path) -> None:
-    items = [example.Item(video, ("squat_kick", "high_kick"), "test")]
+    items = [video_data.Item(video, ("squat_kick", "high_kick"), "test")]
     model = CONFIG.build()
     classifier: Any = model.backbone.model.get_submodule("head.fc")
     with torch.no_grad():
         classifier.weight.zero_()
         classifier.bias[CLASSES.index("high_kick")] = 9  # the second label of the video
-    clips = example.Clips(items, CLASSES, PREP, training=False, seed=0)
+    clips = video_data.Clips(items, CLASSES, PREP, training=False, seed=0)
     (dense,) = example.evaluate(model, clips, 1, 0, "cpu", example.MODES[:1])
     assert dense.top1 == 1
 
@@ -750,26 +751,26 @@ def write_sound(path: Path, codec: str) -> Path:
 @pytest.mark.parametrize(("count", "wanted"), [(40, 16), (33, 4), (16, 16), (5, 8), (1, 3), (7, 1)])
 def test_frames_are_spread_evenly(name: str, codec: str, count: int, wanted: int, tmp_path: Path) -> None:
     path = write_numbered(tmp_path / name, count, codec=codec)
-    frames = example.read_frames(path, wanted, 32)
+    frames = video_data.read_frames(path, wanted, 32)
     assert frames.shape == (wanted, 32, 96, 3)
     assert frames.dtype == np.uint8
     assert numbers(frames) == [int((i + 0.5) * count / wanted) for i in range(wanted)]
-    np.testing.assert_array_equal(frames, example.read_frames(path, wanted, 32))
+    np.testing.assert_array_equal(frames, video_data.read_frames(path, wanted, 32))
 
 
 def test_random_frames_come_from_their_stretches(tmp_path: Path) -> None:
     path = write_numbered(tmp_path / "a.mp4", 40)
-    drawn = [numbers(example.read_frames(path, 8, 32, random.Random(seed))) for seed in range(6)]
+    drawn = [numbers(video_data.read_frames(path, 8, 32, random.Random(seed))) for seed in range(6)]
     assert all(5 * i <= number < 5 * i + 5 for picks in drawn for i, number in enumerate(picks))
     assert len({tuple(picks) for picks in drawn}) == 6
-    assert drawn[2] == numbers(example.read_frames(path, 8, 32, random.Random(2)))
+    assert drawn[2] == numbers(video_data.read_frames(path, 8, 32, random.Random(2)))
 
 
 def test_header_without_a_number_of_frames(tmp_path: Path) -> None:
     path = write_numbered(tmp_path / "a.mkv", 20)
     with av.open(str(path)) as container:
         assert container.streams.video[0].frames == 0
-    assert numbers(example.read_frames(path, 5, 32)) == [2, 6, 10, 14, 18]
+    assert numbers(video_data.read_frames(path, 5, 32)) == [2, 6, 10, 14, 18]
 
 
 def test_header_that_promises_more_frames_than_there_are(tmp_path: Path) -> None:
@@ -779,7 +780,7 @@ def test_header_that_promises_more_frames_than_there_are(tmp_path: Path) -> None
         assert container.streams.video[0].frames == 40
         count = sum(1 for _ in container.decode(video=0))
     assert 10 < count < 30
-    assert numbers(example.read_frames(path, 4, 32)) == [int((i + 0.5) * count / 4) for i in range(4)]
+    assert numbers(video_data.read_frames(path, 4, 32)) == [int((i + 0.5) * count / 4) for i in range(4)]
 
 
 @pytest.mark.parametrize(
@@ -790,18 +791,18 @@ def test_short_side_is_scaled(
     height: int, width: int, short_side: int, expected: tuple[int, int], tmp_path: Path
 ) -> None:
     path = write_numbered(tmp_path / "a.mp4", 4, height, width)
-    assert example.read_frames(path, 2, short_side).shape == (2, *expected, 3)
+    assert video_data.read_frames(path, 2, short_side).shape == (2, *expected, 3)
 
 
 def test_pictures_are_turned_as_the_phone_was_held(tmp_path: Path) -> None:
     path = write_numbered(tmp_path / "a.mp4", 4)
-    upright = example.read_frames(path, 4, 32)
+    upright = video_data.read_frames(path, 4, 32)
     raw, one = path.read_bytes(), 1 << 16
     identity = struct.pack(">9i", one, 0, 0, 0, one, 0, 0, 0, 1 << 30)
     clockwise = struct.pack(">9i", 0, one, 0, -one, 0, 0, 0, 0, 1 << 30)
     track = raw.index(identity, raw.index(identity) + 1)  # the first one is the whole film's
     path.write_bytes(raw[:track] + clockwise + raw[track + len(identity) :])
-    np.testing.assert_array_equal(example.read_frames(path, 4, 32), np.rot90(upright, -1, axes=(1, 2)))
+    np.testing.assert_array_equal(video_data.read_frames(path, 4, 32), np.rot90(upright, -1, axes=(1, 2)))
 
 
 def bad_video(name: str, folder: Path) -> Path:
@@ -837,22 +838,22 @@ BAD_VIDEOS = {
 @pytest.mark.parametrize("name", BAD_VIDEOS)
 def test_unreadable_file_is_named(name: str, tmp_path: Path) -> None:
     path = bad_video(name, tmp_path)
-    with pytest.raises(example.VideoError, match=f"^{re.escape(str(path))}: ({BAD_VIDEOS[name]})"):
-        example.read_frames(path, 4, 32)
+    with pytest.raises(video_data.VideoError, match=f"^{re.escape(str(path))}: ({BAD_VIDEOS[name]})"):
+        video_data.read_frames(path, 4, 32)
 
 
 def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
-    with pytest.raises(example.VideoError, match=r"gone\.mp4: no such file\."):
-        example.read_frames(tmp_path / "gone.mp4", 4, 32)
+    with pytest.raises(video_data.VideoError, match=r"gone\.mp4: no such file\."):
+        video_data.read_frames(tmp_path / "gone.mp4", 4, 32)
     with pytest.raises(DynskipError, match=re.escape(f"{tmp_path}: not a readable video")):
-        example.read_frames(tmp_path, 4, 32)
+        video_data.read_frames(tmp_path, 4, 32)
 
 
 @pytest.mark.parametrize("more", [[], ["--in-memory"], ["--workers", "2"]])
 def test_unreadable_videos_are_left_out_and_listed(
     more: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    good = [(item.path, item.labels[0], item.split) for item in example.read_csv(data)]
+    good = [(item.path, item.labels[0], item.split) for item in video_data.read_csv(data)]
     names = ["words.txt", "sound.wav", "cut.mp4"]
     bad = [
         (bad_video(name, tmp_path).name, "high_kick", s)
