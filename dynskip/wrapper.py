@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -233,25 +232,31 @@ class StopOrForward(nn.Module):
         logits = rearrange(self.backbone.head(carry), "(b t) k -> b t k", b=batch)
         return EncodedVideo(tuple(pooled), logits, (height, width))
 
-    def decide(self, encoded: EncodedVideo, *, sample: bool | None = None) -> SkipOutput:
+    def decide(self, encoded: EncodedVideo, *, sample: bool | None = None, noise: Tensor | None = None) -> SkipOutput:
         """Gate every frame from its stored features, and mask what the gates stop.
 
         Args:
             encoded: what `encode` returned.
             sample: as in `forward`.
+            noise: `(B, T, N, 2)` standard Gumbel noise to sample with (stop, forward). Drawn from torch's generator by
+                default; given, a video's draws do not depend on which videos are beside it in the batch.
 
         Returns:
             In training, every gate evaluated on every frame, decisions straight-through. In eval, the output of the
             skipping pass for the same decisions, early termination included.
 
         Raises:
-            DynskipError: if the features are not this backbone's.
+            DynskipError: if the features are not this backbone's, or the noise does not fit them.
         """
         self._check_encoded(encoded)
         sample = self.training if sample is None else sample
         frame_logits = encoded.frame_logits
         batch, frames, _ = frame_logits.shape
         stages = self.backbone.num_stages
+        if noise is not None and noise.shape != (batch, frames, stages, 2):
+            raise DynskipError(
+                f"The noise has shape {tuple(noise.shape)}; expected (B, T, N, 2) = {(batch, frames, stages, 2)}."
+            )
         states = [gate.initial_state(batch) for gate in self.gates]
         parts = [in_two(gate) for gate in self.gates]
         embedded = [
@@ -267,7 +272,7 @@ class StopOrForward(nn.Module):
             passed = ~ended
             for n, (_, step) in enumerate(parts):
                 logits, state = step(embedded[n][:, t], states[n])
-                decision = self._draw(n, logits, sample)
+                decision = self._draw(n, logits, sample, None if noise is None else noise[:, t, n])
                 if self.inner is not None:
                     inner.append(self.inner[n](state[0]))
                 step_logits.append(logits)
@@ -333,11 +338,14 @@ class StopOrForward(nn.Module):
             evaluated=torch.zeros(batch, frames, stages, dtype=torch.bool, device=video.device),
         )
 
-    def _draw(self, stage: int, logits: Tensor, sample: bool) -> Tensor:
+    def _draw(self, stage: int, logits: Tensor, sample: bool, noise: Tensor | None = None) -> Tensor:
         """Turn `(B, 2)` gate logits into `(B,)` decisions in {0, 1}, straight-through where gradients are recorded."""
         if sample:
-            # In half precision the Gumbel noise itself would round to ties.
-            return F.gumbel_softmax(logits.float(), tau=self.temperature, hard=True)[..., FORWARD].to(logits.dtype)
+            wide = logits.float()  # in half precision the noise itself would round to ties
+            if noise is None:
+                noise = -torch.empty_like(wide).exponential_().log()
+            soft = ((wide + noise) / self.temperature).softmax(-1)[..., FORWARD]
+            return ((soft > 0.5).float() - soft.detach() + soft).to(logits.dtype)
         hard = (logits[..., FORWARD] - logits[..., STOP] > _margin(self.forward_threshold[stage])).to(logits.dtype)
         if not self.training:
             return hard

@@ -450,6 +450,28 @@ def test_training_samples_by_default() -> None:
     assert_same(first, model.decide(encoded), skip=["frame_logits", "logits", "gate_logits", "inner_logits"])
 
 
+@pytest.mark.parametrize("state_update", BOTH_UPDATES)
+def test_given_noise_ties_draws_to_videos(state_update: StateUpdate) -> None:
+    model, video = toy_model(seed=2, state_update=state_update).train(), toy_video()
+    encoded = model.encode(video)
+    batch, frames = video.shape[:2]
+    shape = (batch, frames, model.backbone.num_stages, 2)
+    noise = -torch.empty(shape, dtype=torch.float64).exponential_(generator=torch.Generator().manual_seed(1)).log()
+    before = torch.get_rng_state()
+    together = model.decide(encoded, noise=noise)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert 0 < together.forward.mean() < 1
+    for row in range(batch):
+        pooled = tuple(part[row : row + 1] for part in encoded.pooled)
+        one = replace(encoded, pooled=pooled, frame_logits=encoded.frame_logits[row : row + 1])
+        assert_same(model.decide(one, noise=noise[row : row + 1]), rows_of(together, slice(row, row + 1)))
+    # The stop logit wins where its noise is far larger, whatever the gates say.
+    noise[..., 1 - FORWARD] += 1e6
+    assert not model.decide(encoded, noise=noise).used.any()
+    with pytest.raises(DynskipError, match=r"The noise has shape .*expected \(B, T, N, 2\)"):
+        model.decide(encoded, noise=noise[:, :-1])
+
+
 def test_sampled_training_pass_is_the_product_and_the_mean() -> None:
     model, video = toy_model(share=0.9).train(), toy_video(4, 8)
     torch.manual_seed(0)
