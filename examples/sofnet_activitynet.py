@@ -1,26 +1,31 @@
 """SoF-Net on your videos: train, evaluate, predict, and a demo that needs no data.
 
     python examples/sofnet_activitynet.py demo
+    python examples/sofnet_activitynet.py prepare  --data DIR
     python examples/sofnet_activitynet.py train    --data DIR --out runs/mine
     python examples/sofnet_activitynet.py evaluate --data DIR --checkpoint runs/mine/last.pt
     python examples/sofnet_activitynet.py predict  --checkpoint runs/mine/last.pt VIDEO...
 
-Top to bottom: weights and checkpoints, training, evaluation, prediction, demo, command line; video_data.py beside it
-reads videos and data sets. Copy both and edit them. Costs are MACs (multiply-adds), the literature's "GFLOPs".
+Top to bottom: weights and checkpoints, training, evaluation, prediction, demo, command line. Beside it, video_data.py
+reads videos and data sets, prepare_data.py checks them, and training.py is about many processes and whole checkpoints.
+Copy them and edit them. Costs are MACs (multiply-adds), the literature's "GFLOPs".
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import io
 import json
+import math
 import os
 import platform
 import sys
 import time
-import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,12 +34,28 @@ import numpy as np
 import timm
 import torch
 from einops import rearrange
+from prepare_data import check_videos, is_clean, report_on, summary, write_report
 from timm.data import ImageNetInfo
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
+from training import (
+    CheckpointError,
+    SyncedBatchNorm,
+    World,
+    check_archive,
+    choose_gpu,
+    explained,
+    freeze_statistics,
+    load_checkpoint,
+    save_checkpoint,
+    write_whole,
+)
 from video_data import (
+    FORMATS,
     SPLITS,
+    Batch,
     Clips,
+    FrameCache,
     Item,
     Preprocessing,
     VideoError,
@@ -46,6 +67,7 @@ from video_data import (
     pick_split,
     read_csv,
     read_frames,
+    read_items,
     report_unreadable,
 )
 
@@ -53,10 +75,6 @@ from dynskip import UNSEEN, DynskipError, SkipOutput, SoFLoss, StopOrForward, me
 from dynskip.sofnet import Recipe
 
 # ----------------------------------------------------------------------------------------- weights and checkpoints
-
-
-class CheckpointError(DynskipError):
-    """A weight or checkpoint file that does not fit or is damaged."""
 
 
 @dataclass(frozen=True)
@@ -167,14 +185,6 @@ def read_state(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def check_archive(path: Path) -> None:
-    """Compare the checksums in a file that `torch.save` wrote; `torch.load` does not."""
-    if path.suffix != ".safetensors":
-        with zipfile.ZipFile(path) as archive:
-            if (damaged := archive.testzip()) is not None:
-                raise zipfile.BadZipFile(f"{damaged} is damaged")
-
-
 def classifier_name(model: torch.nn.Module) -> str:
     """Qualified name of a timm model's classifier."""
     name = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
@@ -184,35 +194,6 @@ def classifier_name(model: torch.nn.Module) -> str:
 def to_device(model: StopOrForward, device: str) -> StopOrForward:
     """Move a model, with convolutions in the memory layout that they are fastest in."""
     return model.to(device).to(memory_format=torch.channels_last)
-
-
-CHECKPOINT_FORMAT = "sofnet-1"
-
-
-def save_checkpoint(path: Path, **content: Any) -> None:
-    """Write a checkpoint in one step: a kill at any moment leaves the old file or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    torch.save({"format": CHECKPOINT_FORMAT, **content}, part)
-    os.replace(part, path)
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint; tensors and plain values only, no code is run."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist. --checkpoint takes a file that `train` wrote, such as last.pt.")
-    try:
-        check_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can fail in any way
-        raise CheckpointError(
-            f"{path} is damaged or no checkpoint ({type(error).__name__}). Copy it again, or train again."
-        ) from error
-    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
-        raise CheckpointError(
-            f"{path} was not written by this example. Plain backbone weights go with --weights instead of --checkpoint."
-        )
-    return content
 
 
 def restore(path: Path, **changes: Any) -> tuple[StopOrForward, Config]:
@@ -231,7 +212,11 @@ def restore(path: Path, **changes: Any) -> tuple[StopOrForward, Config]:
 class TrainOptions:
     """How to train, apart from the schedule."""
 
-    batch_size: int = 24
+    batch_size: int = 24  # videos a step, all processes together
+    accumulate: int = 1
+    clip: float | None = None
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    batch_norm: Literal["batch", "frozen"] = "batch"
     alpha: float = 0.9
     beta: float = 0.9
     normalize: bool = False
@@ -240,6 +225,9 @@ class TrainOptions:
     seed: int = 0
     workers: int = 2
     in_memory: bool = False
+    cache: Path | None = None
+    save_every: int = 200
+    tensorboard: bool = False
     device: str = "cpu"
 
 
@@ -251,87 +239,315 @@ def train(
     out: Path,
     start: Path | None,
     weights: str,
+    world: World | None = None,
 ) -> StopOrForward:
-    """Train warm-up and joint epochs, writing `last.pt` after every epoch and `warmup.pt` after the warm-up.
+    """Train warm-up and joint epochs, writing `last.pt` as training goes on and `warmup.pt` after the warm-up.
 
     Args:
         config: the model.
         items: training videos.
         recipe: the schedule.
         options: the rest.
-        out: folder for checkpoints and `log.jsonl`.
+        out: folder for checkpoints, `log.jsonl` and `report.json`.
         start: checkpoint to continue from.
         weights: `hub`, `none` or a file, for the backbone of a new model.
+        world: the processes that train together; by default this one is alone.
 
     Returns:
         The trained model.
     """
-    torch.manual_seed(options.seed)
-    if start is None:
-        model = config.build(pretrained=weights == "hub")
-        if weights not in ("hub", "none") and not load_weights(model.backbone.model, Path(weights)):
-            print(f"{weights} has another number of classes: the classifier starts anew.")
-    else:
-        model = config.build()
-    to_device(model, options.device)
-    clips = Clips(items, config.classes, config.prep, training=True, seed=options.seed)
-    if options.in_memory:
-        clips.load_into_memory()
-    criterion = SoFLoss(
-        model.lookup_for((config.prep.size, config.prep.size)),
-        options.alpha,
-        options.beta if config.guidance else None,
-        options.normalize,
-    ).to(options.device)
-    groups = recipe.parameter_groups(model)
-    optimizer: torch.optim.Optimizer
-    if options.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-    else:
-        optimizer = torch.optim.AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay)
-    first = 0
+    world = world or World(device=options.device)
+    # The first process starts or restores the model; the others get its weights when they are wrapped.
+    fresh = start is None and world.is_first
+    trainer = Trainer(config, items, recipe, options, out, world, pretrained=fresh and weights == "hub")
     if start is not None:
-        content = load_checkpoint(start)
+        trainer.restore(start)
+    elif fresh and weights not in ("hub", "none") and not load_weights(trainer.model.backbone.model, Path(weights)):
+        print(f"{weights} has another number of classes: the classifier starts anew.")
+    return trainer.run()
+
+
+class TrainingStep(nn.Module):
+    """A model and its loss as one module, so that whatever wraps it sees a single forward pass."""
+
+    def __init__(self, model: StopOrForward, criterion: SoFLoss, prep: Preprocessing) -> None:
+        super().__init__()
+        self.model, self.criterion, self.prep = model, criterion, prep
+
+    def forward(self, video: Tensor, targets: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
+        """Return `total` and what else is logged, for `(B, T, 3, H, W)` uint8 clips; without `noise`, without gates."""
+        inputs = self.prep.normalize(video)
+        if noise is None:
+            output = self.model(inputs, dense=True)
+            loss = self.criterion.classification(output, targets)
+            logged = {"total": loss, "classification": loss}
+        else:
+            output = self.model.decide(self.model.encode(inputs), noise=noise)
+            logged = vars(self.criterion(output, targets)) | {"used": output.used.float().mean()}
+        return {"accuracy": (output.logits.argmax(-1) == targets).float().mean(), **logged}
+
+
+class Trainer:
+    """One training run: what it needs, and how far it is.
+
+    Everything random follows from seed, epoch, step and video, so that a run that was interrupted goes on exactly, and
+    several processes do what one would do.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        items: Sequence[Item],
+        recipe: Recipe,
+        options: TrainOptions,
+        out: Path,
+        world: World,
+        pretrained: bool,
+    ) -> None:
+        self.config, self.recipe, self.options, self.out, self.world = config, recipe, options, out, world
+        torch.manual_seed(options.seed)
+        self.model = to_device(config.build(pretrained), world.device)
+        self.clips = Clips(items, config.classes, config.prep, training=True, seed=options.seed, cache=options.cache)
+        if options.in_memory:
+            self.clips.load_into_memory()
+        lookup = self.model.lookup_for((config.prep.size, config.prep.size))
+        criterion = SoFLoss(lookup, options.alpha, options.beta if config.guidance else None, options.normalize)
+        self.loss = TrainingStep(self.model, criterion.to(world.device), config.prep)
+        self.wrapped: Any = None  # the same for this phase, with gradients averaged over the processes
+        self.dense: bool | None = None
+        groups = recipe.parameter_groups(self.model)
+        self.optimizer: torch.optim.Optimizer
+        if options.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(
+                groups, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+            )
+        else:
+            self.optimizer = torch.optim.AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay)
+        kind = torch.device(world.device).type
+        self.scaler = torch.amp.GradScaler(kind, enabled=options.amp == "fp16")
+        self.autocast = partial(
+            torch.autocast, kind, torch.float16 if options.amp == "fp16" else torch.bfloat16, options.amp != "none"
+        )
+        self.epoch, self.step = 0, 0  # the next ones to do
+        self.steps = math.ceil(len(self.clips) / options.batch_size)  # an epoch
+        self.sums: dict[str, float] = {}  # of this epoch so far
+        self.count = 0
+        self.unreadable: list[str] = []
+        self.log: list[dict[str, Any]] = []
+        self.board: Any = None
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint, which the first process reads."""
+        content = self.world.share(lambda: load_checkpoint(path))
         saved = Config.from_json(content["config"])
-        if saved != config:
-            differ = [k for k in asdict(config) if getattr(saved, k) != getattr(config, k)]
+        if saved != self.config:
+            differ = [k for k in asdict(self.config) if getattr(saved, k) != getattr(self.config, k)]
             raise CheckpointError(
-                f"{start} is of another model: {', '.join(differ)} differ. Train with the same options."
+                f"{path} is of another model: {', '.join(differ)} differ. Train with the same options."
             )
-        now, before = training_options(recipe, options), json.loads(content["training"])
-        if content["epoch"] < recipe.warmup_epochs:
+        now = training_options(self.recipe, self.options)
+        before = {**training_options(Recipe(), TrainOptions()), **json.loads(content["training"])}
+        step = content.get("step", 0)
+        if content["epoch"] + (step > 0) < self.recipe.warmup_epochs:
             before["dense"] = now["dense"]  # during the warm-up there is no difference
-        differ = [k for k in now if now[k] != before.get(k)]
+        differ = [k for k in now if now[k] != before[k]]
         if differ:
-            raise CheckpointError(
-                f"{start} is of another run: {', '.join(differ)} differ. Train with the same options."
+            raise CheckpointError(f"{path} is of another run: {', '.join(differ)} differ. Train with the same options.")
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scaler.load_state_dict(content.get("scaler", {}))
+        self.epoch, self.step = content["epoch"] + 1, step
+        self.sums, self.count = content.get("sums", {}), content.get("count", 0)
+        self.unreadable = content.get("unreadable", []) if self.world.is_first else []
+        self.log = [entry for entry in read_log(self.out / "log.jsonl") if entry["epoch"] < self.epoch]
+
+    def save(self, name: str) -> None:
+        """Write all of this to a checkpoint. `epoch` is the last complete one; of the next, `step` steps are done."""
+        self.unreadable = sorted(set(self.world.gather(self.unreadable)))
+        if not self.world.is_first:
+            self.unreadable = []
+            return
+        save_checkpoint(
+            self.out / name,
+            epoch=self.epoch - 1,
+            step=self.step,
+            sums=self.sums,
+            count=self.count,
+            unreadable=self.unreadable,
+            config=self.config.to_json(),
+            training=json.dumps(training_options(self.recipe, self.options)),
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+        )
+
+    def run(self) -> StopOrForward:
+        """Train to the end of the schedule."""
+        begin, done = time.perf_counter(), self.epoch * self.steps + self.step
+        if self.options.tensorboard and self.world.is_first:
+            self.board = open_tensorboard(self.out / "tensorboard", done)
+        while self.epoch < self.recipe.epochs:
+            self.run_epoch()
+        self.unreadable = self.world.gather(self.unreadable)
+        if self.world.is_first:
+            if self.board is not None:
+                self.board.close()
+            report_unreadable(self.unreadable)
+            add_to_report(
+                self.out,
+                model=asdict(self.config),
+                training={**training_options(self.recipe, self.options), "epochs": self.recipe.epochs},
+                videos=len(self.clips),
+                unreadable=sorted(set(self.unreadable)),
+                steps=self.recipe.epochs * self.steps,
+                last_session={
+                    "steps": self.recipe.epochs * self.steps - done,
+                    "seconds": round(time.perf_counter() - begin, 1),
+                    "processes": self.world.size,
+                    "device": machine(self.world.device),
+                },
+                last_epoch=self.log[-1] if self.log else {},
             )
-        model.load_state_dict(content["model"])
-        optimizer.load_state_dict(content["optimizer"])
-        first = content["epoch"] + 1
-    log = [entry for entry in read_log(out / "log.jsonl") if entry["epoch"] < first]
-    unreadable: list[str] = []
-    for epoch in range(first, recipe.epochs):
-        means = train_epoch(model, clips, criterion, optimizer, recipe, options, epoch, unreadable)
-        state: dict[str, Any] = {
-            "config": config.to_json(),
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "training": json.dumps(training_options(recipe, options)),
-        }
-        log.append({"epoch": epoch, **means})
-        write_log(out / "log.jsonl", log)
+        return self.model.eval()
+
+    def run_epoch(self) -> None:
+        """Train what is left of an epoch."""
+        epoch, recipe, options = self.epoch, self.recipe, self.options
+        dense = options.dense or recipe.is_warmup(epoch)
+        phase = "dense" if options.dense else "warm-up" if dense else "joint"
+        self.enter_phase(dense)
+        self.model.temperature = recipe.temperature_at(epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.lr_at(epoch) * group["lr_scale"]
+        loader = batches(
+            self.clips, options.batch_size, options.workers, epoch, self.step, self.world.rank, self.world.size,
+            pin_memory=self.world.device.startswith("cuda"),
+        )  # fmt: skip
+        progress = tqdm(
+            loader,
+            f"epoch {epoch + 1}/{recipe.epochs} {phase}",
+            initial=self.step,
+            total=self.steps,
+            leave=False,
+            disable=None if self.world.is_first else True,
+        )
+        for batch in progress:
+            self.unreadable += batch.errors
+            self.run_step(batch)
+            self.step += 1
+            if self.count:
+                progress.set_postfix({k: f"{v / self.count:.3f}" for k, v in self.sums.items() if k in POSTFIX})
+            if options.save_every and self.step % options.save_every == 0 and self.step < self.steps:
+                self.save("last.pt")
+        if not self.count:
+            raise DynskipError(
+                "None of the training videos could be read. The first: " + "; ".join(self.unreadable[:1])
+            )
+        means = {name: value / self.count for name, value in self.sums.items()}
+        print(f"epoch {epoch + 1}/{recipe.epochs} {phase}: " + ", ".join(f"{k} {v:.3f}" for k, v in means.items()))
+        self.log.append({"epoch": epoch, **means})
+        if self.world.is_first:
+            write_log(self.out / "log.jsonl", self.log)
+        if self.board is not None:
+            for name, value in means.items():
+                self.board.add_scalar(f"epoch/{name}", value, epoch + 1)
+        self.epoch, self.step, self.sums, self.count = epoch + 1, 0, {}, 0
         if epoch == recipe.warmup_epochs - 1:
-            save_checkpoint(out / "warmup.pt", epoch=epoch, **state)
-        save_checkpoint(out / "last.pt", epoch=epoch, **state)  # last: it says that the epoch is complete
-    report_unreadable(unreadable)
-    return model.eval()
+            self.save("warmup.pt")
+        self.save("last.pt")  # last: it says that the epoch is complete
+
+    def enter_phase(self, dense: bool) -> None:
+        """Say which parameters are trained: without gates, their parameters would wait for gradients in vain."""
+        if dense != self.dense:
+            for part in (self.model.gates, self.model.inner):
+                if part is not None:
+                    part.requires_grad_(not dense)
+            self.wrapped, self.dense = None, dense  # the old wrapping goes first
+            self.wrapped = self.world.wrap(self.loss)
+        self.model.train()
+        if self.options.batch_norm == "frozen":
+            freeze_statistics(self.model)
+
+    def run_step(self, batch: Batch) -> None:
+        """Train on this process's share of one step's videos."""
+        options, world = self.options, self.world
+        # Dropout, where a backbone has some: as random as everything else, and not the same in every process.
+        torch.manual_seed(derive_seed(options.seed, self.epoch, self.step, world.rank))
+        readable = int(world.sum(torch.tensor(len(batch.targets), device=world.device)))
+        if not readable:
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        logged: dict[str, Tensor] = {}
+        for number in range(options.accumulate):
+            rows = part_of(len(batch.targets), number, options.accumulate)
+            if world.size == 1 and not rows:
+                continue
+            waits = world.size > 1 and number < options.accumulate - 1
+            with self.wrapped.no_sync() if waits else contextlib.nullcontext():
+                with self.autocast(), SyncedBatchNorm(world, counts=len(rows) > 0):
+                    found = self.wrapped(*self.inputs(batch, rows))
+                # A mean over all videos of the step, however they are spread; the wrapper divides by the processes.
+                self.scaler.scale(found["total"] * (len(rows) * world.size / readable)).backward()
+            for name, value in found.items():
+                logged[name] = logged.get(name, 0.0) + value.detach().float() * len(rows)
+        sums = dict(zip(logged, world.sum(torch.stack(list(logged.values()))).tolist(), strict=True))
+        if not math.isfinite(sums["total"]):
+            raise DynskipError(
+                f"The loss became {sums['total']} in epoch {self.epoch + 1}. Lower --lr, or raise --batch-size."
+            )
+        if options.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
+            sums["gradient_norm"] = norm.item() * readable
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.count += readable
+        if self.board is not None:
+            scalars = {name: value / readable for name, value in sums.items()}
+            scalars |= {"lr": self.optimizer.param_groups[0]["lr"], "temperature": self.model.temperature}
+            for name, value in scalars.items():
+                self.board.add_scalar(f"step/{name}", value, self.epoch * self.steps + self.step)
+
+    def inputs(self, batch: Batch, rows: range) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return some videos of a batch, their classes and their gates' noise; of no rows, one black stand-in."""
+        frames, size, stages = self.config.prep.num_frames, self.config.prep.size, self.model.backbone.num_stages
+        if rows:
+            video, targets = batch.video[rows.start : rows.stop], batch.targets[rows.start : rows.stop]
+        else:
+            video, targets = torch.zeros(1, frames, 3, size, size, dtype=torch.uint8), torch.zeros(1, dtype=torch.long)
+        draws = torch.ones(len(video), frames, stages, 2)
+        for draw, row in zip(draws, rows, strict=False):
+            seed = derive_seed(self.options.seed, self.epoch, batch.positions[row], stages)
+            draw.exponential_(generator=torch.Generator().manual_seed(seed))
+        where = self.world.device
+        noise = None if self.dense else -draws.log().to(where)
+        return video.to(where, non_blocking=True), targets.to(where, non_blocking=True), noise
+
+
+POSTFIX = ("accuracy", "used")  # beside the progress bar
+
+
+def part_of(count: int, number: int, parts: int) -> range:
+    """Return the positions in one of several parts of about the same size."""
+    return range(count * number // parts, count * (number + 1) // parts)
 
 
 def training_options(recipe: Recipe, options: TrainOptions) -> dict[str, Any]:
     """What an interrupted run must be continued with; how long, and on what machine, may change."""
-    free = {"joint_epochs", "workers", "device"}
-    return {k: v for k, v in {**asdict(recipe), **asdict(options)}.items() if k not in free}
+    free = {"joint_epochs", "workers", "device", "cache", "save_every", "tensorboard"}
+    values = {**asdict(recipe), **asdict(options), "in_memory": options.in_memory or options.cache is not None}
+    return {k: v for k, v in values.items() if k not in free}
+
+
+def open_tensorboard(folder: Path, step: int) -> Any:
+    """Open a log for TensorBoard; what an interrupted run wrote of later steps is hidden."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise DynskipError("--tensorboard needs the package tensorboard: pip install 'dynskip[train]'.") from error
+    return SummaryWriter(str(folder), purge_step=step)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -341,70 +557,20 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def write_log(path: Path, log: Sequence[dict[str, Any]]) -> None:
     """Write one line of JSON an epoch."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in log))
+    write_whole(path, lambda part: part.write_text("".join(json.dumps(entry) + "\n" for entry in log)))
 
 
-def train_epoch(
-    model: StopOrForward,
-    clips: Clips,
-    criterion: SoFLoss,
-    optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
-    options: TrainOptions,
-    epoch: int,
-    unreadable: list[str],
-) -> dict[str, float]:
-    """Train one epoch and return the means of what was logged."""
-    # Everything random follows from seed and epoch, so a run that was interrupted repeats the epoch exactly.
-    torch.manual_seed(derive_seed(options.seed, epoch))
-    dense = options.dense or recipe.is_warmup(epoch)
-    model.train()
-    model.temperature = recipe.temperature_at(epoch)
-    for group in optimizer.param_groups:
-        group["lr"] = recipe.lr_at(epoch) * group["lr_scale"]
-    sums: dict[str, float] = {}
-    count = 0
-    phase = "dense" if options.dense else "warm-up" if dense else "joint"
-    progress = tqdm(
-        batches(clips, options.batch_size, options.workers, epoch),
-        desc=f"epoch {epoch + 1}/{recipe.epochs} {phase}",
-        leave=False,
-        disable=None,
-    )
-    for batch in progress:
-        unreadable += batch.errors
-        if not len(batch.targets):
-            continue
-        video = clips.prep.normalize(batch.video.to(options.device, non_blocking=True))
-        targets = batch.targets.to(options.device)
-        output = model(video, dense=dense)
-        logged: dict[str, Tensor] = {"accuracy": (output.logits.argmax(-1) == targets).float().mean()}
-        if dense:
-            loss = criterion.classification(output, targets)
-            logged["classification"] = loss
-        else:
-            parts = criterion(output, targets)
-            loss = parts.total
-            logged |= vars(parts) | {"used": output.used.float().mean()}
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        if not torch.isfinite(loss):
-            raise DynskipError(
-                f"The loss became {loss.item()} in epoch {epoch + 1}. Lower --lr, or raise --batch-size."
-            )
-        for name, value in logged.items():
-            sums[name] = sums.get(name, 0.0) + value.item() * len(targets)
-        count += len(targets)
-        progress.set_postfix(
-            {name: f"{value / count:.3f}" for name, value in sums.items() if name in ("accuracy", "used")}
-        )
-    if not count:
-        raise DynskipError("None of the training videos could be read. The first: " + "; ".join(unreadable[:1]))
-    means = {name: value / count for name, value in sums.items()}
-    print(f"epoch {epoch + 1}/{recipe.epochs} {phase}: " + ", ".join(f"{k} {v:.3f}" for k, v in means.items()))
-    return means
+def add_to_report(out: Path, **content: Any) -> None:
+    """Add to the report of a run, `report.json`."""
+    file = out / "report.json"
+    report = {**(json.loads(file.read_text()) if file.is_file() else {}), **content}
+    write_whole(file, lambda part: part.write_text(json.dumps(report, indent=1, default=str) + "\n"))
+
+
+def machine(device: str) -> str:
+    """Say what computes, and with which versions."""
+    where = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    return f"{where}, torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}"
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation
@@ -508,12 +674,11 @@ def table(results: Sequence[Result]) -> str:
 
 def print_results(results: Sequence[Result], batch_size: int, device: str) -> None:
     """Print the table and what its numbers mean."""
-    where = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
     print(f"\n{table(results)}\n")
     print(
         f"{results[0].videos} videos. GMACs are 10^9 multiply-adds (the literature's GFLOPs), gates "
-        f"and head included.\nms: network only, {batch_size} video{'s' * (batch_size > 1)} at a time, {where}, "
-        f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}."
+        "and head included.\n"
+        f"ms: network only, {batch_size} video{'s' * (batch_size > 1)} at a time, {machine(device)}."
     )
     fallbacks = results[-1].fallbacks
     if fallbacks:
@@ -635,11 +800,18 @@ def demo_command(args: argparse.Namespace) -> int:
 
 
 def train_command(args: argparse.Namespace) -> int:
-    """Train on a data set and evaluate the result."""
-    items = load_items(args.data, args.annotations)
-    training, classes = pick_split(items, "train"), class_names(items)
+    """Train on a data set and evaluate the result; under torchrun, in many processes."""
+    world = World.join(args.device)
+    with contextlib.nullcontext() if world.is_first else contextlib.redirect_stdout(io.StringIO()):
+        return train_in(world, args)
+
+
+def train_in(world: World, args: argparse.Namespace) -> int:
+    """Train as one of several processes; the first one evaluates."""
+    items = load_items(args.data, args.annotations, args.format, args.classes)
+    training, classes = pick_split(items, "train"), class_names(items, args.classes)
     last = args.out / "last.pt"
-    if last.exists() and not args.resume:
+    if last.exists() and not args.resume and world.is_first:
         raise DynskipError(f"{last} exists already. Continue it with --resume, or choose another --out.")
     if args.warmup_epochs + args.epochs < 1:
         raise DynskipError("There is nothing to train: --warmup-epochs and --epochs are both 0.")
@@ -668,6 +840,10 @@ def train_command(args: argparse.Namespace) -> int:
     )
     options = TrainOptions(
         batch_size=args.batch_size,
+        accumulate=args.accumulate,
+        clip=args.clip,
+        amp=args.amp,
+        batch_norm=args.batch_norm,
         alpha=args.alpha,
         beta=args.beta,
         normalize=args.normalize,
@@ -676,24 +852,43 @@ def train_command(args: argparse.Namespace) -> int:
         seed=args.seed,
         workers=args.workers,
         in_memory=args.in_memory,
+        cache=args.cache,
+        save_every=args.save_every,
+        tensorboard=args.tensorboard,
         device=args.device,
     )
-    start = last if args.resume and last.exists() else None
-    model = train(config, training, recipe, options, args.out, start, args.weights)
+    start = last if args.resume and world.share(last.exists) else None
+    model = train(config, training, recipe, options, args.out, start, args.weights, world)
+    world.leave()
+    if not world.is_first:
+        return 0
     print(f"Wrote {last}.")
     if (split := held_out_split(items)) is not None:
-        clips = Clips(pick_split(items, split), classes, config.prep, training=False, seed=args.seed)
-        results = evaluate(model, clips, 1, args.workers, args.device, MODES[:1] if args.dense else MODES)
-        print_results(results, 1, args.device)
+        clips = Clips(pick_split(items, split), classes, config.prep, training=False, seed=args.seed, cache=args.cache)
+        results = evaluate(model, clips, 1, args.workers, world.device, MODES[:1] if args.dense else MODES)
+        print_results(results, 1, world.device)
+        add_to_report(args.out, results=[asdict(result) for result in results])
+    print(f"Report: {args.out / 'report.json'}")
     return 0
+
+
+def prepare_command(args: argparse.Namespace) -> int:
+    """Check a data set: what is missing, unreadable or short, and what there is of each class."""
+    items = read_items(args.data, args.annotations, args.format, args.classes)
+    prep = Preprocessing(args.size, args.frames)
+    cache = FrameCache(args.cache, prep.num_frames, prep.short_side) if args.cache else None
+    report = report_on(items, check_videos(items, cache, args.workers), args.frames, args.cache is not None)
+    write_report(report, args.report)
+    print(f"{summary(report)}\nReport: {args.report}")
+    return 0 if is_clean(report) else 1
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
     """Evaluate a checkpoint, or a backbone with published weights, on a data set."""
-    items = load_items(args.data, args.annotations)
+    items = load_items(args.data, args.annotations, args.format, args.classes)
     split = args.split or held_out_split(items) or "test"
-    model, config = model_from(args, class_names(items))
-    clips = Clips(pick_split(items, split), config.classes, config.prep, training=False, seed=0)
+    model, config = model_from(args, class_names(items, args.classes))
+    clips = Clips(pick_split(items, split), config.classes, config.prep, training=False, seed=0, cache=args.cache)
     results = evaluate(model, clips, args.batch_size, args.workers, args.device)
     print_results(results, args.batch_size, args.device)
     if args.usage:
@@ -785,10 +980,21 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("runs/demo"), help="folder for videos, checkpoints and pictures")
     add_machine(add)
 
+    add = command("prepare", prepare_command, "check a data set before training")
+    add_data(add)
+    add("--report", type=Path, default=Path("prepare.json"), help="JSON file for all that was found")
+    add("--size", type=positive, default=168, help="as for train: height and width that frames are kept for")
+    add("--frames", type=positive, default=16, help="as for train: frames of a video")
+    add("--workers", type=not_negative, default=min(os.cpu_count() or 1, 8), help="processes that decode videos")
+
     add = command("train", train_command, "train on a folder of videos")
     add_data(add)
     add("--out", type=Path, required=True, help="folder for checkpoints and the log")
-    add("--resume", action="store_true", help="continue from last.pt in --out, as if never interrupted")
+    add("--resume", action="store_true", help="continue from last.pt in --out if it is there, as if never interrupted")
+    add(
+        "--save-every", type=not_negative, default=200, metavar="STEPS", help="write last.pt within epochs, too; 0: not"
+    )
+    add("--tensorboard", action="store_true", help="write scalars to OUT/tensorboard")
     add(
         "--weights",
         default="hub",
@@ -814,7 +1020,16 @@ def parser() -> argparse.ArgumentParser:
     add("--lr-drop", type=not_negative, default=30, help="joint epoch from which the learning rate is a tenth")
     add("--gate-lr-scale", type=rate, default=1.0, help="learning rate of the gates over the backbone's")
     add("--weight-decay", type=rate, default=1e-5, help="weight decay")
-    add("--batch-size", type=positive, default=24, help="videos a step")
+    add("--batch-size", type=positive, default=24, help="videos a step, all processes together")
+    add("--accumulate", type=positive, default=1, help="parts that a step is computed in, to save memory")
+    add("--clip", type=rate, help="largest norm of the gradient")
+    add("--amp", choices=("none", "bf16", "fp16"), default="none", help="compute in half precision where it is safe")
+    add(
+        "--batch-norm",
+        choices=("batch", "frozen"),
+        default="batch",
+        help="statistics of the batch (of all processes, of one part), or the running ones, which stay as loaded",
+    )
     add_machine(add)
 
     add = command("evaluate", evaluate_command, "accuracy and cost of a checkpoint on a split")
@@ -866,7 +1081,17 @@ def device(text: str) -> str:
 def add_data(add: Any) -> None:
     """Where the videos and labels are."""
     add("--data", type=Path, required=True, help="folder with labels.csv (path,label,split), or such a CSV file")
-    add("--annotations", type=Path, help="ActivityNet-v1.3's JSON; --data is then the folder of its videos")
+    add(
+        "--annotations",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="annotation files of another form; --data is then the folder of the videos or frame folders",
+    )
+    add("--format", choices=tuple(FORMATS), help="of the annotations; by default told from the files")
+    add("--classes", type=Path, metavar="FILE", help="class list (index,name); numbers in annotations refer to it")
+    add("--cache", type=Path, metavar="DIR", help="keep decoded frames there and use those that are there")
 
 
 def add_network(add: Any) -> None:
@@ -901,14 +1126,17 @@ def add_machine(add: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     av.logging.set_libav_level(av.logging.PANIC)  # our own errors say it better
+    choose_gpu()
     args = parser().parse_args(arguments)
     try:
-        return int(args.run(args))
+        with explained("Start the command again; training goes on from its last checkpoint with --resume."):
+            return int(args.run(args))
     except (DynskipError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        process = f" in process {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"error{process}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nInterrupted. `train --resume` continues from the last finished epoch.", file=sys.stderr)
+        print("\nInterrupted. `train --resume` continues from the last checkpoint.", file=sys.stderr)
         return 130
 
 
