@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dynskip.wrapper import StopOrForward
 
 FRAMES_IN_FLIGHT = 64  # bounds the features held at a time, over all videos of a batch
-LONGEST_STEP = 8  # frames to look ahead where some may be wasted; larger batches gain little more
+LONGEST_STEP = 8  # frames to look ahead where some may be wasted; larger batches gain little more in eager mode
 
 
 @torch.no_grad()
@@ -61,9 +61,14 @@ def run_clip(model: StopOrForward, video: Tensor, window: int | None = None, sam
 
 
 class Usage:
-    """How many frames of a video are looked at before it ends; chooses windows, never results."""
+    """How many frames of a video are looked at before it ends; chooses windows, never results.
 
-    def __init__(self) -> None:
+    Args:
+        longest: frames to look ahead where some may be wasted.
+    """
+
+    def __init__(self, longest: int = LONGEST_STEP) -> None:
+        self._longest = longest
         self._mean: float | None = None
 
     def update(self, seen: Sequence[int]) -> None:
@@ -81,11 +86,11 @@ class Usage:
         """
         bound = max(1, FRAMES_IN_FLIGHT // batch)
         if terminator is None:
-            return bound if gate_by_gate else min(LONGEST_STEP, bound)
+            return bound if gate_by_gate else min(self._longest, bound)
         sure = terminator.min_frames + 1  # no video ends before
         expected = max(self._mean or sure, sure)
         # Steps of equal length that come out where videos usually end.
-        step = math.ceil(expected / math.ceil(expected / LONGEST_STEP))
+        step = math.ceil(expected / math.ceil(expected / self._longest))
         return min(max(sure, step) if gate_by_gate else step, bound)
 
 

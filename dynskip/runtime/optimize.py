@@ -20,6 +20,7 @@ from dynskip._check import check_video
 from dynskip.backbone import Carry, StagedBackbone
 from dynskip.errors import DynskipError
 from dynskip.runtime._values import batch_of, flatten
+from dynskip.runtime.clip import LONGEST_STEP, Usage
 from dynskip.wrapper import StopOrForward
 
 # Batches that make every graph there will be: one row; several rows; and from 16 rows on, where torch chooses other
@@ -129,6 +130,8 @@ def optimize(
         forward_threshold=model.forward_threshold,
     )
     fast.eval().requires_grad_(False)
+    # Fast stages spend a larger share of their time on reading weights, and reuse their buffers: longer batches pay.
+    fast._usage = Usage(2 * LONGEST_STEP)
     if compile:
         _compile(backbone, images[:1].to(dtype=dtype), sorted(set(buckets or ())), backend)
     return fast, compare(model, fast, clips)
