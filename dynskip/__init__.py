@@ -1,9 +1,20 @@
 """Dynamic inference for PyTorch vision models: spend less compute on frames that do not deserve it."""
 
 from dynskip.backbone import Carry, StagedBackbone, stage_model
+from dynskip.early_exit import EarlyExit
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
-from dynskip.gates import PolicyGate, exponential_temperature
+from dynskip.gates import (
+    ConfidenceGate,
+    EntropyGate,
+    FixedGate,
+    LinearGate,
+    PairwiseGate,
+    PolicyGate,
+    RandomGate,
+    SimilarityGate,
+    exponential_temperature,
+)
 from dynskip.inner import InnerClassifier
 from dynskip.losses import (
     ClassificationLoss,
@@ -27,21 +38,29 @@ __all__ = [
     "UNSEEN",
     "Carry",
     "ClassificationLoss",
+    "ConfidenceGate",
     "DynskipError",
+    "EarlyExit",
     "EarlyTerminator",
     "EfficiencyLoss",
     "EncodedVideo",
+    "EntropyGate",
     "FLOPsLookup",
+    "FixedGate",
     "FrameResult",
     "FrameStep",
     "InnerClassificationLoss",
     "InnerClassifier",
+    "LinearGate",
     "LossParts",
+    "PairwiseGate",
     "PolicyGate",
     "PolicyGuidanceLoss",
     "Prediction",
+    "RandomGate",
     "SelfSupervisionLoss",
     "Session",
+    "SimilarityGate",
     "SkipOutput",
     "SoFLoss",
     "StagedBackbone",

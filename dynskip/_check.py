@@ -46,6 +46,25 @@ def check_frames(frames: Any, backbone: StagedBackbone, batch: int) -> None:
         raise DynskipError(f"The frame{where} has NaN or infinite values. Check decoding and normalisation.")
 
 
+def check_images(images: Any, backbone: StagedBackbone) -> None:
+    """Refuse what is no batch `(B, C, H, W)` of normalised images for this backbone."""
+    channels = backbone.input_size[0]
+    _check_floating(images, "image batch")
+    if images.ndim != 4 or images.shape[1] != channels or 0 in images.shape:
+        raise DynskipError(
+            f"An image batch must have shape (B, {channels}, H, W), with at least one image; got "
+            f"{tuple(images.shape)}. Add a batch dimension with `image[None]` to a single image; videos are for "
+            "StopOrForward."
+        )
+    _check_dtype(images, backbone, "image batch")
+    if not _all_finite(images):
+        bad = (~images.isfinite()).flatten(1).any(-1).nonzero().flatten().tolist()
+        raise DynskipError(
+            f"The image batch has NaN or infinite values in {len(bad)} images, the first being image {bad[0]}. Check "
+            "decoding and normalisation."
+        )
+
+
 def _check_floating(value: Any, name: str) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__

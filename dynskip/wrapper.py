@@ -76,8 +76,8 @@ class StopOrForward(nn.Module):
         self.terminator = terminator
         self.state_update = state_update
         self.temperature = 1.0
-        self.forward_threshold = _thresholds(forward_threshold, backbone.num_stages)
-        _check_parts(backbone, gates, inner)
+        self.forward_threshold = check_thresholds(forward_threshold, backbone.num_stages)
+        check_parts(backbone, gates, inner)
         _check_lookup(backbone, lookup)
         self._given_lookup = lookup
         self._measured: dict[tuple[int, int], FLOPsLookup] = {}
@@ -224,13 +224,9 @@ class StopOrForward(nn.Module):
         """
         check_video(video, self.backbone)
         batch, height, width = video.shape[0], video.shape[3], video.shape[4]
-        carry = self.backbone.start(rearrange(video, "b t c h w -> (b t) c h w"))
-        pooled = []
-        for n in range(self.backbone.num_stages):
-            carry = self.backbone.run(n, carry)
-            pooled.append(rearrange(self.backbone.pool(n, carry), "(b t) c -> b t c", b=batch))
-        logits = rearrange(self.backbone.head(carry), "(b t) k -> b t k", b=batch)
-        return EncodedVideo(tuple(pooled), logits, (height, width))
+        pooled, logits = encode_images(self.backbone, rearrange(video, "b t c h w -> (b t) c h w"))
+        features = tuple(rearrange(x, "(b t) c -> b t c", b=batch) for x in pooled)
+        return EncodedVideo(features, rearrange(logits, "(b t) k -> b t k", b=batch), (height, width))
 
     def decide(self, encoded: EncodedVideo, *, sample: bool | None = None, noise: Tensor | None = None) -> SkipOutput:
         """Gate every frame from its stored features, and mask what the gates stop.
@@ -248,7 +244,7 @@ class StopOrForward(nn.Module):
         Raises:
             DynskipError: if the features are not this backbone's, or the noise does not fit them.
         """
-        self._check_encoded(encoded)
+        check_encoded(encoded, self.backbone)
         sample = self.training if sample is None else sample
         frame_logits = encoded.frame_logits
         batch, frames, _ = frame_logits.shape
@@ -340,30 +336,7 @@ class StopOrForward(nn.Module):
 
     def _draw(self, stage: int, logits: Tensor, sample: bool, noise: Tensor | None = None) -> Tensor:
         """Turn `(B, 2)` gate logits into `(B,)` decisions in {0, 1}, straight-through where gradients are recorded."""
-        if sample:
-            wide = logits.float()  # in half precision the noise itself would round to ties
-            if noise is None:
-                noise = -torch.empty_like(wide).exponential_().log()
-            soft = ((wide + noise) / self.temperature).softmax(-1)[..., FORWARD]
-            return ((soft > 0.5).float() - soft.detach() + soft).to(logits.dtype)
-        hard = (logits[..., FORWARD] - logits[..., STOP] > _margin(self.forward_threshold[stage])).to(logits.dtype)
-        if not self.training:
-            return hard
-        soft = (logits / self.temperature).softmax(-1)[..., FORWARD]
-        return hard + soft - soft.detach()
-
-    def _check_encoded(self, encoded: EncodedVideo) -> None:
-        expected = self.backbone.num_features
-        shapes = tuple(tuple(pooled.shape) for pooled in encoded.pooled)
-        batch_frames = tuple(encoded.frame_logits.shape[:2])
-        wanted = tuple((*batch_frames, channels) for channels in expected)
-        classes = encoded.frame_logits.shape[-1]
-        if shapes != wanted or classes != self.backbone.num_classes or 0 in batch_frames:
-            raise DynskipError(
-                f"Stored features of shapes {shapes} with {classes} classes are not this backbone's; expected (B, "
-                f"T, C_n) with C_n = {expected} and {self.backbone.num_classes} classes. Encode the videos again "
-                "with this model."
-            )
+        return draw(logits, self.forward_threshold[stage], self.temperature, sample, self.training, noise)
 
     def optimize(self, clips: Tensor, **options: Any) -> tuple[StopOrForward, Agreement]:
         """Build a faster copy and compare its decisions; see `dynskip.runtime.optimize.optimize`.
@@ -395,6 +368,53 @@ class StopOrForward(nn.Module):
         return export(self, folder, image_size, **options)
 
 
+def encode_images(backbone: StagedBackbone, images: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Run the whole backbone on `(B, C, H, W)` images; return pooled features of every stage, and logits."""
+    carry = backbone.start(images)
+    pooled = []
+    for n in range(backbone.num_stages):
+        carry = backbone.run(n, carry)
+        pooled.append(backbone.pool(n, carry))
+    return pooled, backbone.head(carry)
+
+
+def draw(
+    logits: Tensor, threshold: float, temperature: float, sample: bool, training: bool, noise: Tensor | None = None
+) -> Tensor:
+    """Turn `(B, 2)` gate logits into `(B,)` decisions in {0, 1}, straight-through in training."""
+    if sample:
+        wide = logits.float()  # in half precision the noise itself would round to ties
+        if noise is None:
+            noise = -torch.empty_like(wide).exponential_().log()
+        soft = ((wide + noise) / temperature).softmax(-1)[..., FORWARD]
+        return ((soft > 0.5).float() - soft.detach() + soft).to(logits.dtype)
+    hard = (logits[..., FORWARD] - logits[..., STOP] > _margin(threshold)).to(logits.dtype)
+    if not training:
+        return hard
+    soft = (logits / temperature).softmax(-1)[..., FORWARD]
+    return hard + soft - soft.detach()
+
+
+def check_encoded(encoded: EncodedVideo, backbone: StagedBackbone, frames: int | None = None) -> None:
+    """Refuse stored features of another backbone, or of videos with another number of frames."""
+    expected = backbone.num_features
+    shapes = tuple(tuple(pooled.shape) for pooled in encoded.pooled)
+    batch_frames = tuple(encoded.frame_logits.shape[:2])
+    wanted = tuple((*batch_frames, channels) for channels in expected)
+    classes = encoded.frame_logits.shape[-1]
+    if (
+        shapes != wanted
+        or classes != backbone.num_classes
+        or 0 in batch_frames
+        or batch_frames[1] != (frames or batch_frames[1])
+    ):
+        raise DynskipError(
+            f"Stored features of shapes {shapes} with {classes} classes are not this backbone's; expected (B, "
+            f"{frames or 'T'}, C_n) with C_n = {expected} and {backbone.num_classes} classes. Encode again with this "
+            "model."
+        )
+
+
 def _commit(mask: Tensor, new: GateState, old: GateState) -> GateState:
     return tuple(
         torch.where(mask.view(-1, *[1] * (b.ndim - 1)), a.to(b.dtype), b) for a, b in zip(new, old, strict=True)
@@ -408,7 +428,8 @@ def _margin(probability: float) -> float:
     return math.log(probability) - math.log1p(-probability)
 
 
-def _thresholds(value: float | Sequence[float], stages: int) -> tuple[float, ...]:
+def check_thresholds(value: float | Sequence[float], stages: int) -> tuple[float, ...]:
+    """Return one forward threshold a gate."""
     thresholds = tuple(value) if isinstance(value, Sequence) else (value,) * stages
     if len(thresholds) != stages:
         raise DynskipError(
@@ -421,7 +442,7 @@ def _thresholds(value: float | Sequence[float], stages: int) -> tuple[float, ...
 
 
 @torch.no_grad()
-def _check_parts(backbone: StagedBackbone, gates: Sequence[Any], inner: Sequence[nn.Module] | None) -> None:
+def check_parts(backbone: StagedBackbone, gates: Sequence[Any], inner: Sequence[nn.Module | None] | None) -> None:
     """Try every gate and inner classifier on zeros of its stage's width."""
     stages, classes = backbone.num_stages, backbone.num_classes
     if len(gates) != stages:
@@ -446,12 +467,13 @@ def _check_parts(backbone: StagedBackbone, gates: Sequence[Any], inner: Sequence
                 f"Gate {n} ({type(gate).__name__}) {where} returned logits of shape {tuple(logits.shape)} for a "
                 "batch of 2; expected (B, 2): stop, forward."
             )
-        if inner is None:
+        classifier = None if inner is None else inner[n]
+        if classifier is None:
             continue
         if not state:
             raise DynskipError(f"Gate {n} ({type(gate).__name__}) has no hidden state for an inner classifier to read.")
         try:
-            answer = inner[n](state[0])
+            answer = classifier(state[0])
         except Exception as error:
             raise DynskipError(
                 f"Inner classifier {n} does not fit gate {n}, whose hidden state has {state[0].shape[-1]} features: "
