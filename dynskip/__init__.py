@@ -17,13 +17,17 @@ from dynskip.gates import (
 )
 from dynskip.inner import InnerClassifier
 from dynskip.losses import (
+    BudgetLoss,
     ClassificationLoss,
+    DistillationLoss,
     EfficiencyLoss,
     InnerClassificationLoss,
     LossParts,
     PolicyGuidanceLoss,
     SelfSupervisionLoss,
     SoFLoss,
+    TargetRateLoss,
+    UsageUniformityLoss,
 )
 from dynskip.output import UNSEEN, EncodedVideo, SkipOutput
 from dynskip.runtime.online import FrameStep, Prediction, Session
@@ -36,9 +40,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "UNSEEN",
+    "BudgetLoss",
     "Carry",
     "ClassificationLoss",
     "ConfidenceGate",
+    "DistillationLoss",
     "DynskipError",
     "EarlyExit",
     "EarlyTerminator",
@@ -65,6 +71,8 @@ __all__ = [
     "SoFLoss",
     "StagedBackbone",
     "StopOrForward",
+    "TargetRateLoss",
+    "UsageUniformityLoss",
     "VideoResult",
     "exponential_temperature",
     "sofnet",

@@ -1,7 +1,8 @@
-"""Criteria over a wrapper's output: thin modules over pure functions, one for each term of the thesis' loss."""
+"""Criteria over a wrapper's output: thin modules over pure functions, the terms of the thesis' loss and others."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +105,88 @@ def self_supervision_loss(margins: Tensor, labels: Tensor, mask: Tensor | None =
     return (losses * mask).sum() / mask.sum().clamp(min=1)
 
 
+def target_rate_loss(forward: Tensor, target: Tensor) -> Tensor:
+    """Squared distance of each gate's forward rate from its target.
+
+    Args:
+        forward: `(B, T, N)` decisions in [0, 1].
+        target: `(N,)` wanted share of frames that each gate forwards.
+
+    Returns:
+        Scalar, sum over gates; a rate is the mean over all videos and frames of the batch.
+
+    Reference:
+        Veit and Belongie, "Convolutional networks with adaptive inference graphs", ECCV 2018 (ConvNet-AIG).
+    """
+    return (forward.mean((0, 1)) - target.to(forward)).square().sum()
+
+
+def usage_uniformity_loss(forward: Tensor) -> Tensor:
+    """Squared distance of what becomes of frames from all outcomes being equally frequent.
+
+    A frame has `N + 1` outcomes: it is stopped by one of the gates, or used.
+
+    Args:
+        forward: `(B, T, N)` decisions in [0, 1].
+
+    Returns:
+        Scalar, sum over outcomes; a share is the mean over all videos and frames of the batch.
+
+    Reference:
+        Meng et al., "AR-Net: adaptive frame resolution for efficient action recognition", ECCV 2020.
+    """
+    passed = forward.cumprod(-1)
+    shares = (F.pad(passed, (1, 0), value=1.0) - F.pad(passed, (0, 1))).mean((0, 1))
+    return (shares - 1 / len(shares)).square().sum()
+
+
+def budget_loss(forward: Tensor, costs: Tensor, head: float, budget: float) -> Tensor:
+    """Cost of a frame above a budget; zero below it.
+
+    Args:
+        forward: `(B, T, N)` decisions in [0, 1].
+        costs: `(N,)` cost of each stage with its gate.
+        head: cost of what follows the last gate, in the same unit.
+        budget: cost a frame may have on average, in the same unit.
+
+    Returns:
+        Scalar in that unit: mean over all videos and frames of the batch, less the budget, if that is positive.
+
+    Reference:
+        After Verelst and Tuytelaars, "Dynamic convolutions", CVPR 2020, whose hinges bound the cost of single blocks.
+    """
+    reached = F.pad(forward.cumprod(-1), (1, 0), value=1.0).mean((0, 1))
+    cost = (reached[:-1] * costs.to(forward)).sum() + reached[-1] * head
+    return (cost - budget).clamp(min=0.0)
+
+
+def distillation_loss(
+    inner_logits: Tensor, final_logits: Tensor, temperature: float = 1.0, mask: Tensor | None = None
+) -> Tensor:
+    """Kullback-Leibler divergence of the inner classifiers' answers from the head's, which is only read.
+
+    Args:
+        inner_logits: `(B, T, N, K)` logits of the inner classifiers.
+        final_logits: `(B, T, K)` logits of the head.
+        temperature: divides all logits; the loss is scaled by its square to keep gradients as large.
+        mask: `(B, T, N)` boolean, where an inner classifier and the head ran; everywhere by default.
+
+    Returns:
+        Scalar, mean over videos, frames and gates (over the mask where given; 0 if it is empty).
+
+    Reference:
+        Hinton et al., "Distilling the knowledge in a neural network", 2015; Phuong and Lampert, "Distillation-based
+        training for multi-exit architectures", ICCV 2019.
+    """
+    if mask is None:
+        mask = torch.ones_like(inner_logits[..., 0], dtype=torch.bool)
+    # Logits outside the mask may be NaN: replace them before the loss, not after.
+    student = torch.where(mask[..., None], inner_logits, 0.0) / temperature
+    teacher = torch.where(mask[..., None], final_logits.detach()[:, :, None], 0.0) / temperature
+    losses = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    return temperature**2 * (losses * mask).sum() / mask.sum().clamp(min=1)
+
+
 class ClassificationLoss(nn.Module):
     """Cross-entropy of the videos' predictions (Eq. 3.9)."""
 
@@ -132,11 +215,7 @@ class EfficiencyLoss(nn.Module):
 
     def forward(self, output: SkipOutput) -> Tensor:
         """Return the scalar loss of an output."""
-        if output.num_stages != len(self.remaining):
-            raise DynskipError(
-                f"The cost table has {len(self.remaining)} stages and the output {output.num_stages}; measure a "
-                "table for this model."
-            )
+        _check_table(len(self.remaining), output)
         return efficiency_loss(output.forward, self.remaining)
 
 
@@ -209,6 +288,118 @@ class PolicyGuidanceLoss(nn.Module):
         return self.beta * inner + (1 - self.beta) * self_supervision
 
 
+class TargetRateLoss(nn.Module):
+    """Keep each gate's forward rate near a target (ConvNet-AIG).
+
+    Args:
+        target: wanted share of frames that a gate forwards, in [0, 1]; one for all gates or one a gate.
+
+    Raises:
+        DynskipError: if a target is out of range.
+
+    Reference:
+        Veit and Belongie, "Convolutional networks with adaptive inference graphs", ECCV 2018.
+    """
+
+    target: Tensor
+
+    def __init__(self, target: float | Sequence[float]) -> None:
+        super().__init__()
+        targets = tuple(target) if isinstance(target, Sequence) else (target,)
+        if not targets or not all(0.0 <= t <= 1.0 for t in targets):
+            raise DynskipError(f"target={target} is out of range; give shares of frames in [0, 1].")
+        self.register_buffer("target", torch.tensor(targets, dtype=torch.float64), persistent=False)
+
+    def forward(self, output: SkipOutput) -> Tensor:
+        """Return the scalar loss of an output."""
+        if len(self.target) not in (1, output.num_stages):
+            raise DynskipError(
+                f"Got {len(self.target)} target rates for {output.num_stages} gates; give one number or one a gate."
+            )
+        return target_rate_loss(output.forward, self.target)
+
+    def extra_repr(self) -> str:
+        """Show the targets."""
+        return f"target={', '.join(f'{t:g}' for t in self.target.tolist())}"
+
+
+class UsageUniformityLoss(nn.Module):
+    """Keep all outcomes of a frame (stopped by each gate, used) equally frequent, so that none dies out (AR-Net).
+
+    Reference:
+        Meng et al., "AR-Net: adaptive frame resolution for efficient action recognition", ECCV 2020.
+    """
+
+    def forward(self, output: SkipOutput) -> Tensor:
+        """Return the scalar loss of an output."""
+        return usage_uniformity_loss(output.forward)
+
+
+class BudgetLoss(nn.Module):
+    """Penalise cost above a budget, and nothing below it.
+
+    Args:
+        lookup: the cost table.
+        budget: what a frame may cost on average, as a share of the plain backbone's cost, in (0, 1].
+
+    Raises:
+        DynskipError: if the budget is out of range.
+
+    Reference:
+        After Verelst and Tuytelaars, "Dynamic convolutions", CVPR 2020.
+    """
+
+    costs: Tensor
+
+    def __init__(self, lookup: FLOPsLookup, budget: float) -> None:
+        super().__init__()
+        if not 0.0 < budget <= 1.0:
+            raise DynskipError(f"budget={budget} is out of range; give a share of the backbone's cost in (0, 1].")
+        self.budget = budget
+        self.head = lookup.head / lookup.dense
+        shares = (lookup.per_stage + lookup.gates) / lookup.dense
+        self.register_buffer("costs", shares, persistent=False)
+
+    def forward(self, output: SkipOutput) -> Tensor:
+        """Return the scalar loss of an output: the share of the plain backbone's cost above the budget."""
+        _check_table(len(self.costs), output)
+        return budget_loss(output.forward, self.costs, self.head, self.budget)
+
+    def extra_repr(self) -> str:
+        """Show the budget."""
+        return f"budget={self.budget:g} of the plain backbone"
+
+
+class DistillationLoss(nn.Module):
+    """Teach inner classifiers to answer as the head does, wherever both ran; no labels are needed.
+
+    Args:
+        temperature: softens both answers; positive.
+
+    Raises:
+        DynskipError: if the temperature is not positive.
+
+    Reference:
+        Phuong and Lampert, "Distillation-based training for multi-exit architectures", ICCV 2019.
+    """
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        if not temperature > 0.0:
+            raise DynskipError(f"temperature={temperature} is not positive; 1 leaves the answers as they are.")
+        self.temperature = temperature
+
+    def forward(self, output: SkipOutput) -> Tensor:
+        """Return the scalar loss of an output."""
+        inner, final = _inner(output), output.frame_logits
+        ran = ~(inner.isnan().any(-1) | final.isnan().any(-1)[..., None])
+        return distillation_loss(inner, final, self.temperature, ran)
+
+    def extra_repr(self) -> str:
+        """Show the temperature."""
+        return f"temperature={self.temperature:g}"
+
+
 @dataclass
 class LossParts:
     """The scalar terms of a loss, unweighted, and their weighted total.
@@ -268,6 +459,13 @@ def _weight(name: str, value: float) -> float:
     if not 0.0 <= value <= 1.0:
         raise DynskipError(f"{name}={value} is out of range; it balances two losses and lies in [0, 1].")
     return value
+
+
+def _check_table(stages: int, output: SkipOutput) -> None:
+    if output.num_stages != stages:
+        raise DynskipError(
+            f"The cost table has {stages} stages and the output {output.num_stages}; measure a table for this model."
+        )
 
 
 def _inner(output: SkipOutput) -> Tensor:

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dynskip import (
+    BudgetLoss,
     ClassificationLoss,
+    DistillationLoss,
     DynskipError,
     EarlyTerminator,
     EfficiencyLoss,
@@ -24,9 +26,11 @@ from dynskip import (
     SkipOutput,
     SoFLoss,
     StopOrForward,
+    TargetRateLoss,
+    UsageUniformityLoss,
 )
 from dynskip.gates import FORWARD, STOP
-from dynskip.losses import self_supervision_loss
+from dynskip.losses import budget_loss, distillation_loss, self_supervision_loss
 
 LOOKUP = FLOPsLookup([0.118e9, 0.668e9, 1.028e9, 1.464e9, 0.809e9], 0.002e9, [1e6, 2e6, 3e6, 4e6, 5e6])
 
@@ -390,6 +394,111 @@ def test_the_cost_table_follows_the_module_and_stays_out_of_its_state() -> None:
     assert moved.efficiency.remaining.device.type == "meta"
 
 
+# Losses of other methods, word for word
+
+
+def literal_outcomes(output: SkipOutput) -> list[int]:
+    """For every frame the first gate that stops it, or the number of gates."""
+    stages = output.num_stages
+    frames = output.forward.flatten(0, 1).tolist()
+    return [next((n for n in range(stages) if frame[n] == 0), stages) for frame in frames]
+
+
+@given(**shapes, rate=st.sampled_from([0.0, 0.3, 0.8, 1.0]), budget=st.floats(0.05, 1.0))
+def test_rates_usage_and_budget_are_their_definitions(
+    batch: int, frames: int, stages: int, seed: int, rate: float, budget: float
+) -> None:
+    output, costs = random_output(batch, frames, stages, seed, rate), lookup(stages)
+    count = batch * frames
+    targets = [0.1 + 0.8 * n / stages for n in range(stages)]
+    rates = [sum(output.forward[..., n].flatten().tolist()) / count for n in range(stages)]
+    expected = sum((r - target) ** 2 for r, target in zip(rates, targets, strict=True))
+    assert TargetRateLoss(targets)(output).item() == pytest.approx(expected, abs=1e-15)
+    assert TargetRateLoss(0.4)(output).item() == pytest.approx(sum((r - 0.4) ** 2 for r in rates), abs=1e-15)
+
+    outcomes = literal_outcomes(output)
+    shares = [outcomes.count(n) / count for n in range(stages + 1)]
+    uniformity = sum((share - 1 / (stages + 1)) ** 2 for share in shares)
+    assert UsageUniformityLoss()(output).item() == pytest.approx(uniformity, abs=1e-15)
+
+    stage, gate = costs.per_stage.tolist(), costs.gates.tolist()
+    spent = 0.0
+    for outcome in outcomes:
+        ran = range(min(outcome + 1, stages))
+        spent += sum(stage[n] + gate[n] for n in ran) + (costs.head if outcome == stages else 0.0)
+    share = spent / count / (sum(stage) + costs.head)
+    assert BudgetLoss(costs, budget)(output).item() == pytest.approx(max(0.0, share - budget), abs=1e-12)
+
+
+@given(**shapes, temperature=st.sampled_from([0.5, 1.0, 3.0]), holes=st.booleans())
+def test_distillation_is_the_divergence_from_the_head(
+    batch: int, frames: int, stages: int, seed: int, temperature: float, holes: bool
+) -> None:
+    output = random_output(batch, frames, stages, seed)
+    assert output.inner_logits is not None
+    if holes:
+        output.inner_logits[0, 0, 0] = math.nan
+        output.frame_logits[-1, -1] = math.nan
+    total, count = 0.0, 0
+    for b in range(batch):
+        for t in range(frames):
+            head = softmax([q / temperature for q in output.frame_logits[b, t].tolist()])
+            for n in range(stages):
+                inner = softmax([q / temperature for q in output.inner_logits[b, t, n].tolist()])
+                if any(math.isnan(p) for p in head + inner):
+                    continue
+                total += sum(p * math.log(p / q) for p, q in zip(head, inner, strict=True))
+                count += 1
+    expected = temperature**2 * total / count if count else 0.0
+    assert DistillationLoss(temperature)(output).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_distillation_teaches_inner_classifiers_and_never_the_head() -> None:
+    inner, final = randn(2, 3, 2, CLASSES, seed=0).requires_grad_(), randn(2, 3, CLASSES, seed=1).requires_grad_()
+    mask = torch.ones(2, 3, 2, dtype=torch.bool)
+    mask[0, 0, 0] = False
+    with torch.no_grad():
+        inner[0, 0, 0] = math.nan
+    loss = distillation_loss(inner, final, mask=mask)
+    (gradient,) = torch.autograd.grad(loss, inner, retain_graph=True)
+    assert gradient.isfinite().all()
+    assert not gradient[0, 0, 0].any()
+    assert gradient[0, 0, 1].any()
+    assert torch.autograd.grad(loss, final, allow_unused=True) == (None,)
+    assert distillation_loss(inner, final, mask=torch.zeros_like(mask)).item() == 0
+    same = final.detach()[:, :, None].expand(2, 3, 2, CLASSES)
+    assert distillation_loss(same, final).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_rates_usage_and_budget_teach_gates_and_nothing_else() -> None:
+    model, output, _ = trained_pass()
+    costs = model.lookup_for((SIZE, SIZE))
+    for criterion in (TargetRateLoss(0.2), UsageUniformityLoss(), BudgetLoss(costs, 0.1)):
+        found = reached(model, criterion(output))
+        assert everywhere(found, "decide"), criterion
+        assert not found["inner"], criterion
+
+
+def test_gradients_push_towards_the_target_and_vanish_within_the_budget() -> None:
+    forward = torch.full((2, 3, 2), 0.8, dtype=torch.float64, requires_grad=True)
+    output = dataclasses.replace(random_output(2, 3, 2, 0), forward=forward)
+    (up,) = torch.autograd.grad(TargetRateLoss(0.9)(output), forward)
+    (down,) = torch.autograd.grad(TargetRateLoss([0.7, 0.1])(output), forward)
+    assert (up < 0).all()
+    assert (down > 0).all()
+    costs = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    (over,) = torch.autograd.grad(budget_loss(forward, costs, 1.0, 0.5), forward)
+    (within,) = torch.autograd.grad(budget_loss(forward, costs, 1.0, 9.0), forward)
+    assert (over > 0).all()
+    assert not within.any()
+
+
+def test_other_losses_say_what_they_want() -> None:
+    assert repr(TargetRateLoss([0.25, 0.5])) == "TargetRateLoss(target=0.25, 0.5)"
+    assert repr(BudgetLoss(lookup(3), 0.5)) == "BudgetLoss(budget=0.5 of the plain backbone)"
+    assert repr(DistillationLoss(2.0)) == "DistillationLoss(temperature=2)"
+
+
 # Bad input
 
 
@@ -429,6 +538,13 @@ GOOD = torch.tensor([0, 3])
             lambda: SelfSupervisionLoss()(without_inner(OUTPUT), GOOD),
             "reads inner classifiers, and the output has none",
         ),
+        (lambda: TargetRateLoss(1.2), r"target=1.2 is out of range; give shares of frames in \[0, 1\]"),
+        (lambda: TargetRateLoss([]), r"target=\[\] is out of range"),
+        (lambda: TargetRateLoss([0.5, 0.5])(OUTPUT), "Got 2 target rates for 3 gates; give one number or one a gate"),
+        (lambda: BudgetLoss(lookup(3), 0.0), "budget=0.0 is out of range; give a share of the backbone's cost"),
+        (lambda: BudgetLoss(lookup(2), 0.5)(OUTPUT), "table has 2 stages and the output 3"),
+        (lambda: DistillationLoss(0.0), "temperature=0.0 is not positive"),
+        (lambda: DistillationLoss()(without_inner(OUTPUT)), "reads inner classifiers, and the output has none"),
         (lambda: SoFLoss(lookup(3), alpha=1.1), r"alpha=1.1 is out of range; .* lies in \[0, 1\]"),
         (lambda: SoFLoss(lookup(3), beta=-0.1), "beta=-0.1 is out of range"),
         (lambda: PolicyGuidanceLoss(math.nan), "beta=nan is out of range"),
