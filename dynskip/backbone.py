@@ -47,6 +47,10 @@ class Carry:
             index = index.nonzero().squeeze(1)
         return Carry(_select(self.values, self.kinds, index, self.batch), self.kinds, len(index))
 
+    def __repr__(self) -> str:
+        """Show shapes instead of values."""
+        return f"Carry(batch {self.batch}: {', '.join(map(_shape, self.values))})"
+
     @staticmethod
     def cat(carries: Sequence[Carry]) -> Carry:
         """Join carries of the same boundary into one batch.
@@ -95,6 +99,12 @@ def _with_sizes(carry: Carry) -> tuple[Any, ...]:
         kind[1] * row.shape[0] if kind[:1] == ("size",) else value
         for value, kind in zip(carry.values, carry.kinds, strict=True)
     )
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return f"[{', '.join(map(_shape, value))}]" if isinstance(value, tuple | list) else repr(value)
 
 
 def _rebuild(like: Any, items: list[Any]) -> Any:
@@ -225,13 +235,14 @@ class StagedBackbone(nn.Module):
             carry = self.run(stage, carry)
         return self._answer(carry) if self.classifier is None else self.head(carry)
 
-    def extra_repr(self) -> str:
-        """Name the stages with their channels and layouts."""
+    def __repr__(self) -> str:
+        """Name the stages with their channels and layouts; the layers are in `repr(backbone.model)`."""
         stages = ", ".join(
             f"{name} ({channels} {layout})"
             for name, channels, layout in zip(self.stage_names, self.num_features, self.layouts, strict=True)
         )
-        return f"stages: {stages}; classes: {self.num_classes}"
+        size = "x".join(map(str, self.input_size))
+        return f"StagedBackbone({type(self.model).__name__} at {size}: {stages}, {self.num_classes} classes)"
 
     def _answer(self, carry: Carry) -> Tensor:
         (answer,) = self._call(self.num_stages, _with_sizes(carry))

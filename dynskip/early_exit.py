@@ -15,6 +15,7 @@ from dynskip.backbone import StagedBackbone
 from dynskip.flops import FLOPsLookup
 from dynskip.gates import FixedGate, GateState
 from dynskip.output import EncodedVideo, SkipOutput
+from dynskip.summary import as_size, one_frame, stage_table
 from dynskip.wrapper import check_encoded, check_parts, check_thresholds, draw, encode_images
 
 
@@ -73,6 +74,17 @@ class EarlyExit(nn.Module):
             DynskipError: if the images have the wrong rank, channels or dtype, or NaN or infinite values.
         """
         return self.decide(self.encode(images), sample=sample) if self.training else self._skip(images, bool(sample))
+
+    def summary(self, image_size: int | tuple[int, int] | None = None) -> str:
+        """Describe the model stage by stage; see `StopOrForward.summary`. A gate's cost includes its classifier's."""
+        lookup = self.lookup_for(as_size(image_size) or self.backbone.input_size[1:])
+        title = f"EarlyExit around {type(self.backbone.model).__name__}"
+        gates = [part.gate for part in self.exits]
+        return stage_table(title, self.backbone, gates, lookup, self.forward_threshold)
+
+    def extra_repr(self) -> str:
+        """Show what an image costs where that has been counted."""
+        return ", ".join(one_frame(table) for table in self._measured.values())
 
     def encode(self, images: Tensor) -> EncodedVideo:
         """Run the whole backbone on every image.

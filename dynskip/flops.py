@@ -158,6 +158,13 @@ class FLOPsLookup:
         """What running a frame that each gate stopped to the end costs, without gates, `(N,)`."""
         return self.per_stage.sum() - self.per_stage.cumsum(0) + self.head
 
+    @property
+    def display_unit(self) -> tuple[float, str]:
+        """What to divide costs by for people to read, and what they are counted in then: GMACs, MMACs, or `unit`."""
+        if self.unit != "MACs":
+            return 1.0, self.unit
+        return (1e9, "GMACs") if self.total >= 1e8 else (1e6, "MMACs")
+
     def cost(self, stopped_at: Tensor, used: Tensor) -> Tensor:
         """Add up what was executed.
 
@@ -177,8 +184,8 @@ class FLOPsLookup:
         return costs + torch.where(fallback, completion, 0.0)
 
     def __repr__(self) -> str:
-        """Show the table in thousands of millions where it counts MACs."""
-        scale, unit = (1e9, "GMACs") if self.unit == "MACs" else (1.0, self.unit)
+        """Show the table; MACs in thousands of millions, of small models in millions."""
+        scale, unit = self.display_unit
         names = self.stage_names or [f"stage {n}" for n in range(len(self.per_stage))]
         parts = [f"{name} {cost / scale:.3f}" for name, cost in zip(names, self.per_stage.tolist(), strict=True)]
         size = "" if self.image_size is None else " at {}x{}".format(*self.image_size)

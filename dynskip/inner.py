@@ -29,6 +29,7 @@ class InnerClassifier(nn.Module):
             raise DynskipError(
                 f"Inner classifier widths must be positive; got in_features={in_features}, num_classes={num_classes}."
             )
+        self.in_features = in_features
         self.num_classes = num_classes
         self.detach = detach
         self.classify = nn.Linear(in_features, num_classes)
@@ -43,3 +44,7 @@ class InnerClassifier(nn.Module):
             `(B, K)` logits.
         """
         return self.classify(hidden.detach() if self.detach else hidden)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        """Say what it reads and answers."""
+        return f"{self.in_features} -> {self.num_classes} classes, detach={self.detach}"

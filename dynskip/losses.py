@@ -210,13 +210,19 @@ class EfficiencyLoss(nn.Module):
 
     def __init__(self, lookup: FLOPsLookup, normalize: bool = False) -> None:
         super().__init__()
-        scale = lookup.total if normalize else (1e9 if lookup.unit == "MACs" else 1.0)
+        scale, self.unit = (1e9, "GMACs") if lookup.unit == "MACs" else (1.0, lookup.unit)
+        if normalize:
+            scale, self.unit = lookup.total, "of a whole frame"
         self.register_buffer("remaining", (lookup.remaining / scale).float(), persistent=False)
 
     def forward(self, output: SkipOutput) -> Tensor:
         """Return the scalar loss of an output."""
         _check_table(len(self.remaining), output)
         return efficiency_loss(output.forward, self.remaining)
+
+    def extra_repr(self) -> str:
+        """Show what forwarding at each gate may cost."""
+        return f"remaining {', '.join(f'{cost:.4g}' for cost in self.remaining.tolist())} {self.unit}"
 
 
 class InnerClassificationLoss(nn.Module):
@@ -260,6 +266,10 @@ class SelfSupervisionLoss(nn.Module):
             margins, mask = margins[..., :-1], mask[..., :-1] & mask[..., 1:]
         return self_supervision_loss(margins, labels, mask)
 
+    def extra_repr(self) -> str:
+        """Show the options."""
+        return f"supervise_last={self.supervise_last}, on_sample={self.on_sample}"
+
 
 class PolicyGuidanceLoss(nn.Module):
     """`beta` times inner classification plus `1 - beta` times self-supervision (Eq. 3.12).
@@ -286,6 +296,10 @@ class PolicyGuidanceLoss(nn.Module):
         """Return the scalar loss of an output against `(B,)` class indices."""
         inner, self_supervision = self.parts(output, targets)
         return self.beta * inner + (1 - self.beta) * self_supervision
+
+    def extra_repr(self) -> str:
+        """Show the weight."""
+        return f"beta={self.beta:g}"
 
 
 class TargetRateLoss(nn.Module):
@@ -418,6 +432,10 @@ class LossParts:
     inner: Tensor
     self_supervision: Tensor
 
+    def __repr__(self) -> str:
+        """Show the numbers alone."""
+        return f"LossParts({', '.join(f'{name}={float(value.detach()):.4g}' for name, value in vars(self).items())})"
+
 
 class SoFLoss(nn.Module):
     """The whole loss of SoF-Net: `alpha L_cls + (1 - alpha) L_eff + L_pg` (Eq. 3.8).
@@ -453,6 +471,10 @@ class SoFLoss(nn.Module):
         beta = self.guidance.beta
         total = total + beta * inner + (1 - beta) * self_supervision
         return LossParts(total, classification, efficiency, inner, self_supervision)
+
+    def extra_repr(self) -> str:
+        """Show the weight."""
+        return f"alpha={self.alpha:g}"
 
 
 def _weight(name: str, value: float) -> float:

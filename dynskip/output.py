@@ -47,6 +47,16 @@ class SkipOutput:
     evaluated: Tensor
     speculative_macs: Tensor = None  # type: ignore[assignment]  # zeros like `macs`, which are not known here
 
+    def __repr__(self) -> str:
+        """Say what happened, in counts."""
+        batch, frames, stages = self.forward.shape
+        used, unseen = int(self.used.sum()), int((~self.seen).sum())
+        return (
+            f"SkipOutput({batch} videos of {frames} frames, {stages} stages, {self.logits.shape[-1]} classes: {used} "
+            f"frames used, {batch * frames - used - unseen} stopped, {unseen} unseen; mean macs "
+            f"{float(self.macs.mean()):.4g})"
+        )
+
     def __post_init__(self) -> None:
         if self.speculative_macs is None:
             self.speculative_macs = torch.zeros_like(self.macs)
@@ -87,6 +97,13 @@ class EncodedVideo:
     pooled: tuple[Tensor, ...]
     frame_logits: Tensor
     image_size: tuple[int, int]
+
+    def __repr__(self) -> str:
+        """Show sizes instead of values."""
+        batch, frames, classes = self.frame_logits.shape
+        channels = ", ".join(str(features.shape[-1]) for features in self.pooled)
+        size = "x".join(map(str, self.image_size))
+        return f"EncodedVideo({batch} videos of {frames} frames of {size}: channels {channels}, {classes} classes)"
 
 
 def masked_output(

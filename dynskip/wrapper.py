@@ -21,6 +21,7 @@ from dynskip.output import EncodedVideo, SkipOutput, answered_by, fallback_frame
 from dynskip.runtime.clip import Usage, run_clip
 from dynskip.runtime.online import Session
 from dynskip.runtime.streams import FrameResult, VideoResult, aserve, serve
+from dynskip.summary import as_size, one_frame, stage_table
 from dynskip.terminate import EarlyTerminator
 
 if TYPE_CHECKING:
@@ -209,6 +210,36 @@ class StopOrForward(nn.Module):
         if image_size not in self._measured:
             self._measured[image_size] = FLOPsLookup.measure(self.backbone, image_size, self.gates)
         return self._measured[image_size]
+
+    def summary(self, image_size: int | tuple[int, int] | None = None) -> str:
+        """Describe the model stage by stage: channels, costs, gates and their rules.
+
+        Args:
+            image_size: `(H, W)` to count at, or one number for squares; by default the size at which the backbone was
+                cut, or that of the given cost table.
+
+        Returns:
+            A table to print; costs are multiply-adds of one frame.
+
+        Raises:
+            DynskipError: if the given cost table was made for another size.
+        """
+        given = self._given_lookup.image_size if self._given_lookup is not None else None
+        lookup = self.lookup_for(as_size(image_size) or given or self.backbone.input_size[1:])
+        rules = [
+            f"Gates remember frames that were {'used' if self.state_update == 'used' else 'reached'}.",
+            f"A video ends early: {self.terminator.extra_repr()}." if self.terminator else "Every frame is looked at.",
+        ]
+        title = f"StopOrForward around {type(self.backbone.model).__name__}"
+        return stage_table(title, self.backbone, list(self.gates), lookup, self.forward_threshold, rules)
+
+    def extra_repr(self) -> str:
+        """Show the rules, and what a frame costs where that has been counted."""
+        thresholds = sorted(set(self.forward_threshold))
+        shown = f"{thresholds[0]:g}" if len(thresholds) == 1 else ", ".join(f"{t:g}" for t in self.forward_threshold)
+        tables = [self._given_lookup] if self._given_lookup is not None else list(self._measured.values())
+        costs = [f", {one_frame(table)}" for table in tables]
+        return f"state_update={self.state_update!r}, forward_threshold={shown}{''.join(costs)}"
 
     def encode(self, video: Tensor) -> EncodedVideo:
         """Run the whole backbone on every frame.

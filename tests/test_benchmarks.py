@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import timm_network
 
 from dynskip import UNSEEN
 
@@ -19,6 +20,8 @@ import many_streams  # noqa: E402
 import overhead  # noqa: E402
 import per_video  # noqa: E402
 import plot  # noqa: E402
+import similarity  # noqa: E402
+import stick_figures  # noqa: E402
 import training_step  # noqa: E402
 
 TOY = ["--quick", "--backbone", "test_resnet", "--size", "64"]
@@ -47,6 +50,23 @@ def test_per_video_and_both_pictures(tmp_path: Path) -> None:
     plot.per_video(content).savefig(tmp_path / "per_video.png")
     plot.streams(run(many_streams, tmp_path)).savefig(tmp_path / "streams.png")
     assert (tmp_path / "per_video.png").stat().st_size > 10_000
+
+
+def test_similarity_saves_and_tells_how_often_the_answer_is_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = stick_figures.render_set(tmp_path / "data", train_per_class=1, test_per_class=1, size=32, num_frames=12)
+    weights = tmp_path / "weights.pt"
+    torch.save(timm_network("test_resnet", 64, num_classes=1000).state_dict(), weights)
+    content = run(similarity, tmp_path, "--data", str(data), "--weights", str(weights), "--every", "1", "--wanted", "0")
+    results = content["results"]
+    assert results["threshold"] == similarity.THRESHOLDS[-1]
+    assert 0 < results["saved"] < 1
+    assert results["gmacs_a_clip"] == pytest.approx((1 - results["saved"]) * results["dense_gmacs_a_clip"])
+    assert str(tmp_path) not in json.dumps(content)
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert last[0].startswith(f"share of GMACs saved: {results['saved']:.3f}")
+    assert last[1].startswith(f"share of clips with the same top-1: {results['same_answer']:.3f}")
 
 
 def test_onnx_against_torch(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from helpers import (
     CLASSES,
     SIZE,
     assert_same,
+    balance,
     crossings_backbone,
     random_gates,
     random_inner,
@@ -37,6 +38,7 @@ from dynskip import (
     InnerClassifier,
     PolicyGate,
     StagedBackbone,
+    StopOrForward,
 )
 
 
@@ -53,6 +55,7 @@ def confident(backbone: StagedBackbone, seed: int = 0, threshold: float = 0.7) -
 
 def learned(backbone: StagedBackbone, seed: int = 0) -> EarlyExit:
     gates, inner = random_gates(backbone.num_features, seed), random_inner(backbone.num_stages, seed)
+    balance(StopOrForward(backbone, gates), images(40)[:, None], share=0.7)
     return EarlyExit(backbone, gates, inner).eval()
 
 
@@ -152,7 +155,7 @@ def test_forward_threshold_moves_all_exits() -> None:
 
 
 def test_every_kind_of_value_crosses_exits() -> None:
-    model, pictures = confident(crossings_backbone()), images(20)
+    model, pictures = confident(crossings_backbone().double()), images(20)
     output = model(pictures)
     assert len(output.stopped_at.unique()) == 3
     assert_same(output, model.decide(model.encode(pictures)))
@@ -186,9 +189,12 @@ def test_the_straight_through_answer_has_the_gradient_of_its_shares() -> None:
     encoded = model.encode(pictures)
     output = model.decide(encoded, sample=False)
     assert output.inner_logits is not None
-    (gradient,) = torch.autograd.grad(output.logits.sum(), output.forward, retain_graph=True)
-    expected = (encoded.frame_logits[:, 0] - output.inner_logits[:, 0, 0]).sum(-1)
-    torch.testing.assert_close(gradient[:, 0, 0], expected)
+    gain = (encoded.frame_logits[:, 0] - output.inner_logits[:, 0, 0]).sum(-1).detach()
+    bias = model.exits[0].gate.decide.bias
+    (gradient,) = torch.autograd.grad(output.logits.sum(), bias, retain_graph=True)
+    (expected,) = torch.autograd.grad((output.forward[:, 0, 0] * gain).sum(), bias)
+    torch.testing.assert_close(gradient, expected)
+    assert gradient.any()
 
 
 def test_exits_can_be_trained_on_stored_features() -> None:

@@ -110,10 +110,8 @@ def test_mixed_gates_decide_alike_in_every_runtime(
         torch.testing.assert_close(result.logits, masked.logits[b])  # type: ignore[index]
 
 
-@pytest.mark.parametrize(
-    "names", [("policy", "linear", "pairwise", "similarity"), ("random", "entropy", "unsure", "fixed")]
-)
-def test_gates_decide_alike_exported_and_optimised(names: tuple[str, ...], tmp_path: Path) -> None:
+def test_gates_decide_alike_exported_and_optimised(tmp_path: Path) -> None:
+    names = ("similarity", "unsure", "random", "fixed")
     dynskip_onnx = pytest.importorskip("dynskip_onnx")
     backbone = stage_model(toy_network(3, 4).float(), input_size=(3, SIZE, SIZE))
     gates = [build(*pair, seed=n).float() for n, pair in enumerate(zip(names, backbone.num_features, strict=True))]

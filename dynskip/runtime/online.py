@@ -97,6 +97,14 @@ class Session:
         self._image_size: tuple[int, int] | None = None
         self._costs = self._macs  # of a frame by what became of it, once the frames' size is known
 
+    def __repr__(self) -> str:
+        """Say where the videos stand."""
+        progress = self._progress
+        return (
+            f"Session({self.batch} videos: {progress.seen.tolist()} frames seen, {progress.used.tolist()} used, ended "
+            f"{progress.ended.tolist()})"
+        )
+
     @torch.no_grad()
     def __call__(self, frame: Tensor) -> FrameStep:
         """Take the next frame of every video as far as its gates let it.
