@@ -3,16 +3,17 @@
     python benchmarks/similarity.py --data DIR --weights resnet50.safetensors --strides-in-1x1
 
 One gate after the stem compares every second frame with the last used one; stages after it have no say. Its threshold
-is the largest that keeps the most probable of the network's own classes on enough clips of the split `train`. Savings
-and agreement are those of the split `test`, where the frames that stop are really skipped.
+grows for as long as enough clips of the split `train` keep their answer, the most probable of the network's own
+classes. Savings and agreement are those of the split `test`, where the frames that stop are really skipped.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import common
 import torch
@@ -45,35 +46,51 @@ def build(args: argparse.Namespace) -> StopOrForward:
     return StopOrForward(backbone, [SimilarityGate(first), *(FixedGate() for _ in others)]).eval().to(args.device)
 
 
-def clips(items: Sequence[Item], args: argparse.Namespace) -> Iterator[Tensor]:
-    """Read `(1, T, 3, size, size)` normalised clips of every so many frames."""
+def read(item: Item, args: argparse.Namespace) -> Tensor:
+    """Read a `(1, T, 3, size, size)` normalised clip of every so many frames."""
     prep = Preprocessing(size=args.size)
-    for k, item in enumerate(items):
-        with OpenVideo(item.path) as (_, stream):
-            frames = max(stream.frames // args.every, 1)
-        yield prep.normalize(prep.crop(read_frames(item.path, frames, prep.short_side)))[None].to(args.device)
-        common.progress(f"{k + 1} of {len(items)} clips", end="")
+    with OpenVideo(item.path) as (_, stream):
+        frames = max(stream.frames // args.every, 1)
+    return prep.normalize(prep.crop(read_frames(item.path, frames, prep.short_side)))[None].to(args.device)
+
+
+@torch.no_grad()
+def encode(model: StopOrForward, items: Sequence[Item], args: argparse.Namespace) -> list[EncodedVideo]:
+    """Encode clips, or take them from the cache; only what the first gate and the answer need is kept."""
+    stored = torch.load(args.cache, weights_only=True) if args.cache and args.cache.exists() else {}
+    keys = [f"{item.path} {args.size} {args.every}" for item in items]
+    for k, (key, item) in enumerate(zip(keys, items, strict=True)):
+        if key not in stored:
+            # A few frames at a time, which bounds the memory of long clips.
+            parts = [model.encode(part) for part in read(item, args).split(16, dim=1)]
+            stem, logits = [part.pooled[0] for part in parts], [part.frame_logits for part in parts]
+            stored[key] = (torch.cat(stem, 1), torch.cat(logits, 1))
+        common.progress(f"encoded {k + 1} of {len(items)} clips", end="")
     common.progress("")
+    if args.cache:
+        torch.save(stored, args.cache)
+    return [encoded(model, *stored[key], args.size) for key in keys]
+
+
+def encoded(model: StopOrForward, stem: Tensor, frame_logits: Tensor, size: int) -> EncodedVideo:
+    """Put a clip's features together; nobody looks at those of later stages."""
+    rest = [frame_logits.new_zeros(1).expand(*stem.shape[:2], c) for c in model.backbone.num_features[1:]]
+    return EncodedVideo((stem, *rest), frame_logits, (size, size))
 
 
 @torch.no_grad()
-def encode(model: StopOrForward, clip: Tensor) -> EncodedVideo:
-    """Encode a clip a few frames at a time, which bounds the memory of long ones."""
-    parts = [model.encode(part) for part in clip.split(16, dim=1)]
-    pooled = tuple(torch.cat(stage, 1) for stage in zip(*(part.pooled for part in parts), strict=True))
-    return EncodedVideo(pooled, torch.cat([part.frame_logits for part in parts], 1), parts[0].image_size)
-
-
-@torch.no_grad()
-def tune(model: StopOrForward, encoded: Sequence[EncodedVideo], wanted: float) -> dict[float, float]:
+def tune(model: StopOrForward, clips: Sequence[EncodedVideo], wanted: float) -> dict[float, float]:
     """Set the gate's threshold; return the share of unchanged answers at every threshold that was tried."""
-    agreement = {}
+    agreement: dict[float, float] = {}
+    chosen = THRESHOLDS[0]
     for threshold in THRESHOLDS:
         model.gates[0].threshold = threshold
-        same = [same_answer(model.decide(clip).logits, clip.frame_logits) for clip in encoded]
+        same = [same_answer(model.decide(clip).logits, clip.frame_logits) for clip in clips]
         agreement[threshold] = sum(same) / len(same)
-    fine = [threshold for threshold, share in agreement.items() if share >= wanted]
-    model.gates[0].threshold = max(fine, default=THRESHOLDS[0])
+        if agreement[threshold] < wanted:
+            break
+        chosen = threshold
+    model.gates[0].threshold = chosen
     return agreement
 
 
@@ -82,28 +99,24 @@ def same_answer(logits: Tensor, frame_logits: Tensor) -> bool:
     return bool((logits.argmax(-1) == frame_logits.mean(1).argmax(-1)).all())
 
 
-def some(items: Sequence[Item], count: int) -> list[Item]:
-    """Take this many items, evenly spread."""
-    return [items[k * len(items) // count] for k in range(min(count, len(items)))]
-
-
-def run(model: StopOrForward, tested: Iterable[Tensor]) -> dict[str, float]:
-    """Run clips densely and skipping; return what the skipping pass executed, and whether answers are the same."""
-    frames, macs, dense, same, count = 0, 0.0, 0.0, 0, 0
-    for clip in tested:
-        output = model.run_clip(clip, window=1)  # runs nothing ahead of decisions
-        size = (clip.shape[3], clip.shape[4])
-        dense += clip.shape[1] * model.lookup_for(size).dense
+def run(model: StopOrForward, items: Sequence[Item], dense: Sequence[EncodedVideo], args: Any) -> dict[str, float]:
+    """Run clips, really skipping; return what was executed, and how often the answer is that of all frames."""
+    frames, macs, same = 0, 0.0, 0
+    for k, (item, clip) in enumerate(zip(items, dense, strict=True)):
+        output = model.run_clip(read(item, args), window=1)  # runs nothing ahead of decisions
         macs += output.macs.item()
-        same += same_answer(output.logits, encode(model, clip).frame_logits)
-        frames, count = frames + clip.shape[1], count + 1
+        same += same_answer(output.logits, clip.frame_logits)
+        frames += output.used.shape[1]
+        common.progress(f"ran {k + 1} of {len(items)} clips", end="")
+    common.progress("")
+    plain = frames * model.lookup_for((args.size, args.size)).dense
     return {
-        "clips": count,
-        "frames_a_clip": frames / count,
-        "dense_gmacs_a_clip": dense / count / 1e9,
-        "gmacs_a_clip": macs / count / 1e9,
-        "saved": 1 - macs / dense,
-        "same_answer": same / count,
+        "clips": len(items),
+        "frames_a_clip": frames / len(items),
+        "dense_gmacs_a_clip": plain / len(items) / 1e9,
+        "gmacs_a_clip": macs / len(items) / 1e9,
+        "saved": 1 - macs / plain,
+        "same_answer": same / len(items),
     }
 
 
@@ -113,11 +126,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--weights", type=Path, required=True, help="weights of the backbone with their classifier")
     parser.add_argument("--strides-in-1x1", action="store_true", help="for weights in Caffe's layout")
     parser.add_argument("--every", type=int, default=2, help="take every so manyth frame")
-    parser.add_argument("--tune", type=int, default=90, help="training clips to choose the threshold on")
+    parser.add_argument(
+        "--tune-every", type=int, default=6, help="choose the threshold on every so manyth training clip"
+    )
     parser.add_argument("--wanted", type=float, default=0.97, help="share of them that has to keep its answer")
+    parser.add_argument("--cache", type=Path, help="file to keep encoded clips in, for other runs on the same data")
     args = parser.parse_args(argv)
     items = read_csv(args.data)
-    train, test = pick_split(items, "train"), pick_split(items, "test")
+    train, test = pick_split(items, "train")[:: args.tune_every], pick_split(items, "test")
+    if args.quick:
+        train, test = train[:: max(len(train) // 12, 1)], test[:: max(len(test) // 12, 1)]
     report = common.Report(__doc__, args)
     layout = " --strides-in-1x1" if args.strides_in_1x1 else ""
     # Without the paths of this machine.
@@ -125,15 +143,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         " --quick" if args.quick else ""
     )
     model = build(args)
-    tuning = some(train, min(args.tune, 12) if args.quick else args.tune)
-    agreement = tune(model, [encode(model, clip) for clip in clips(tuning, args)], args.wanted)
+    agreement = tune(model, encode(model, train, args), args.wanted)
     threshold = model.gates[0].threshold
-    print(f"{model.gates[0]}, chosen on {len(tuning)} training clips: {agreement[threshold]:.1%} keep their answer")
-    result = run(model, clips(some(test, 12) if args.quick else test, args))
+    print(f"{model.gates[0]}, chosen on {len(train)} training clips: {agreement[threshold]:.1%} keep their answer")
+    result = run(model, test, encode(model, test, args), args)
     report.content["results"] = {
         "image_size": args.size,
         "every_frame": args.every,
-        "tuning_clips": len(tuning),
+        "tuning_clips": len(train),
         "wanted_on_tuning_clips": args.wanted,
         "agreement_on_tuning_clips": {f"{key:.5f}": value for key, value in agreement.items()},
         "threshold": threshold,

@@ -222,4 +222,4 @@ class _Exit(nn.Module):
 
 
 def _never_stops(gate: nn.Module) -> bool:
-    return isinstance(gate, FixedGate) and gate.goes_on
+    return isinstance(gate, FixedGate) and not gate.stop

@@ -157,7 +157,8 @@ class LinearGate(nn.Module):
     def __init__(self, in_features: int, forward_bias: float = 3.0) -> None:
         super().__init__()
         _check_widths(in_features=in_features)
-        self.hidden_features = in_features
+        self.in_features = self.hidden_features = in_features
+        self.forward_bias = forward_bias
         self.decide = _decision(in_features, forward_bias)
 
     def initial_state(self, batch: int) -> GateState:
@@ -196,6 +197,8 @@ class PairwiseGate(nn.Module):
         _check_widths(in_features=in_features, hidden=hidden)
         self.in_features = in_features
         self.hidden_features = hidden
+        self.hidden = hidden
+        self.forward_bias = forward_bias
         self.project = nn.Linear(in_features, hidden)
         self.decide = _decision(2 * hidden, forward_bias)
 
@@ -235,7 +238,7 @@ class SimilarityGate(nn.Module):
     def __init__(self, in_features: int, threshold: float = 0.01) -> None:
         super().__init__()
         _check_widths(in_features=in_features)
-        self.hidden_features = in_features
+        self.in_features = self.hidden_features = in_features
         self.threshold = _between(threshold, "threshold", "distances are 0 for equal frames and at most 1")
         # What the first frame is compared with; it also knows the device and dtype.
         self.register_buffer("origin", torch.zeros(in_features), persistent=False)
@@ -291,7 +294,8 @@ class ConfidenceGate(nn.Module):
             raise DynskipError(f"stop={stop!r} is unknown; use 'sure' or 'unsure', the frames that are to stop.")
         self.threshold = _between(threshold, "threshold", f"the {self.measure} lies between them")
         self.stop = stop
-        self.hidden_features = num_classes
+        self.in_features = in_features
+        self.num_classes = self.hidden_features = num_classes
         self.classifier = InnerClassifier(in_features, num_classes)
 
     measure = "confidence"
@@ -348,7 +352,7 @@ class EntropyGate(ConfidenceGate):
     def stop_if_sure(self, answer: Tensor) -> Tensor:
         """Return the `(B, 2)` logits of a gate that stops up to the threshold."""
         logarithms = answer.log_softmax(1)
-        entropy = -(logarithms.exp() * logarithms).sum(1) / math.log(self.hidden_features)
+        entropy = -(logarithms.exp() * logarithms).sum(1) / math.log(self.num_classes)
         return _logarithms(entropy, self.threshold)
 
 
@@ -359,15 +363,15 @@ class FixedGate(nn.Module):
     charge. It has no state and no hidden representation.
 
     Args:
-        forward: whether frames go forward.
+        stop: whether frames stop; they go forward by default.
     """
 
     verdict: Tensor
 
-    def __init__(self, forward: bool = True) -> None:
+    def __init__(self, stop: bool = False) -> None:
         super().__init__()
-        self.goes_on = forward
-        self.register_buffer("verdict", torch.tensor([-50.0, 50.0] if forward else [50.0, -50.0]), persistent=False)
+        self.stop = stop
+        self.register_buffer("verdict", torch.tensor([50.0, -50.0] if stop else [-50.0, 50.0]), persistent=False)
 
     def initial_state(self, batch: int) -> GateState:
         """Return no tensors."""
@@ -379,7 +383,7 @@ class FixedGate(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the rule."""
-        return "forward" if self.goes_on else "stop"
+        return "stop" if self.stop else "forward"
 
 
 class RandomGate(nn.Module):
@@ -406,6 +410,8 @@ class RandomGate(nn.Module):
         super().__init__()
         _check_widths(in_features=in_features)
         self.rate = _between(rate, "rate", "it is a share of frames; FixedGate forwards all or none")
+        self.in_features = in_features
+        self.seed = seed
         self.hidden_features = 1
         direction = torch.randn(in_features, generator=torch.Generator().manual_seed(seed))
         self.register_buffer("direction", direction)

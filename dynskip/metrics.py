@@ -46,7 +46,7 @@ def top_k_accuracy(scores: Tensor, targets: Tensor, k: int = 1) -> float:
     scores, positives = _checked(scores, targets)
     num_classes = scores.shape[1]
     if not 1 <= k <= num_classes:
-        raise DynskipError(f"k is {k}, but must be from 1 to the number of classes, {num_classes}.")
+        raise DynskipError(f"k={k} is out of range; expected 1 to the number of classes, {num_classes}.")
     best = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
     hit = positives.gather(1, best).any(dim=1)
     return hit[positives.any(dim=1)].double().mean().item()
@@ -99,7 +99,7 @@ def frame_usage(stopped_at: Tensor, num_stages: int) -> FrameUsage:
         Thesis Fig. 4.1.
     """
     if stopped_at.dim() not in (1, 2) or stopped_at.numel() == 0:
-        raise DynskipError(f"stopped_at has shape {tuple(stopped_at.shape)}, but must be (B, T) or (T,) and not empty.")
+        raise DynskipError(f"stopped_at has shape {tuple(stopped_at.shape)}; expected (B, T) or (T,), not empty.")
     check_stopped_at(stopped_at, num_stages)
     # Shifted by one, because bincount cannot count UNSEEN = -1.
     counts = torch.bincount(stopped_at.flatten().cpu() - UNSEEN, minlength=num_stages + 2).double()
@@ -110,14 +110,14 @@ def frame_usage(stopped_at: Tensor, num_stages: int) -> FrameUsage:
 def check_stopped_at(stopped_at: Tensor, num_stages: int) -> None:
     """Raise DynskipError unless every entry is a whole number from UNSEEN to `num_stages`."""
     if num_stages < 1:
-        raise DynskipError(f"The number of stages is {num_stages}, but a model has at least one.")
+        raise DynskipError(f"num_stages={num_stages} is out of range; a model has at least one stage.")
     if not _is_integer(stopped_at):
-        raise DynskipError(f"stopped_at is {stopped_at.dtype}, but must be int64.")
+        raise DynskipError(f"stopped_at is {stopped_at.dtype}; expected int64.")
     wrong = stopped_at[(stopped_at < UNSEEN) | (stopped_at > num_stages)]
     if wrong.numel():
         raise DynskipError(
-            f"stopped_at holds {wrong[0].item()}, but with {num_stages} stages must be {UNSEEN} (unseen) "
-            f"to {num_stages} (used); give the number of stages of the model that made it."
+            f"stopped_at holds {wrong[0].item()}, but with {num_stages} stages it goes from {UNSEEN} "
+            f"(unseen) to {num_stages} (used). Give the number of stages of the model that made it."
         )
 
 
@@ -138,36 +138,36 @@ def _average_precision(scores: Tensor, positive: Tensor, interpolated: bool) -> 
 def _checked(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Scores and multi-hot targets, both `(B, K)`, on the CPU."""
     if scores.dim() != 2 or scores.numel() == 0:
-        raise DynskipError(f"scores has shape {tuple(scores.shape)}, but must be (B, K) with B and K at least 1.")
+        raise DynskipError(f"scores has shape {tuple(scores.shape)}; expected (B, K) with B and K at least 1.")
     if not scores.is_floating_point():
-        raise DynskipError(f"scores is {scores.dtype}, but must be float: pass logits or probabilities.")
+        raise DynskipError(f"scores is {scores.dtype}; expected floating point. Pass logits or probabilities.")
     scores, targets = scores.detach().cpu(), targets.detach().cpu()
     if scores.isnan().any():
         row = int(scores.isnan().any(dim=1).nonzero()[0])
-        raise DynskipError(f"scores of row {row} contain NaN, which has no rank; repair or leave out that video.")
+        raise DynskipError(f"scores of row {row} contain NaN, which has no rank. Repair or leave out that video.")
     batch, num_classes = scores.shape
     if targets.shape not in ((batch,), (batch, num_classes)):
         raise DynskipError(
-            f"targets has shape {tuple(targets.shape)}, but for scores {tuple(scores.shape)} must be "
-            f"class indices ({batch},) or multi-hot ({batch}, {num_classes})."
+            f"targets has shape {tuple(targets.shape)}; expected, for scores {tuple(scores.shape)}, class "
+            f"indices ({batch},) or multi-hot ({batch}, {num_classes})."
         )
     if targets.dim() == 1:
         if not _is_integer(targets):
-            raise DynskipError(f"targets is {targets.dtype}, but class indices must be int64.")
+            raise DynskipError(f"targets is {targets.dtype}; expected int64 class indices.")
         wrong = targets[(targets < 0) | (targets >= num_classes)]
         if wrong.numel():
             raise DynskipError(
-                f"targets holds {wrong[0].item()}, but with {num_classes} classes must be from 0 to "
-                f"{num_classes - 1}; leave out videos without a label."
+                f"targets holds {wrong[0].item()}, but with {num_classes} classes it goes from 0 to "
+                f"{num_classes - 1}. Leave out videos without a label."
             )
         positives = torch.nn.functional.one_hot(targets.long(), num_classes).bool()
     else:
         wrong = targets[(targets != 0) & (targets != 1)]
         if wrong.numel():
-            raise DynskipError(f"Multi-hot targets hold {wrong[0].item()}, but must be 0 or 1; round soft labels.")
+            raise DynskipError(f"Multi-hot targets hold {wrong[0].item()}; expected 0 or 1. Round soft labels.")
         positives = targets.bool()
     if not positives.any():
-        raise DynskipError("No video has a label, so nothing can be measured; check the multi-hot targets.")
+        raise DynskipError("No video has a label, so nothing can be measured. Check the multi-hot targets.")
     return scores, positives
 
 

@@ -55,7 +55,7 @@ def test_per_video_and_both_pictures(tmp_path: Path) -> None:
 def test_similarity_saves_and_tells_how_often_the_answer_is_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = stick_figures.render_set(tmp_path / "data", train_per_class=1, test_per_class=1, size=32, num_frames=12)
+    data = stick_figures.render_set(tmp_path / "data", train_per_class=1, test_per_class=1, size=32, num_frames=24)
     weights = tmp_path / "weights.pt"
     torch.save(timm_network("test_resnet", 64, num_classes=1000).state_dict(), weights)
     content = run(similarity, tmp_path, "--data", str(data), "--weights", str(weights), "--every", "1", "--wanted", "0")

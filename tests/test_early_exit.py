@@ -155,7 +155,7 @@ def test_forward_threshold_moves_all_exits() -> None:
 
 
 def test_every_kind_of_value_crosses_exits() -> None:
-    model, pictures = confident(crossings_backbone().double()), images(20)
+    model, pictures = confident(crossings_backbone().double(), threshold=0.97), images(40)
     output = model(pictures)
     assert len(output.stopped_at.unique()) == 3
     assert_same(output, model.decide(model.encode(pictures)))
@@ -251,7 +251,10 @@ NAN[1, 0, 0, 0] = math.nan
         (lambda: MODEL(NAN), "NaN or infinite values in 1 images, the first being image 1"),
         (lambda: EarlyExit(BACKBONE, EXITS[:1]), "Got 1 gates for 2 stages"),
         (lambda: EarlyExit(BACKBONE, EXITS, [nn.Identity()]), "Got 1 inner classifiers for 2 gates"),
-        (lambda: EarlyExit(BACKBONE, [FixedGate(False), FixedGate()]), "has no hidden state for an inner classifier"),
+        (
+            lambda: EarlyExit(BACKBONE, [FixedGate(stop=True), FixedGate()]),
+            "has no hidden state for an inner classifier",
+        ),
         (
             lambda: EarlyExit(BACKBONE, [PolicyGate(c, hidden=9).double() for c in WIDTHS]),
             "Inner classifier 0 has 9 classes and the backbone's head 4",

@@ -111,12 +111,12 @@ def test_mixed_gates_decide_alike_in_every_runtime(
 
 
 def test_gates_decide_alike_exported_and_optimised(tmp_path: Path) -> None:
-    names = ("similarity", "unsure", "random", "fixed")
+    names = ("random", "unsure", "similarity", "fixed")
     dynskip_onnx = pytest.importorskip("dynskip_onnx")
     backbone = stage_model(toy_network(3, 4).float(), input_size=(3, SIZE, SIZE))
     gates = [build(*pair, seed=n).float() for n, pair in enumerate(zip(names, backbone.num_features, strict=True))]
     model = StopOrForward(backbone, gates).eval()
-    video = slow_video(2, 8, seed=5).float()
+    video = slow_video(2, 12, seed=5).float()
     expected = model(video)
     assert len(expected.stopped_at.unique()) > 2
     runner = dynskip_onnx.load(model.export(tmp_path / "model", SIZE))
@@ -264,7 +264,7 @@ def test_random_gates_forward_their_rate_and_repeat_themselves(seed: int, rate: 
 def test_fixed_gates_ignore_frames_and_thresholds(forward: bool) -> None:
     backbone = toy_backbone(0, 2)
     for threshold in (0.01, 0.5, 0.99):
-        model = StopOrForward(backbone, [FixedGate(), FixedGate(forward)], forward_threshold=threshold).eval()
+        model = StopOrForward(backbone, [FixedGate(), FixedGate(stop=not forward)], forward_threshold=threshold).eval()
         output = model(toy_video(2, 3))
         assert (output.used == forward).all()
         assert (output.stopped_at == (2 if forward else 1)).all()

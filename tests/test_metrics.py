@@ -138,28 +138,28 @@ def test_top_k_leaves_out_videos_without_a_label() -> None:
 
 SCORES = torch.tensor([[0.1, 0.9], [0.6, 0.4]])
 BAD_INPUT = {
-    "scores rank": (torch.zeros(2), torch.tensor([0, 1]), r"scores has shape \(2,\), but must be \(B, K\)"),
+    "scores rank": (torch.zeros(2), torch.tensor([0, 1]), r"scores has shape \(2,\); expected \(B, K\)"),
     "no videos": (torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), r"scores has shape \(0, 2\)"),
-    "scores dtype": (SCORES.long(), torch.tensor([0, 1]), "scores is torch.int64, but must be float"),
+    "scores dtype": (SCORES.long(), torch.tensor([0, 1]), "scores is torch.int64; expected floating point"),
     "nan": (torch.tensor([[0.1, 0.9], [NAN, 0.4]]), torch.tensor([0, 1]), "scores of row 1 contain NaN"),
-    "targets length": (SCORES, torch.tensor([0, 1, 1]), r"targets has shape \(3,\), but for scores \(2, 2\)"),
+    "targets length": (SCORES, torch.tensor([0, 1, 1]), r"targets has shape \(3,\); expected, for scores \(2, 2\)"),
     "targets classes": (SCORES, torch.ones(2, 3), r"or multi-hot \(2, 2\)"),
     "targets dtype": (
         SCORES,
         torch.tensor([0.0, 1.0]),
-        "targets is torch.float32, but class indices must be int",
+        "targets is torch.float32; expected int64 class indices",
     ),
     "targets bool": (SCORES, torch.tensor([True, False]), "targets is torch.bool"),
     "class too large": (
         SCORES,
         torch.tensor([0, 2]),
-        "targets holds 2, but with 2 classes must be from 0 to 1",
+        "targets holds 2, but with 2 classes it goes from 0 to 1",
     ),
     "class negative": (SCORES, torch.tensor([0, -1]), "targets holds -1.*leave out videos without a label"),
     "soft labels": (
         SCORES,
         torch.tensor([[0.5, 0.5], [0, 1]]),
-        "Multi-hot targets hold 0.5, but must be 0 or 1",
+        "Multi-hot targets hold 0.5; expected 0 or 1",
     ),
     "nan targets": (SCORES, torch.tensor([[NAN, 0.0], [0, 1]]), "Multi-hot targets hold nan"),
     "no positives": (SCORES, torch.zeros(2, 2), "No video has a label, so nothing can be measured"),
@@ -176,7 +176,7 @@ def test_bad_input_is_named(metric: Callable[[Tensor, Tensor], float], case: str
 
 @pytest.mark.parametrize("k", [0, 3])
 def test_k_out_of_range(k: int) -> None:
-    with pytest.raises(DynskipError, match=f"k is {k}, but must be from 1 to the number of classes, 2"):
+    with pytest.raises(DynskipError, match=f"k={k} is out of range; expected 1 to the number of classes, 2"):
         top_k_accuracy(SCORES, torch.tensor([0, 1]), k)
 
 
@@ -202,17 +202,17 @@ def test_frame_usage_shares_sum_to_one(case: tuple[int, list[int]]) -> None:
         (
             torch.zeros(1, 1, 1, dtype=torch.int64),
             2,
-            r"stopped_at has shape \(1, 1, 1\), but must be \(B, T\)",
+            r"stopped_at has shape \(1, 1, 1\); expected \(B, T\)",
         ),
         (torch.zeros(2, 0, dtype=torch.int64), 2, r"stopped_at has shape \(2, 0\).*not empty"),
-        (torch.zeros(2), 2, "stopped_at is torch.float32, but must be int64"),
+        (torch.zeros(2), 2, "stopped_at is torch.float32; expected int64"),
         (
             torch.tensor([0, 3]),
             2,
-            r"stopped_at holds 3, but with 2 stages must be -1 \(unseen\) to 2 \(used\)",
+            r"stopped_at holds 3, but with 2 stages it goes from -1 \(unseen\) to 2 \(used\)",
         ),
         (torch.tensor([0, -2]), 2, "stopped_at holds -2"),
-        (torch.tensor([0]), 0, "The number of stages is 0"),
+        (torch.tensor([0]), 0, "num_stages=0 is out of range"),
     ],
 )
 def test_frame_usage_bad_input(stopped_at: Tensor, num_stages: int, message: str) -> None:
