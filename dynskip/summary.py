@@ -59,7 +59,8 @@ def one_frame(lookup: FLOPsLookup) -> str:
     """Say what a frame that passes every gate costs."""
     scale, unit = lookup.display_unit
     size = "" if lookup.image_size is None else " of {}x{}".format(*lookup.image_size)
-    return f"{lookup.total / scale:.4g} {unit} a frame{size}"
+    note = " (multiply-adds)" if lookup.unit == "MACs" else ""
+    return f"{lookup.total / scale:.4g} {unit} a frame{size}{note}"
 
 
 def as_size(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:

@@ -227,7 +227,7 @@ class StopOrForward(nn.Module):
         given = self._given_lookup.image_size if self._given_lookup is not None else None
         lookup = self.lookup_for(as_size(image_size) or given or self.backbone.input_size[1:])
         rules = [
-            f"Gates remember frames that were {'used' if self.state_update == 'used' else 'reached'}.",
+            f"Gates remember frames that were {self.state_update}.",
             f"A video ends early: {self.terminator.extra_repr()}." if self.terminator else "Every frame is looked at.",
         ]
         title = f"StopOrForward around {type(self.backbone.model).__name__}"

@@ -105,7 +105,7 @@ def test_outputs_and_sessions_show_counts_and_no_tensors() -> None:
     assert f"4 videos of 8 frames, 3 stages, {CLASSES} classes: {used} frames used" in repr(output)
     assert f"{32 - used - unseen} stopped, {unseen} unseen" in repr(output)
     assert repr(encoded) == "EncodedVideo(4 videos of 8 frames of 8x8: channels 6, 8, 10, 4 classes)"
-    assert repr(session).startswith("Session(4 videos: [1, 1, 1, 1] frames seen, ")
+    assert repr(session).startswith("Session(4 videos: 4 frames seen, ")
     assert repr(model.backbone.start(video[:, 0])) == "Carry(batch 4: float64 (4, 3, 8, 8))"
     for shown in (output, encoded, session):
         assert "tensor(" not in repr(shown)

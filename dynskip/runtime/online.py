@@ -100,10 +100,8 @@ class Session:
     def __repr__(self) -> str:
         """Say where the videos stand."""
         progress = self._progress
-        return (
-            f"Session({self.batch} videos: {progress.seen.tolist()} frames seen, {progress.used.tolist()} used, ended "
-            f"{progress.ended.tolist()})"
-        )
+        seen, used, ended = (int(count.sum()) for count in (progress.seen, progress.used, progress.ended))
+        return f"Session({self.batch} videos: {seen} frames seen, {used} used; {ended} videos ended)"
 
     @torch.no_grad()
     def __call__(self, frame: Tensor) -> FrameStep:
