@@ -284,6 +284,8 @@ class ConfidenceGate(nn.Module):
         Huang et al., "Multi-scale dense networks for resource efficient image classification", ICLR 2018.
     """
 
+    measure = "confidence"
+
     def __init__(
         self, in_features: int, num_classes: int, threshold: float = 0.9, stop: Literal["sure", "unsure"] = "sure"
     ) -> None:
@@ -297,8 +299,6 @@ class ConfidenceGate(nn.Module):
         self.in_features = in_features
         self.num_classes = self.hidden_features = num_classes
         self.classifier = InnerClassifier(in_features, num_classes)
-
-    measure = "confidence"
 
     def initial_state(self, batch: int) -> GateState:
         """Return `(B, K)` zeros, which nothing reads."""
