@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -159,6 +160,14 @@ def mean_where(mask: Tensor, frame_logits: Tensor) -> Tensor:
     """Average the logits of each video's marked frames."""
     total = torch.where(mask[..., None], frame_logits, 0.0).sum(1, dtype=sum_dtype(frame_logits.dtype))
     return (total / mask.sum(1, keepdim=True)).to(frame_logits.dtype)
+
+
+def running_probabilities(used: Tensor, frame_logits: Tensor) -> Tensor:
+    """Predict each video after each of its frames, from the used ones so far: `(B, T, K)`, NaN before the first."""
+    logits = torch.where(used[..., None], frame_logits, 0.0).to(sum_dtype(frame_logits.dtype))
+    # Added one by one, as frames arrive: a cumulative sum rounds differently.
+    total = torch.stack(list(itertools.accumulate(logits.unbind(1))), 1)
+    return (total / used.cumsum(1)[..., None]).softmax(-1)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from dynskip.errors import DynskipError
+from dynskip.output import UNSEEN
 
 
 class EarlyTerminator(nn.Module):
@@ -50,3 +52,20 @@ class EarlyTerminator(nn.Module):
     def extra_repr(self) -> str:
         """Show the rule."""
         return f"probability > {self.threshold}, after more than {self.min_frames} frames"
+
+
+def end_videos(terminator: nn.Module, running: Tensor, stopped_at: Tensor) -> Tensor:
+    """Mark the frames after the one that ends each video as unseen.
+
+    Args:
+        terminator: the rule.
+        running: `(B, T, K)` probabilities after each frame (`running_probabilities`).
+        stopped_at: `(B, T)` what became of each frame when videos are read to the end.
+
+    Returns:
+        `(B, T)` what becomes of each frame when videos end early.
+    """
+    batch, frames, _ = running.shape
+    seen = torch.arange(1, frames + 1, device=running.device).repeat(batch)
+    ends = terminator(running.flatten(0, 1), seen).view(batch, frames)
+    return stopped_at.masked_fill(ends.cumsum(1) - ends.long() > 0, UNSEEN)

@@ -17,12 +17,12 @@ from dynskip.backbone import StagedBackbone
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
 from dynskip.gates import FORWARD, STOP, GateState, in_two
-from dynskip.output import EncodedVideo, SkipOutput, answered_by, fallback_frames, masked_output, sum_dtype
+from dynskip.output import EncodedVideo, SkipOutput, answered_by, fallback_frames, masked_output, running_probabilities
 from dynskip.runtime.clip import Usage, run_clip
 from dynskip.runtime.online import Session
 from dynskip.runtime.streams import FrameResult, VideoResult, aserve, serve
 from dynskip.summary import as_size, one_frame, stage_table
-from dynskip.terminate import EarlyTerminator
+from dynskip.terminate import EarlyTerminator, end_videos
 
 if TYPE_CHECKING:
     from dynskip.runtime.optimize import Agreement
@@ -290,13 +290,11 @@ class StopOrForward(nn.Module):
             embed(x.flatten(0, 1)).unflatten(0, (batch, frames))
             for (embed, _), x in zip(parts, encoded.pooled, strict=True)
         ]
-        ended = torch.zeros(batch, dtype=torch.bool, device=frame_logits.device)
-        logit_sum = torch.zeros_like(frame_logits[:, 0], dtype=sum_dtype(frame_logits.dtype))
-        used_count = torch.zeros(batch, dtype=torch.long, device=frame_logits.device)
+        everything = torch.ones(batch, dtype=torch.bool, device=frame_logits.device)
         all_gate_logits, all_decisions, all_inner, all_reached, all_used = [], [], [], [], []
         for t in range(frames):
             step_logits, decisions, inner, reached, new_states = [], [], [], [], []
-            passed = ~ended
+            passed = everything
             for n, (_, step) in enumerate(parts):
                 logits, state = step(embedded[n][:, t], states[n])
                 decision = self._draw(n, logits, sample, None if noise is None else noise[:, t, n])
@@ -315,11 +313,6 @@ class StopOrForward(nn.Module):
             all_used.append(passed)
             if inner:
                 all_inner.append(torch.stack(inner, 1))
-            if not self.training and self.terminator is not None:
-                logit_sum = logit_sum + torch.where(passed[:, None], frame_logits[:, t], 0.0)
-                used_count = used_count + passed
-                running = (logit_sum / used_count[:, None]).softmax(-1)
-                ended = ended | self.terminator(running, torch.full_like(used_count, t + 1))
 
         gate_logits = torch.stack(all_gate_logits, 1)
         forward = torch.stack(all_decisions, 1)
@@ -327,6 +320,10 @@ class StopOrForward(nn.Module):
         inner_logits = torch.stack(all_inner, 1) if all_inner else None
         # Of the gates a frame reached, the last one stopped it; a used frame passed that one, too.
         stopped_at = evaluated.sum(-1) - 1 + used.long()
+        if not self.training and self.terminator is not None:
+            # Frames after a video's end were decided on in vain: nothing that counts depends on them.
+            stopped_at = end_videos(self.terminator, running_probabilities(used, frame_logits), stopped_at)
+            used = stopped_at == stages
         fallback_frame = fallback_frames(stopped_at, used, gate_logits)
         lookup = self.lookup_for(encoded.image_size)
         if not self.training:
