@@ -1,13 +1,24 @@
-"""How good the predictions are, and what happened to the frames."""
+"""How good the predictions are, what happened to the frames, and what was executed.
+
+Which number is which in the literature:
+
+- ActivityNet's official mAP is `mean_average_precision(probabilities, multi_hot)`; its Hit@k is `top_k_accuracy`, its
+  Avg Hit@k `top_k_recall`.
+- AR-Net's `cal_map`, which SoF-Net's code took over, is `mean_average_precision(..., interpolated=False)` over softmax
+  probabilities: with a video's first label alone as target it is called mAP there, with all labels mmAP. Where a class
+  does not occur in the test set, that code compares scores with the wrong classes; here the class is left out.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dynskip.errors import DynskipError
+from dynskip.flops import FLOPsLookup
 from dynskip.output import UNSEEN
 
 
@@ -24,6 +35,41 @@ class FrameUsage:
     used: float
     stopped: tuple[float, ...]
     unseen: float
+
+
+@dataclass(frozen=True)
+class ExecutedCompute:
+    """What a set of videos executed, in GMACs (10^9 multiply-adds; the literature's GFLOPs).
+
+    Args:
+        per_video: Mean of a video, gates and head included.
+        per_frame: The same by the frames of the video, unseen ones included, as the thesis counts.
+        dense_per_video: What the plain backbone executes on every frame.
+    """
+
+    per_video: float
+    per_frame: float
+    dense_per_video: float
+
+    @property
+    def share(self) -> float:
+        """What was executed as a share of the dense compute."""
+        return self.per_video / self.dense_per_video
+
+
+@dataclass(frozen=True)
+class FrameRelevance:
+    """How well the used frames are the relevant ones, over all frames of all videos.
+
+    Args:
+        precision: Share of the used frames that are relevant; NaN if no frame was used.
+        recall: Share of the relevant frames that were used; NaN if no frame is relevant.
+        relevant: Share of all frames that are relevant: the precision of frames chosen blindly.
+    """
+
+    precision: float
+    recall: float
+    relevant: float
 
 
 def top_k_accuracy(scores: Tensor, targets: Tensor, k: int = 1) -> float:
@@ -43,13 +89,27 @@ def top_k_accuracy(scores: Tensor, targets: Tensor, k: int = 1) -> float:
     Raises:
         DynskipError: On wrong shapes or values, NaN scores, or when no video has a label.
     """
-    scores, positives = _checked(scores, targets)
-    num_classes = scores.shape[1]
-    if not 1 <= k <= num_classes:
-        raise DynskipError(f"k={k} is out of range; expected 1 to the number of classes, {num_classes}.")
-    best = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    hit = positives.gather(1, best).any(dim=1)
-    return hit[positives.any(dim=1)].double().mean().item()
+    return _hits(scores, targets, k).clamp(max=1.0).mean().item()
+
+
+def top_k_recall(scores: Tensor, targets: Tensor, k: int = 1) -> float:
+    """Share of a video's labels that are among its `k` best-scored classes, averaged over videos.
+
+    This is ActivityNet's Avg Hit@k. It equals `top_k_accuracy` where no video has two labels.
+
+    Args:
+        scores: As in `top_k_accuracy`.
+        targets: As in `top_k_accuracy`.
+        k: How many classes may be guessed, 1 to K.
+
+    Returns:
+        A number from 0 to 1.
+
+    Raises:
+        DynskipError: As `top_k_accuracy`.
+    """
+    positives = _checked(scores, targets)[1].sum(dim=1)
+    return (_hits(scores, targets, k) / positives[positives > 0]).mean().item()
 
 
 def mean_average_precision(scores: Tensor, targets: Tensor, interpolated: bool = True) -> float:
@@ -63,7 +123,8 @@ def mean_average_precision(scores: Tensor, targets: Tensor, interpolated: bool =
             probabilities: logits have no common scale across videos and rank differently.
         targets: `(B,)` class indices, or `(B, K)` multi-hot.
         interpolated: True makes precision monotone in recall first, as ActivityNet's evaluation does (the
-            area of VOC 2011); False is plain average precision, usually somewhat lower.
+            area of VOC 2011); False is plain average precision, as AR-Net's and scikit-learn's, usually somewhat
+            lower.
 
     Returns:
         A number from 0 to 1.
@@ -107,6 +168,101 @@ def frame_usage(stopped_at: Tensor, num_stages: int) -> FrameUsage:
     return FrameUsage(used=used, stopped=tuple(stopped), unseen=unseen)
 
 
+def executed_compute(macs: Tensor, num_frames: int, lookup: FLOPsLookup) -> ExecutedCompute:
+    """Compare what videos executed with the dense backbone.
+
+    Args:
+        macs: `(B,)` executed MACs of each video, `SkipOutput.macs`.
+        num_frames: Frames T of a video.
+        lookup: The cost table they were counted by, `model.lookup_for(image_size)`.
+
+    Returns:
+        The means, in GMACs.
+
+    Raises:
+        DynskipError: When there are no videos or frames, or the table does not count MACs.
+    """
+    if macs.dim() != 1 or len(macs) == 0 or num_frames < 1:
+        raise DynskipError(
+            f"macs has shape {tuple(macs.shape)} for videos of {num_frames} frames, but must be (B,) and not empty."
+        )
+    if lookup.unit != "MACs":
+        raise DynskipError(f"The cost table counts {lookup.unit}, which are no MACs; average them yourself.")
+    per_video = macs.double().mean().item() / 1e9
+    return ExecutedCompute(per_video, per_video / num_frames, num_frames * lookup.dense / 1e9)
+
+
+def sample_times(num_frames: int, duration: float) -> Tensor:
+    """Times at which evenly spread frames are taken: the middles of `num_frames` equal stretches of a video.
+
+    Args:
+        num_frames: Frames T that are taken.
+        duration: Length of the video, in seconds or in frames.
+
+    Returns:
+        `(T,)` float64 times in the unit of the duration.
+
+    Raises:
+        DynskipError: When a number is not positive.
+    """
+    if num_frames < 1 or not 0 < duration < float("inf"):
+        raise DynskipError(f"Cannot take {num_frames} frames from a video {duration} long; both must be positive.")
+    return (torch.arange(num_frames, dtype=torch.float64) + 0.5) * (duration / num_frames)
+
+
+def relevant_frames(times: Tensor, segments: Iterable[tuple[float, float]]) -> Tensor:
+    """Mark the frames that lie in an annotated segment.
+
+    Args:
+        times: `(T,)` when each frame is shown (`sample_times`).
+        segments: Start and end of each segment, in the unit of the times; the end is outside.
+
+    Returns:
+        `(T,)` boolean.
+
+    Raises:
+        DynskipError: When a segment does not end after its start.
+    """
+    marks = torch.zeros(len(times), dtype=torch.bool)
+    for start, end in segments:
+        if not start < end:
+            raise DynskipError(f"A segment from {start} to {end} has no length; its end must come after its start.")
+        marks |= (times >= start) & (times < end)
+    return marks
+
+
+def frame_relevance(used: Tensor, relevant: Tensor) -> FrameRelevance:
+    """Compare the used frames with the relevant ones: how much of what the gates let through shows the action.
+
+    Args:
+        used: `(B, T)` or `(T,)` boolean, `SkipOutput.used`.
+        relevant: Boolean of the same shape (`relevant_frames`).
+
+    Returns:
+        Precision, recall, and the share of relevant frames to compare the precision with.
+
+    Raises:
+        DynskipError: When shapes differ, there are no frames, or values are not boolean.
+
+    Reference:
+        Thesis Fig. 4.2.
+    """
+    if used.shape != relevant.shape or used.numel() == 0:
+        raise DynskipError(
+            f"used has shape {tuple(used.shape)} and relevant {tuple(relevant.shape)}, but both must be (B, T) or "
+            "(T,), equal and not empty."
+        )
+    if used.dtype != torch.bool or relevant.dtype != torch.bool:
+        raise DynskipError(f"used is {used.dtype} and relevant {relevant.dtype}, but both must be bool.")
+    used, relevant = used.cpu(), relevant.cpu()
+    both = (used & relevant).sum().double()
+    return FrameRelevance(
+        precision=(both / used.sum()).item(),
+        recall=(both / relevant.sum()).item(),
+        relevant=relevant.double().mean().item(),
+    )
+
+
 def check_stopped_at(stopped_at: Tensor, num_stages: int) -> None:
     """Raise DynskipError unless every entry is a whole number from UNSEEN to `num_stages`."""
     if num_stages < 1:
@@ -119,6 +275,16 @@ def check_stopped_at(stopped_at: Tensor, num_stages: int) -> None:
             f"stopped_at holds {wrong[0].item()}, but with {num_stages} stages it goes from {UNSEEN} "
             f"(unseen) to {num_stages} (used). Give the number of stages of the model that made it."
         )
+
+
+def _hits(scores: Tensor, targets: Tensor, k: int) -> Tensor:
+    """Labels among the `k` best classes, of each video that has any."""
+    scores, positives = _checked(scores, targets)
+    num_classes = scores.shape[1]
+    if not 1 <= k <= num_classes:
+        raise DynskipError(f"k is {k}, but must be from 1 to the number of classes, {num_classes}.")
+    best = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return positives.gather(1, best).sum(dim=1)[positives.any(dim=1)].double()
 
 
 def _average_precision(scores: Tensor, positive: Tensor, interpolated: bool) -> float:

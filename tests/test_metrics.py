@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dynskip.errors import DynskipError
-from dynskip.metrics import FrameUsage, frame_usage, mean_average_precision, top_k_accuracy
+from dynskip.flops import FLOPsLookup
+from dynskip.metrics import (
+    ExecutedCompute,
+    FrameUsage,
+    executed_compute,
+    frame_relevance,
+    frame_usage,
+    mean_average_precision,
+    relevant_frames,
+    sample_times,
+    top_k_accuracy,
+    top_k_recall,
+)
 
 NAN = float("nan")
 
@@ -218,3 +230,185 @@ def test_frame_usage_shares_sum_to_one(case: tuple[int, list[int]]) -> None:
 def test_frame_usage_bad_input(stopped_at: Tensor, num_stages: int, message: str) -> None:
     with pytest.raises(DynskipError, match=message):
         frame_usage(stopped_at, num_stages)
+
+
+@st.composite
+def untied_videos(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Logits without equal ones in a class even after softmax, and multi-hot targets with 1 to 3 labels a video."""
+    seed, batch, num_classes = draw(st.integers(0, 10_000)), draw(st.integers(2, 30)), draw(st.integers(3, 6))
+    source = torch.Generator().manual_seed(seed)
+    logits = torch.randn(batch, num_classes, generator=source, dtype=torch.float64)
+    counts = torch.randint(1, 4, (batch,), generator=source).tolist()
+    targets = torch.zeros(batch, num_classes, dtype=torch.int64)
+    for row, count in enumerate(counts):
+        targets[row, torch.randperm(num_classes, generator=source)[:count]] = 1
+    return logits, targets
+
+
+def official_map_and_hits(scores: Tensor, targets: Tensor, k: int) -> tuple[float, float, float]:
+    """ActivityNet's definitions, video by video and label by label: mAP, Hit@k, Avg Hit@k."""
+    truth = {v: {c for c in range(targets.shape[1]) if targets[v, c]} for v in range(len(targets))}
+    areas = []
+    for c in sorted(set().union(*truth.values())):
+        ranking = sorted(truth, key=lambda v: -float(scores[v, c]))
+        positives = sum(c in labels for labels in truth.values())
+        matched: set[int] = set()
+        recalls, precisions, right = [0.0], [0.0], 0
+        for rank, v in enumerate(ranking, start=1):
+            if c in truth[v] and v not in matched:
+                matched.add(v)
+                right += 1
+            recalls.append(right / positives)
+            precisions.append(right / rank)
+        recalls.append(1.0)
+        precisions.append(0.0)
+        for i in reversed(range(len(precisions) - 1)):
+            precisions[i] = max(precisions[i], precisions[i + 1])
+        areas.append(sum((b - a) * p for a, b, p in zip(recalls, recalls[1:], precisions[1:], strict=False)))
+    hits, shares = [], []
+    for v, labels in truth.items():
+        best = sorted(range(scores.shape[1]), key=lambda c: -float(scores[v, c]))[:k]
+        hits.append(float(any(c in labels for c in best)))
+        shares.append(sum(c in labels for c in best) / len(labels))
+    return sum(areas) / len(areas), sum(hits) / len(hits), sum(shares) / len(shares)
+
+
+def arnet_map(logits: Tensor, targets: Tensor) -> float:
+    """AR-Net's definition: softmax, then for each class the mean of the precisions at its positives."""
+    probabilities = logits.exp() / logits.exp().sum(1, keepdim=True)
+    areas = []
+    for c in range(targets.shape[1]):
+        ranking = sorted(range(len(logits)), key=lambda v: -float(probabilities[v, c]))
+        found = [rank for rank, v in enumerate(ranking, start=1) if targets[v, c]]
+        areas.append(sum(i / rank for i, rank in enumerate(found, start=1)) / len(found) if found else 0.0)
+    return sum(areas) / len(areas)
+
+
+@settings(deadline=None)
+@given(untied_videos(), st.integers(1, 3))
+def test_activitynets_numbers(videos: tuple[Tensor, Tensor], k: int) -> None:
+    logits, targets = videos
+    probabilities = logits.softmax(1)
+    mean_ap, hit, average_hit = official_map_and_hits(probabilities, targets, k)
+    assert mean_average_precision(probabilities, targets) == pytest.approx(mean_ap, abs=1e-12)
+    assert top_k_accuracy(probabilities, targets, k) == pytest.approx(hit, abs=1e-12)
+    assert top_k_recall(probabilities, targets, k) == pytest.approx(average_hit, abs=1e-12)
+
+
+@settings(deadline=None)
+@given(untied_videos())
+def test_arnets_numbers(videos: tuple[Tensor, Tensor]) -> None:
+    logits, targets = videos
+    first = torch.nn.functional.one_hot(targets.argmax(1), targets.shape[1])
+    for labels in (first, targets):  # its mAP, its mmAP
+        present = labels.any(0)
+        mean_ap = mean_average_precision(logits.softmax(1), labels, interpolated=False)
+        # A class that does not occur counts 0 there, and is left out here.
+        assert mean_ap * float(present.double().mean()) == pytest.approx(arnet_map(logits, labels), abs=1e-12)
+
+
+@settings(deadline=None)
+@given(ranked_videos(), st.data())
+def test_scikit_learn_agrees(videos: tuple[Tensor, Tensor], data: st.DataObject) -> None:
+    sklearn = pytest.importorskip("sklearn.metrics")
+    scores, targets = videos
+    present = targets.any(0)
+    expected = sklearn.average_precision_score(targets[:, present].numpy(), scores[:, present].numpy(), average="macro")
+    assert mean_average_precision(scores, targets, interpolated=False) == pytest.approx(expected, abs=1e-12)
+    if scores.shape[1] > 2:
+        logits = torch.randn(scores.shape, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
+        k, labels = data.draw(st.integers(1, scores.shape[1])), targets.argmax(1)
+        expected = sklearn.top_k_accuracy_score(
+            labels.numpy(), logits.numpy(), k=k, labels=list(range(scores.shape[1]))
+        )
+        assert top_k_accuracy(logits, labels, k) == pytest.approx(expected, abs=1e-12)
+
+
+def test_ranking_by_logits_is_not_ranking_by_softmax() -> None:
+    # The second video is surer of class 0, though its logit is lower.
+    logits, targets = torch.tensor([[5.0, 4.9], [3.0, -3.0]]), torch.tensor([1, 0])
+    assert mean_average_precision(logits.softmax(1), targets) == 1.0
+    assert mean_average_precision(logits, targets) < 1.0
+
+
+def test_top_k_recall_by_hand() -> None:
+    scores = torch.tensor([[4.0, 3.0, 2.0, 1.0], [4.0, 3.0, 2.0, 1.0], [4.0, 3.0, 2.0, 1.0]])
+    targets = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 1], [0, 0, 0, 0]])  # the last one has no label: left out
+    assert top_k_recall(scores, targets) == pytest.approx((1 / 2 + 0) / 2)
+    assert top_k_recall(scores, targets, k=2) == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert top_k_recall(scores, targets, k=4) == 1.0
+    with pytest.raises(DynskipError, match="k is 5"):
+        top_k_recall(scores, targets, k=5)
+
+
+def test_executed_compute_by_hand() -> None:
+    lookup = FLOPsLookup([1e9, 2e9], head=1e9, gates=[5e8, 5e8])
+    compute = executed_compute(torch.tensor([8e9, 4e9]), 4, lookup)
+    assert compute == ExecutedCompute(per_video=6.0, per_frame=1.5, dense_per_video=16.0)
+    assert compute.share == 6 / 16
+
+
+@pytest.mark.parametrize(
+    ("macs", "frames", "unit", "message"),
+    [
+        (torch.zeros(0), 4, "MACs", r"macs has shape \(0,\) for videos of 4 frames"),
+        (torch.zeros(2, 2), 4, "MACs", r"macs has shape \(2, 2\)"),
+        (torch.ones(2), 0, "MACs", "videos of 0 frames"),
+        (torch.ones(2), 4, "ms", "counts ms, which are no MACs"),
+    ],
+)
+def test_executed_compute_bad_input(macs: Tensor, frames: int, unit: str, message: str) -> None:
+    with pytest.raises(DynskipError, match=message):
+        executed_compute(macs, frames, FLOPsLookup([1.0], unit=unit))
+
+
+def test_relevant_frames_by_hand() -> None:
+    times = sample_times(4, 10.0)
+    assert times.tolist() == [1.25, 3.75, 6.25, 8.75]
+    assert relevant_frames(times, [(3.0, 6.25), (8.0, 20.0)]).tolist() == [False, True, False, True]
+    assert relevant_frames(times, [(1.25, 2.0)]).tolist() == [True, False, False, False]
+    assert not relevant_frames(times, []).any()
+
+
+@given(st.integers(1, 40), st.integers(1, 500))
+def test_sampled_times_lie_in_the_frames_that_are_decoded(num_frames: int, count: int) -> None:
+    # The frame shown at a time is the one whose number it rounds down to, when times are counted in frames.
+    decoded = [int(count / num_frames * (i + 0.5)) for i in range(num_frames)]
+    assert [int(time) for time in sample_times(num_frames, count).tolist()] == decoded
+
+
+def test_frame_relevance_by_hand() -> None:
+    used = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0]]).bool()
+    relevant = torch.tensor([[0, 1, 1, 1], [0, 1, 1, 0]]).bool()
+    result = frame_relevance(used, relevant)
+    assert (result.precision, result.recall, result.relevant) == (3 / 4, 3 / 5, 5 / 8)
+    none = torch.zeros(3, dtype=torch.bool)
+    assert math.isnan(frame_relevance(none, ~none).precision)
+    assert math.isnan(frame_relevance(~none, none).recall)
+    assert frame_relevance(none, ~none).recall == 0.0
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1))
+def test_scikit_learn_agrees_on_relevance(frames: list[tuple[bool, bool]]) -> None:
+    sklearn = pytest.importorskip("sklearn.metrics")
+    used, relevant = zip(*frames, strict=True)
+    result = frame_relevance(torch.tensor(used), torch.tensor(relevant))
+    options = {"zero_division": math.nan}
+    expected = sklearn.precision_score(relevant, used, **options), sklearn.recall_score(relevant, used, **options)
+    assert (result.precision, result.recall) == pytest.approx(expected, nan_ok=True)
+
+
+def test_relevance_bad_input() -> None:
+    frames = torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(DynskipError, match=r"used has shape \(2, 3\) and relevant \(3,\)"):
+        frame_relevance(frames, frames[0])
+    with pytest.raises(DynskipError, match="not empty"):
+        frame_relevance(frames[:0], frames[:0])
+    with pytest.raises(DynskipError, match=r"used is torch.float32 and relevant torch.bool"):
+        frame_relevance(frames.float(), frames)
+    with pytest.raises(DynskipError, match=r"segment from 3.0 to 3.0 has no length"):
+        relevant_frames(sample_times(2, 5.0), [(3.0, 3.0)])
+    for count, duration in ((0, 5.0), (4, 0.0), (4, NAN)):
+        with pytest.raises(DynskipError, match="both must be positive"):
+            sample_times(count, duration)
