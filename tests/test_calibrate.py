@@ -1,0 +1,356 @@
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import CLASSES, Case, cases, generator, large_cases, toy_model, toy_video
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dynskip import DynskipError, EarlyTerminator, StopOrForward, calibrate
+from dynskip.calibrate import CurvePoint, OperatingPoint
+from dynskip.metrics import mean_average_precision, top_k_accuracy
+
+VIDEOS = 14
+
+
+def labels_for(model: StopOrForward, video: Tensor, seed: int = 0) -> Tensor:
+    """Labels that the dense model mostly gets right."""
+    labels: Tensor = model(video, dense=True).logits.argmax(-1)
+    wrong = torch.rand(len(labels), generator=generator(seed)) < 0.2
+    return torch.where(wrong, (labels + 1) % CLASSES, labels)
+
+
+def setup(seed: int = 0, frames: int = 6, **kwargs: Any) -> tuple[StopOrForward, Tensor, Tensor]:
+    model = toy_model(seed, share=0.85, **kwargs)
+    video = toy_video(VIDEOS, frames, seed=seed + 3)
+    return model, video, labels_for(model, video, seed)
+
+
+def batched(video: Tensor, targets: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(video.split(size), targets.split(size), strict=True))
+
+
+def really(model: StopOrForward, video: Tensor, targets: Tensor) -> tuple[float, float]:
+    """Accuracy and mean MACs of a pass that skips for real."""
+    output = model(video)
+    return top_k_accuracy(output.probabilities, targets), float(output.macs.mean())
+
+
+def check_replay(case: Case) -> None:
+    model, video = case.model(), case.video()
+    targets = labels_for(model, video, case.seed)
+    threshold = case.threshold if isinstance(case.threshold, tuple) else (case.threshold,) * case.stages
+    point = OperatingPoint(math.nan, math.nan, threshold, case.terminator[0] if case.terminator else None)
+    model.forward_threshold = (0.5,) * case.stages  # to be put in place by the point
+    replayed = calibrate.replay(model, batched(video, targets, 2), point)
+    point.apply(model)
+    assert (replayed.accuracy, replayed.macs) == really(model, video, targets)
+    assert (replayed.forward_threshold, replayed.termination_threshold) == (threshold, point.termination_threshold)
+
+
+@settings(deadline=None, max_examples=40)
+@given(cases())
+def test_replay_is_what_really_happens(case: Case) -> None:
+    check_replay(case)
+
+
+@pytest.mark.parametrize("state_update", ["used", "reached"])
+def test_replay_is_what_really_happens_where_everything_happens(state_update: Any) -> None:
+    for case in large_cases("lstm", state_update):
+        check_replay(case)
+
+
+@pytest.mark.parametrize("per_gate", [False, True])
+@settings(deadline=None, max_examples=4)
+@given(
+    seed=st.integers(0, 10_000),
+    share=st.floats(0.3, 1.1),
+    state_update=st.sampled_from(["used", "reached"]),
+    ends=st.booleans(),
+)
+def test_calibrated_model_keeps_the_budget_for_real(
+    per_gate: bool, seed: int, share: float, state_update: Any, ends: bool
+) -> None:
+    terminator = EarlyTerminator(0.9, 1) if ends else None
+    model, video, targets = setup(seed, state_update=state_update, terminator=terminator)
+    encoded = calibrate.encode(model, batched(video, targets, 5))
+    dense = calibrate.dense(model, encoded)
+    before = calibrate.replay(model, encoded, OperatingPoint(0, 0, model.forward_threshold, 0.9 if ends else None))
+    try:
+        result = calibrate.to_budget(model, encoded, share * dense.macs, per_gate=per_gate)
+    except DynskipError:
+        assume(False)
+    assert result.point.macs <= share * dense.macs
+    assert result.dense == dense
+    if before.macs <= share * dense.macs:
+        assert result.point.accuracy >= before.accuracy
+    # What is on the curve is unbeaten, and the choice is the best of what the budget allows.
+    pairs = [(point.macs, point.accuracy) for point in result.curve]
+    assert all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise(pairs))
+    assert result.point == [point for point in result.curve if point.macs <= share * dense.macs][-1]
+    for point in {result.point, result.curve[0], result.curve[-1]}:
+        point.apply(model)
+        assert (point.accuracy, point.macs) == really(model, video, targets)
+
+
+@settings(deadline=None, max_examples=4)
+@given(seed=st.integers(0, 10_000), max_loss=st.sampled_from([0.0, 0.1, 0.3]))
+def test_calibrated_model_keeps_the_accuracy_for_real(seed: int, max_loss: float) -> None:
+    model, video, targets = setup(seed, terminator=EarlyTerminator(0.9, 2))
+    result = calibrate.to_accuracy(model, [(video, targets)], max_loss)
+    result.apply(model)
+    accuracy, macs = really(model, video, targets)
+    assert (accuracy, macs) == (result.point.accuracy, result.point.macs)
+    assert accuracy >= top_k_accuracy(model(video, dense=True).probabilities, targets) - max_loss - 1e-6
+    assert all(p.macs >= macs for p in result.curve if p.accuracy >= result.dense.accuracy - max_loss)
+
+
+def test_more_loss_or_budget_is_worth_something() -> None:
+    model, video, targets = setup(3, terminator=EarlyTerminator(0.9, 2))
+    encoded = calibrate.encode(model, [(video, targets)])
+    dense = calibrate.dense(model, encoded)
+    assert calibrate.to_accuracy(model, encoded, 0.0).point.macs < 0.9 * dense.macs
+    assert calibrate.to_accuracy(model, encoded, 0.5).point.macs < calibrate.to_accuracy(model, encoded, 0.0).point.macs
+    small, large = (calibrate.to_budget(model, encoded, share * dense.macs).point for share in (0.25, 0.9))
+    assert small.accuracy < large.accuracy
+
+
+@settings(deadline=None, max_examples=15)
+@given(cases(), st.lists(st.floats(0.01, 1.0), min_size=2, max_size=4))
+def test_later_ends_cost_more(case: Case, thresholds: list[float]) -> None:
+    model, video = case.model(), case.video()
+    model.terminator = EarlyTerminator(0.9, 1)
+    encoded = calibrate.encode(model, [(video, torch.zeros(len(video), dtype=torch.long))])
+    points = [OperatingPoint(0, 0, model.forward_threshold, threshold) for threshold in sorted(thresholds)]
+    costs = [calibrate.replay(model, encoded, point).macs for point in points]
+    assert costs == sorted(costs)
+
+
+@settings(deadline=None, max_examples=15)
+@given(cases(temporal=[None]), st.lists(st.floats(0.0, 1.0), min_size=2, max_size=4))
+def test_gates_without_memory_cost_less_at_higher_thresholds(case: Case, thresholds: list[float]) -> None:
+    model, video = case.model(), case.video()
+    encoded = calibrate.encode(model, [(video, torch.zeros(len(video), dtype=torch.long))])
+    points = [OperatingPoint(0, 0, (threshold,) * case.stages, None) for threshold in sorted(thresholds)]
+    costs = [calibrate.replay(model, encoded, point).macs for point in points]
+    assert costs == sorted(costs, reverse=True)
+
+
+class Brightness(nn.Module):
+    """A gate without training or memory: bright frames go forward."""
+
+    def initial_state(self, batch: int) -> tuple[Tensor, ...]:
+        return ()
+
+    def forward(self, pooled: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return torch.stack([torch.zeros(len(pooled)), 9 * pooled.mean(1)], 1), state
+
+
+def test_the_choice_is_the_best_that_a_search_through_everything_finds() -> None:
+    torch.manual_seed(0)
+    model, video, targets = setup(5, frames=2, stages=1)
+    video, targets = video[:8], targets[:8]
+    model = StopOrForward(model.backbone, [Brightness()]).eval()
+    margins = model.encode(video).pooled[0].mean(-1).flatten().mul(9).sort().values
+    places = torch.cat([margins[:1] - 1, (margins[1:] + margins[:-1]) / 2, margins[-1:] + 1]).sigmoid()
+    points = []
+    for place in places.tolist():
+        model.forward_threshold = (place,)
+        points.append(really(model, video, targets))
+    model.forward_threshold = (0.5,)
+    for budget in (0.5, 0.7, 0.9, 1.1):
+        macs = budget * calibrate.dense(model, [(video, targets)]).macs
+        allowed = [(accuracy, -cost) for accuracy, cost in points if cost <= macs]
+        if allowed:
+            chosen = calibrate.to_budget(model, [(video, targets)], macs).point
+            assert (chosen.accuracy, -chosen.macs) == max(allowed)
+
+
+def test_thresholds_differ_where_gates_need_it() -> None:
+    model, video, targets = setup(1)
+    encoded = calibrate.encode(model, [(video, targets)])
+    budget = 0.5 * calibrate.dense(model, encoded).macs
+    shared = calibrate.to_budget(model, encoded, budget).point
+    single = calibrate.to_budget(model, encoded, budget, per_gate=True).point
+    assert len(set(shared.forward_threshold)) == 1
+    assert single.accuracy >= shared.accuracy
+
+
+def test_videos_and_what_is_stored_of_them_give_the_same() -> None:
+    model, video, targets = setup(2, terminator=EarlyTerminator(0.9, 2))
+    budget = 0.6 * calibrate.dense(model, [(video, targets)]).macs
+    expected = calibrate.to_budget(model, [(video, targets)], budget)
+    assert calibrate.to_budget(model, ([v, t] for v, t in batched(video, targets, 4)), budget) == expected
+    stored = calibrate.encode(model, batched(video, targets, 3))
+    assert calibrate.to_budget(model, stored, budget) == expected
+
+
+def test_videos_of_different_lengths_and_sizes() -> None:
+    model, video, targets = setup(2)
+    other = toy_video(4, 3, seed=1, size=12)
+    batches = [(video, targets), (other, labels_for(model, other))]
+    dense = calibrate.dense(model, batches)
+    outputs = [model(videos, dense=True) for videos, _ in batches]
+    assert dense.macs == float(torch.cat([output.macs for output in outputs]).mean())
+    points = calibrate.uniform_frames(model, batches)
+    assert len(points) == video.shape[1]
+    assert points[-1] == dense
+
+
+def test_another_metric() -> None:
+    model, video, targets = setup(4)
+    several = torch.nn.functional.one_hot(targets, CLASSES)
+    several[0] = 1
+    result = calibrate.to_accuracy(model, [(video, several)], 0.05, metric=mean_average_precision)
+    result.apply(model)
+    assert result.point.accuracy == mean_average_precision(model(video).probabilities, several)
+    assert result.dense.accuracy == mean_average_precision(model(video, dense=True).probabilities, several)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model, video, targets = setup(0, terminator=EarlyTerminator(0.7, 2), forward_threshold=0.4)
+    terminator = model.terminator
+    model.train()
+    model.gates[0].eval()
+    calibrate.to_accuracy(model, [(video, targets)], 0.1)
+    with pytest.raises(DynskipError, match="cannot be kept"):
+        calibrate.to_budget(model, [(video, targets)], 1.0)
+    assert model.forward_threshold == (0.4,) * 3
+    assert model.terminator is terminator
+    assert terminator is not None
+    assert terminator.threshold == 0.7
+    assert model.training
+    assert not model.gates[0].training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_baselines_by_hand() -> None:
+    model, video, targets = setup(6, frames=5)
+    encoded = calibrate.encode(model, batched(video, targets, 4))
+    logits, one = model.encode(video).frame_logits, model.lookup_for((8, 8)).dense
+    uniform, chance = calibrate.uniform_frames(model, encoded), calibrate.random_frames(model, encoded)
+    assert [p.macs for p in uniform] == [p.macs for p in chance] == [k * one for k in range(1, 6)]
+    assert uniform[0].accuracy == top_k_accuracy(logits[:, 2], targets)
+    assert uniform[1].accuracy == top_k_accuracy(logits[:, [1, 3]].mean(1), targets)
+    assert uniform[-1] == chance[-1] == calibrate.dense(model, encoded)
+    assert chance == calibrate.random_frames(model, encoded)
+    others = [calibrate.random_frames(model, encoded, seed=seed)[0].accuracy for seed in range(8)]
+    assert len(set(others)) > 1
+
+
+def test_curves_as_data(tmp_path: Path) -> None:
+    curves = {
+        "gates": [OperatingPoint(0.5, 2e9, (0.25, 0.75), 0.9), OperatingPoint(0.75, 3e9, (0.1, 0.2), None)],
+        "dense": [CurvePoint(0.8, 4e9)],
+    }
+    calibrate.write_curves(tmp_path / "curves.json", curves)
+    stored = json.loads((tmp_path / "curves.json").read_text())
+    again = [OperatingPoint(**{**p, "forward_threshold": tuple(p["forward_threshold"])}) for p in stored["gates"]]
+    assert again == curves["gates"]
+    assert stored["dense"] == [asdict(curves["dense"][0])]
+    calibrate.write_curves(tmp_path / "curves.csv", curves)
+    with (tmp_path / "curves.csv").open(newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    assert [row["curve"] for row in rows] == ["gates", "gates", "dense"]
+    assert [float(row["macs"]) for row in rows] == [2e9, 3e9, 4e9]
+    assert [row["forward_threshold_1"] for row in rows] == ["0.75", "0.2", ""]
+    assert [row["termination_threshold"] for row in rows] == ["0.9", "", ""]
+    with pytest.raises(DynskipError, match=r"curves.txt: its name must end in .csv or .json"):
+        calibrate.write_curves(tmp_path / "curves.txt", curves)
+
+
+def test_bad_points() -> None:
+    model, video, targets = setup()
+    for use in (lambda p: p.apply(model), lambda p: calibrate.replay(model, [(video, targets)], p)):
+        with pytest.raises(DynskipError, match="thresholds for 2 gates and the model has 3"):
+            use(OperatingPoint(1, 1, (0.5, 0.5), None))
+        with pytest.raises(DynskipError, match="ends videos early and the model has no terminator"):
+            use(OperatingPoint(1, 1, (0.5,) * 3, 0.9))
+
+
+def test_a_point_without_early_ends_takes_the_terminator_away() -> None:
+    model, _, _ = setup(terminator=EarlyTerminator(0.9, 2))
+    OperatingPoint(1, 1, (0.1, 0.2, 0.3), None).apply(model)
+    assert model.terminator is None
+    assert model.forward_threshold == (0.1, 0.2, 0.3)
+
+
+@pytest.mark.parametrize("macs", [0.0, -1.0, math.nan, math.inf])
+def test_bad_budget(macs: float) -> None:
+    model, video, targets = setup()
+    with pytest.raises(DynskipError, match="must be positive; 20 GMACs are written 20e9"):
+        calibrate.to_budget(model, [(video, targets)], macs)
+
+
+@pytest.mark.parametrize("max_loss", [-0.01, 2.0, math.nan])
+def test_bad_loss(max_loss: float) -> None:
+    model, video, targets = setup()
+    with pytest.raises(DynskipError, match=r"must be from 0 to 1; 0.01 is one point"):
+        calibrate.to_accuracy(model, [(video, targets)], max_loss)
+
+
+def test_a_budget_out_of_reach_says_what_is_in_reach() -> None:
+    model, video, targets = setup()
+    with pytest.raises(DynskipError, match=r"the least that any thresholds execute is (\S+), and the dense") as error:
+        calibrate.to_budget(model, [(video, targets)], 1.0)
+    least = float(str(error.value).split("execute is ")[1].split(",")[0])
+    assert calibrate.to_budget(model, [(video, targets)], 1.001 * least).point.macs <= 1.001 * least
+
+
+class Stuck(Brightness):
+    """Stops everything, whatever the threshold."""
+
+    def forward(self, pooled: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return torch.tensor([50.0, -50.0]).expand(len(pooled), 2), state
+
+
+def test_an_accuracy_out_of_reach() -> None:
+    model, video, _ = setup()
+    targets = model(video, dense=True).logits.argmax(-1)
+    model = StopOrForward(model.backbone, [Stuck(), Stuck(), Stuck()]).eval()
+    with pytest.raises(DynskipError, match=r"No thresholds come within 0.0 of the dense accuracy 1"):
+        calibrate.to_accuracy(model, [(video, targets)], 0.0)
+
+
+BAD_BATCHES: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
+    "none": (lambda v, t: [], "There are no validation videos"),
+    "videos alone": (lambda v, t: [v], "Expected batches .videos, targets.; got a Tensor"),
+    "no tensor": (lambda v, t: [("a.mp4", t)], "got a str"),
+    "one video": (lambda v, t: [(v[0], t[:1])], "must have shape"),
+    "too few targets": (lambda v, t: [(v, t[:-1])], r"Got targets \(13,\) for 14 videos"),
+    "no video": (lambda v, t: [(v[:0], t[:0])], "empty"),
+    "class too large": (lambda v, t: [(v, t + CLASSES)], "targets holds"),
+    "two kinds": (
+        lambda v, t: [(v, t), (v, torch.nn.functional.one_hot(t, CLASSES))],
+        "some batches are class indices and of others multi-hot",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BATCHES)
+def test_bad_batches(case: str) -> None:
+    make, message = BAD_BATCHES[case]
+    model, video, targets = setup()
+    with pytest.raises(DynskipError, match=message):
+        calibrate.to_accuracy(model, make(video, targets), 0.1)
+
+
+def test_bad_features() -> None:
+    model, video, targets = setup()
+    encoded = model.encode(video)
+    encoded.pooled[1][2, 3, 0] = math.nan
+    with pytest.raises(DynskipError, match="NaN or infinite"):
+        calibrate.dense(model, [(encoded, targets)])
+    foreign = toy_model(stages=2).encode(video)
+    with pytest.raises(DynskipError, match="are not this backbone's"):
+        calibrate.to_accuracy(model, [(foreign, targets)], 0.1)
