@@ -1,4 +1,4 @@
-"""Pictures of what was decided: the frames of one video, and the shares over many.
+"""Pictures of what was decided: the frames of one video, the shares over many, and accuracy against compute.
 
 Needs matplotlib (`pip install 'dynskip[plot]'`). Figures are returned, never shown, and leave no global
 state behind: save one with `figure.savefig("timeline.png")`.
@@ -6,7 +6,8 @@ state behind: save one with `figure.savefig("timeline.png")`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
+
+    from dynskip.calibrate import CurvePoint
 
 
 class _Theme(NamedTuple):
@@ -37,6 +40,9 @@ _DARK = _Theme(background="#0d1117", ink="#f0f3f6", muted="#9ea7b3", track="#212
 _USED, _STOPPED, _FALLBACK, _RELEVANT = "#009E73", "#E69F00", "#D55E00", "#0072B2"
 _USED_STYLE = {"fill": False, "edgecolor": _USED, "linewidth": 2}
 _FALLBACK_STYLE = {"fill": False, "edgecolor": _FALLBACK, "linewidth": 2, "linestyle": (0, (2, 1))}
+
+_CURVES = (_RELEVANT, _FALLBACK, _USED, "#CC79A7", _STOPPED, "#56B4E9")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # told apart without colour, too
 
 # All lengths are inches; drawing happens in an axes whose unit is the inch.
 _TILE, _GAP, _MARGIN, _PER_LINE, _MIN_WIDTH = 0.75, 0.06, 0.15, 16, 7.0
@@ -188,6 +194,71 @@ def frame_usage(
         _rectangle(axes, left, bottom, bars_width * share, thickness, **style)
         percent = f"{100 * share:.1f} %"
         _write(axes, figure_width - _MARGIN, y, percent, ha="right", size=_FONT, color=theme.muted)
+    return figure
+
+
+def accuracy_compute(
+    curves: Mapping[str, Sequence[CurvePoint]],
+    chosen: CurvePoint | None = None,
+    *,
+    metric: str = "top-1",
+    title: str | None = None,
+    dark: bool = False,
+) -> Figure:
+    """Draw accuracy against executed compute, one line a curve.
+
+    Args:
+        curves: Points by the name of their curve, such as those of `dynskip.calibrate`; a single point, such as the
+            dense backbone, becomes a mark.
+        chosen: A point to mark with a ring, such as `Calibration.point`.
+        metric: Name of the accuracy, for the axis.
+        title: Text above the picture; may have several lines.
+        dark: Light text on dark ground.
+
+    Returns:
+        The figure; compute is in GMACs (10^9 multiply-adds) a video, accuracy in percent.
+
+    Raises:
+        DynskipError: When matplotlib is missing, or there is nothing to draw.
+    """
+    if not curves or not all(curves.values()):
+        raise DynskipError(f"Every curve needs a point; got { ({name: len(c) for name, c in curves.items()}) }.")
+    theme = _DARK if dark else _LIGHT
+    width, legend_height = 6.4, 0.24 * -(-(len(curves) + (chosen is not None)) // 2)
+    left, right, bottom = 0.75, 0.25, 0.6 + legend_height
+    height = 3.4 + _title_height(title) + bottom
+    figure, canvas = _canvas(width, height, theme)
+    _draw_title(canvas, title, _MARGIN, theme)
+    box = (left / width, bottom / height, 1 - (left + right) / width, 3.3 / height)
+    axes = figure.add_axes(box, facecolor=theme.background)
+    for (name, points), colour, marker in zip(
+        curves.items(), itertools.cycle(_CURVES), itertools.cycle(_MARKERS), strict=False
+    ):
+        ordered = sorted(points, key=lambda point: point.macs)
+        x, y = [point.macs / 1e9 for point in ordered], [100 * point.accuracy for point in ordered]
+        axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.6, label=name, clip_on=False, zorder=3)
+    if chosen is not None:
+        style = {"facecolors": "none", "edgecolors": theme.ink, "linewidths": 1.8, "clip_on": False, "zorder": 4}
+        axes.scatter([chosen.macs / 1e9], [100 * chosen.accuracy], s=130, label="chosen", **style)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("GMACs per video (10⁹ multiply-adds)", color=theme.ink, fontsize=_FONT)
+    axes.set_ylabel(f"{metric} %", color=theme.ink, fontsize=_FONT)
+    axes.tick_params(colors=theme.muted, labelsize=_FONT - 1)
+    axes.grid(color=theme.track, linewidth=0.8)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(theme.muted)
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        ncols=2,
+        loc="lower left",
+        bbox_to_anchor=(left / width, 0.7 * _MARGIN / height),
+        frameon=False,
+        labelcolor=theme.ink,
+        fontsize=_FONT,
+        borderpad=0,
+        borderaxespad=0,
+    )
     return figure
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from dynskip.calibrate import CurvePoint
 from dynskip.errors import DynskipError
 from dynskip.metrics import FrameUsage
 
@@ -104,11 +105,45 @@ def test_nothing_sticks_out_of_a_usage_picture_or_overlaps(dark: bool) -> None:
     assert_nothing_sticks_out_or_overlaps(plot.frame_usage(usage, names, title="title " * 30, dark=dark))
 
 
+def curves(count: int = 2) -> dict[str, list[CurvePoint]]:
+    return {f"curve {i}": [CurvePoint(0.5 + 0.01 * i, 2e9), CurvePoint(0.2 + 0.01 * i, 1e9)] for i in range(count)}
+
+
+def test_accuracy_compute_shows_every_curve() -> None:
+    chosen = CurvePoint(0.5, 2e9)
+    drawn = {**curves(), "dense": [CurvePoint(0.9, 4e9)]}
+    figure = plot.accuracy_compute(drawn, chosen, metric="mAP", title="val")
+    assert isinstance(figure, Figure)
+    assert {"curve 0", "curve 1", "dense", "chosen", "mAP %", "val"} <= set(texts(figure))
+    axes = figure.axes[-1]
+    lines = {line.get_label(): np.asarray(line.get_xydata()).tolist() for line in axes.get_lines()}
+    # In GMACs and percent, from left to right.
+    assert lines["curve 1"] == pytest.approx([[1, 21], [2, 51]])
+    assert lines["dense"] == pytest.approx([[4, 90]])
+    assert np.asarray(axes.collections[0].get_offsets()).tolist() == pytest.approx([[2, 50]])
+    looks = {(str(line.get_color()), str(line.get_marker())) for line in axes.get_lines()}
+    assert len(looks) == 3
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("count", [1, 9])
+def test_nothing_sticks_out_of_a_curve_picture_or_overlaps(count: int, dark: bool) -> None:
+    figure = plot.accuracy_compute(curves(count), CurvePoint(0.3, 1e9), title="title " * 30, dark=dark)
+    assert_nothing_sticks_out_or_overlaps(figure)
+
+
+def test_accuracy_compute_needs_points() -> None:
+    for drawn in ({}, {"a": [CurvePoint(1, 1)], "b": []}):
+        with pytest.raises(DynskipError, match="Every curve needs a point"):
+            plot.accuracy_compute(drawn)
+
+
 def test_dark_changes_the_ground() -> None:
     usage = FrameUsage(used=1.0, stopped=(0.0,), unseen=0.0)
     for draw in (
         lambda dark: plot.timeline(frames(2), [0, 1], ["a"], dark=dark),
         lambda dark: plot.frame_usage(usage, ["a"], dark=dark),
+        lambda dark: plot.accuracy_compute(curves(), dark=dark),
     ):
         light, dark = (to_rgb(draw(dark).get_facecolor()) for dark in (False, True))
         assert min(light) > 0.9
@@ -155,10 +190,12 @@ def test_pyplot_is_never_touched() -> None:
     code = """
 import sys, torch
 import dynskip.plot as plot
+from dynskip.calibrate import CurvePoint
 from dynskip.metrics import FrameUsage
 assert "matplotlib" not in sys.modules
 plot.timeline(torch.zeros(2, 4, 4, 3, dtype=torch.uint8), [0, 1], ["a"])
 plot.frame_usage(FrameUsage(1.0, (0.0,), 0.0), ["a"])
+plot.accuracy_compute({"a": [CurvePoint(1.0, 1e9)]})
 assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
