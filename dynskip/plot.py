@@ -238,7 +238,13 @@ def accuracy_compute(
         x, y = [point.macs / 1e9 for point in ordered], [100 * point.accuracy for point in ordered]
         axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.6, label=name, clip_on=False, zorder=3)
     if chosen is not None:
-        style = {"facecolors": "none", "edgecolors": theme.ink, "linewidths": 1.8, "clip_on": False, "zorder": 4}
+        style: dict[str, Any] = {
+            "facecolors": "none",
+            "edgecolors": theme.ink,
+            "linewidths": 1.8,
+            "clip_on": False,
+            "zorder": 4,
+        }
         axes.scatter([chosen.macs / 1e9], [100 * chosen.accuracy], s=130, label="chosen", **style)
     axes.set_xlim(left=0)
     axes.set_xlabel("GMACs per video (10⁹ multiply-adds)", color=theme.ink, fontsize=_FONT)

@@ -4,7 +4,7 @@ import csv
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,7 @@ class Brightness(nn.Module):
         return ()
 
     def forward(self, pooled: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return torch.stack([torch.zeros(len(pooled)), 9 * pooled.mean(1)], 1), state
+        return torch.stack([pooled.new_zeros(len(pooled)), 9 * pooled.mean(1)], 1), state
 
 
 def test_the_choice_is_the_best_that_a_search_through_everything_finds() -> None:
@@ -190,7 +190,8 @@ def test_videos_and_what_is_stored_of_them_give_the_same() -> None:
     model, video, targets = setup(2, terminator=EarlyTerminator(0.9, 2))
     budget = 0.6 * calibrate.dense(model, [(video, targets)]).macs
     expected = calibrate.to_budget(model, [(video, targets)], budget)
-    assert calibrate.to_budget(model, ([v, t] for v, t in batched(video, targets, 4)), budget) == expected
+    loaded: Any = ([v, t] for v, t in batched(video, targets, 4))  # as a DataLoader gives them
+    assert calibrate.to_budget(model, loaded, budget) == expected
     stored = calibrate.encode(model, batched(video, targets, 3))
     assert calibrate.to_budget(model, stored, budget) == expected
 
@@ -249,7 +250,7 @@ def test_baselines_by_hand() -> None:
 
 
 def test_curves_as_data(tmp_path: Path) -> None:
-    curves = {
+    curves: dict[str, Sequence[CurvePoint]] = {
         "gates": [OperatingPoint(0.5, 2e9, (0.25, 0.75), 0.9), OperatingPoint(0.75, 3e9, (0.1, 0.2), None)],
         "dense": [CurvePoint(0.8, 4e9)],
     }
@@ -311,7 +312,7 @@ class Stuck(Brightness):
     """Stops everything, whatever the threshold."""
 
     def forward(self, pooled: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return torch.tensor([50.0, -50.0]).expand(len(pooled), 2), state
+        return pooled.new_tensor([50.0, -50.0]).expand(len(pooled), 2), state
 
 
 def test_an_accuracy_out_of_reach() -> None:

@@ -116,11 +116,11 @@ def test_accuracy_compute_shows_every_curve() -> None:
     assert isinstance(figure, Figure)
     assert {"curve 0", "curve 1", "dense", "chosen", "mAP %", "val"} <= set(texts(figure))
     axes = figure.axes[-1]
-    lines = {line.get_label(): np.asarray(line.get_xydata()).tolist() for line in axes.get_lines()}
+    lines = {line.get_label(): np.asarray(line.get_xydata()) for line in axes.get_lines()}
     # In GMACs and percent, from left to right.
-    assert lines["curve 1"] == pytest.approx([[1, 21], [2, 51]])
-    assert lines["dense"] == pytest.approx([[4, 90]])
-    assert np.asarray(axes.collections[0].get_offsets()).tolist() == pytest.approx([[2, 50]])
+    np.testing.assert_allclose(lines["curve 1"], [[1, 21], [2, 51]])
+    np.testing.assert_allclose(lines["dense"], [[4, 90]])
+    np.testing.assert_allclose(axes.collections[0].get_offsets(), [[2, 50]])
     looks = {(str(line.get_color()), str(line.get_marker())) for line in axes.get_lines()}
     assert len(looks) == 3
 
