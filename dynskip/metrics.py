@@ -282,7 +282,7 @@ def _hits(scores: Tensor, targets: Tensor, k: int) -> Tensor:
     scores, positives = _checked(scores, targets)
     num_classes = scores.shape[1]
     if not 1 <= k <= num_classes:
-        raise DynskipError(f"k is {k}, but must be from 1 to the number of classes, {num_classes}.")
+        raise DynskipError(f"k={k} is out of range; expected 1 to the number of classes, {num_classes}.")
     best = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
     return positives.gather(1, best).sum(dim=1)[positives.any(dim=1)].double()
 
