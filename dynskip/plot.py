@@ -1,7 +1,7 @@
-"""Pictures of what was decided: the frames of one video, the shares over many, and accuracy against compute.
+"""Pictures of what was decided: frames of one video, shares over many, costs of stages, accuracy against compute.
 
-Needs matplotlib (`pip install 'dynskip[plot]'`). Figures are returned, never shown, and leave no global
-state behind: save one with `figure.savefig("timeline.png")`.
+Needs matplotlib (`pip install 'dynskip[plot]'`), except for `timeline_text`. Figures are returned, never shown, and
+leave no global state behind: save one with `figure.savefig("timeline.png")`.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dynskip.errors import DynskipError
+from dynskip.flops import FLOPsLookup
 from dynskip.metrics import FrameUsage, check_stopped_at
 from dynskip.output import UNSEEN
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
@@ -37,15 +38,18 @@ class _Theme(NamedTuple):
 _LIGHT = _Theme(background="#ffffff", ink="#1f2328", muted="#59636e", track="#e6e9ed", unseen="#24292f")
 _DARK = _Theme(background="#0d1117", ink="#f0f3f6", muted="#9ea7b3", track="#21262d", unseen="#000000")
 # Okabe and Ito's palette keeps its contrasts under the common forms of colour blindness.
-_USED, _STOPPED, _FALLBACK, _RELEVANT = "#009E73", "#E69F00", "#D55E00", "#0072B2"
+_USED, _STOPPED, _FALLBACK, _RELEVANT, _GATES = "#009E73", "#E69F00", "#D55E00", "#0072B2", "#56B4E9"
 _USED_STYLE = {"fill": False, "edgecolor": _USED, "linewidth": 2}
 _FALLBACK_STYLE = {"fill": False, "edgecolor": _FALLBACK, "linewidth": 2, "linestyle": (0, (2, 1))}
 
 _CURVES = (_RELEVANT, _FALLBACK, _USED, "#CC79A7", _STOPPED, "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # told apart without colour, too
+# In text: a stage is a digit, then a letter; what comes later shares the last one.
+_STOP_SIGNS = "123456789abcdefghijklmnopqrstuvwxyz+"
 
 # All lengths are inches; drawing happens in an axes whose unit is the inch.
 _TILE, _GAP, _MARGIN, _PER_LINE, _MIN_WIDTH = 0.75, 0.06, 0.15, 16, 7.0
+_BARS, _STEP, _THICKNESS = 4.5, 0.34, 0.22  # the longest horizontal bar, from one to the next, and how thick
 _FONT = 10.0
 
 
@@ -55,7 +59,8 @@ def timeline(
     stage_names: Sequence[str],
     *,
     fallback_frame: int = -1,
-    relevant: Tensor | NDArray[np.bool_] | Sequence[bool] | None = None,
+    segments: Sequence[tuple[float, float]] | None = None,
+    seconds: Tensor | NDArray[np.float64] | Sequence[float] | None = None,
     title: str | None = None,
     dark: bool = False,
 ) -> Figure:
@@ -70,7 +75,10 @@ def timeline(
         stopped_at: `(T,)`, one row of `SkipOutput.stopped_at`.
         stage_names: Names of the N stages, e.g. `model.backbone.stage_names`.
         fallback_frame: Index of the frame that was forwarded because no frame was used; -1 if none was.
-        relevant: `(T,)` bool, the frames inside an annotated segment; drawn as bars below the tiles.
+        segments: `(start, end)` of each annotated segment, half-open, drawn as bars below the tiles: in seconds where
+            `seconds` are given, else in frames, so that `(2, 5)` lies below frames 2 to 4.
+        seconds: `(T,)` when each frame was taken, rising; written below the frames. A frame stands for the time up to
+            half-way to its neighbours.
         title: Text above the picture; may have several lines.
         dark: Light text on dark ground.
 
@@ -83,6 +91,8 @@ def timeline(
     Reference:
         Thesis Fig. 4.2.
     """
+    import numpy as np
+
     images = np.asarray(frames.cpu() if isinstance(frames, Tensor) else frames)
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or images.size == 0:
         raise DynskipError(
@@ -93,19 +103,14 @@ def timeline(
     decisions = torch.as_tensor(stopped_at).cpu()
     _check_length("stopped_at", decisions, length)
     check_stopped_at(decisions, len(stage_names))
-    if not -1 <= fallback_frame < length:
-        raise DynskipError(
-            f"fallback_frame is {fallback_frame}, but must be from 0 to {length - 1}, or -1 if there is none."
-        )
-    marks = None if relevant is None else torch.as_tensor(relevant).cpu()
-    if marks is not None:
-        _check_length("relevant", marks, length)
-        if marks.dtype != torch.bool:
-            raise DynskipError(f"relevant is {marks.dtype}, but must be bool, one truth value per frame.")
+    _check_fallback(fallback_frame, length)
+    edges = _edges(seconds, length)
+    spans = None if segments is None else [_checked_segment(segment, edges) for segment in segments]
 
     theme = _DARK if dark else _LIGHT
     tile_height = _TILE * height / width
-    line_height = 2 * tile_height + _GAP + (0.0 if marks is None else 0.16) + 0.16
+    bar_height, label_height = 0.0 if spans is None else 0.16, 0.0 if seconds is None else 0.17
+    line_height = 2 * tile_height + _GAP + bar_height + label_height + 0.16
     title_height = _title_height(title)
     left = _MARGIN + 0.22
     columns = min(length, _PER_LINE)
@@ -136,14 +141,72 @@ def timeline(
                 _rectangle(axes, x, bottom, _TILE, tile_height, facecolor=colour, edgecolor=theme.track)
                 middle = bottom + tile_height / 2
                 _write(axes, x + _TILE / 2, middle, label, size=size, color=_ink_on(colour))
-            if marks is not None:
-                # Bars of one kind join over the gap, so that a segment is seen as one piece.
-                joined = column + 1 < _PER_LINE and t + 1 < length and marks[t] == marks[t + 1]
-                bar = _TILE + (_GAP if joined else 0.0)
-                colour = _RELEVANT if marks[t] else theme.track
-                _rectangle(axes, x, bottom - 0.16, bar, 0.08, facecolor=colour)
-    _draw_legend(figure, decisions, len(stage_names), fallback_frame >= 0, marks is not None, left, theme)
+            # What a tile stands for reaches over the gap to the next one, so that a segment is seen as one piece.
+            reach = _TILE + (_GAP if column + 1 < _PER_LINE and t + 1 < length else 0.0)
+            if spans is not None:
+                _rectangle(axes, x, bottom - 0.16, reach, 0.08, facecolor=theme.track)
+                for first, last in _covered(spans, edges[t], edges[t + 1]):
+                    bar = {"facecolor": _RELEVANT, "linewidth": 0}
+                    _rectangle(axes, x + first * reach, bottom - 0.16, (last - first) * reach, 0.08, **bar)
+            if seconds is not None:
+                label, middle = _clock(float(seconds[t])), bottom - bar_height - 0.1
+                _write(axes, x + _TILE / 2, middle, label, size=_fitting_size(label, _TILE, 7.0), color=theme.muted)
+    _draw_legend(figure, decisions, len(stage_names), fallback_frame >= 0, spans is not None, left, theme)
     return figure
+
+
+def timeline_text(
+    stopped_at: Tensor | NDArray[np.int64] | Sequence[int],
+    stage_names: Sequence[str],
+    *,
+    fallback_frame: int = -1,
+    color: bool = False,
+) -> str:
+    """Write the timeline of one video as text, one character a frame, with a legend below.
+
+    `#` is a used frame, a digit (then a letter) the number of the stage after which it stopped, `.` an unseen frame
+    and `F` the fallback. Needs no matplotlib; plain ASCII, for terminals, logs and notebooks.
+
+    Args:
+        stopped_at: `(T,)`, one row of `SkipOutput.stopped_at`.
+        stage_names: Names of the N stages, e.g. `model.backbone.stage_names`.
+        fallback_frame: Index of the frame that was forwarded because no frame was used; -1 if none was.
+        color: Colour the characters with ANSI escapes. Nothing is said by colour alone.
+
+    Returns:
+        Two lines.
+
+    Raises:
+        DynskipError: When shapes or values do not fit.
+    """
+    decisions = torch.as_tensor(stopped_at).cpu()
+    if decisions.ndim != 1 or not len(decisions):
+        shape = tuple(decisions.shape)
+        raise DynskipError(f"stopped_at has shape {shape}, but must be (T,) with T >= 1: one row of a SkipOutput's.")
+    check_stopped_at(decisions, len(stage_names))
+    _check_fallback(fallback_frame, len(decisions))
+    codes = decisions.tolist()
+    used, fallback = len(stage_names), -2  # the latter beside the values of `stopped_at`
+    if fallback_frame >= 0:
+        codes[fallback_frame] = fallback
+    signs = {n: (_STOP_SIGNS[min(n, len(_STOP_SIGNS) - 1)], 214) for n in range(used)}  # with one of 256 colours
+    signs |= {used: ("#", 36), fallback: ("F", 166), UNSEEN: (".", 242)}
+
+    def paint(code: int) -> str:
+        mark, shade = signs[code]
+        return f"\x1b[38;5;{shade}m{mark}\x1b[0m" if color else mark
+
+    def count(code: int, name: str) -> str:
+        return f"{paint(code)} {name} ({codes.count(code)})" if code in codes else ""
+
+    stopped = ", ".join(filter(None, (count(n, name) for n, name in enumerate(stage_names))))
+    legend = (
+        count(used, "used"),
+        stopped and f"stopped after {stopped}",
+        count(fallback, "fallback"),
+        count(UNSEEN, "unseen"),
+    )
+    return "".join(map(paint, codes)) + "\n" + "   ".join(filter(None, legend))
 
 
 def frame_usage(
@@ -177,23 +240,95 @@ def frame_usage(
         rows.append((f"stopped after {name}", share, _shade(n, len(stage_names), theme)))
     rows.append(("unseen", usage.unseen, theme.unseen))
 
-    names_width = max(_text_width(name, _FONT) for name, _, _ in rows)
-    left = _MARGIN + names_width + 0.15
-    bars_width, step, thickness = 4.5, 0.34, 0.22
+    bars = [_Bar(name, share, colour, f"{100 * share:.1f} %") for name, share, colour in rows]
+    return _draw_bars(bars, title, theme)
+
+
+def stage_macs(
+    lookup: FLOPsLookup, stopped_at: Tensor | None = None, *, title: str | None = None, dark: bool = False
+) -> Figure:
+    """Draw what each stage costs a frame as horizontal bars, and how much of that was executed.
+
+    With `stopped_at`, a filled bar is the mean cost executed a frame (unseen frames count, with nothing), inside the
+    cost of a frame that is used, and the bars add up to the mean of `lookup.cost`, fallbacks included.
+
+    Args:
+        lookup: The cost table, e.g. `model.lookup_for((224, 224))`; written in GMACs (10^9 multiply-adds) where it
+            counts MACs, else in its own unit.
+        stopped_at: `(B, T)` or `(T,)`, as in `SkipOutput.stopped_at`; `None` draws the costs alone.
+        title: Text above the picture; may have several lines.
+        dark: Light text on dark ground.
+
+    Returns:
+        The figure.
+
+    Raises:
+        DynskipError: When matplotlib is missing, or `stopped_at` is empty or does not fit the table.
+    """
+    stages = len(lookup.per_stage)
+    names = lookup.stage_names or tuple(f"stage {n}" for n in range(stages))
+    full = torch.cat([lookup.per_stage, lookup.gates.sum()[None], torch.tensor([lookup.head], dtype=torch.float64)])
+    executed = full if stopped_at is None else _executed(lookup, stopped_at)
+    theme = _DARK if dark else _LIGHT
+    scale, unit = (1e9, "GMACs") if lookup.unit == "MACs" else (1.0, lookup.unit)
+    colours = [_shade(n, stages, theme) for n in range(stages)] + [_GATES, _USED]
+    longest = float(full.max()) or 1.0
+    bars = []
+    for name, cost, part, colour in zip(
+        [*names, "gates", "head"], full.tolist(), executed.tolist(), colours, strict=True
+    ):
+        text = f"{cost / scale:.3g}" if stopped_at is None else f"{part / scale:.3g} of {cost / scale:.3g}"
+        bars.append(_Bar(name, part / longest, colour, text, cost / longest))
+    unit = f"{unit} (multiply-adds)" if lookup.unit == "MACs" else unit
+    total = f"{float(executed.sum()) / scale:.3g} {unit} a frame"
+    if stopped_at is not None:
+        total += f" executed; {lookup.total / scale:.3g} for a used frame, {lookup.dense / scale:.3g} without gates"
+    return _draw_bars(bars, f"{title}\n{total}" if title else total, theme)
+
+
+def _executed(lookup: FLOPsLookup, stopped_at: Tensor) -> Tensor:
+    """Mean cost executed a frame in each stage, in the gates and in the head, `(N + 2,)`."""
+    stages = len(lookup.per_stage)
+    decisions = torch.atleast_2d(stopped_at.cpu())
+    if decisions.ndim != 2 or decisions.numel() == 0:
+        shape = tuple(stopped_at.shape)
+        raise DynskipError(f"stopped_at has shape {shape}, but must be (B, T) or (T,) and not empty.")
+    check_stopped_at(decisions, stages)
+    depth = torch.arange(stages + 1)  # the last one is the head
+    runs = (decisions[..., None] >= depth).sum(1).double()
+    gates = runs[:, :stages].sum(0) @ lookup.gates
+    # Where no frame was used, the furthest one was run to the end, past the gates.
+    furthest = decisions.amax(1, keepdim=True)
+    runs += (furthest >= 0) & (furthest < stages) & (depth > furthest)
+    stage_runs = runs.sum(0)
+    costs = [stage_runs[:stages] * lookup.per_stage, gates[None], stage_runs[stages:] * lookup.head]
+    executed: Tensor = torch.cat(costs) / decisions.numel()
+    return executed
+
+
+class _Bar(NamedTuple):
+    name: str
+    length: float  # a share of the longest
+    colour: str
+    text: str
+    track: float = 1.0  # what the length is a part of
+
+
+def _draw_bars(bars: Sequence[_Bar], title: str | None, theme: _Theme) -> Figure:
+    left = _MARGIN + max(_text_width(bar.name, _FONT) for bar in bars) + 0.15
     title_height = _title_height(title)
-    figure_width = left + bars_width + 0.75 + _MARGIN
-    figure_height = 2 * _MARGIN + title_height + step * len(rows)
+    figure_width = left + _BARS + 0.15 + max(_text_width(bar.text, _FONT) for bar in bars) + _MARGIN
+    figure_height = 2 * _MARGIN + title_height + _STEP * len(bars)
     figure, axes = _canvas(figure_width, figure_height, theme)
     _draw_title(axes, title, _MARGIN, theme)
-    for i, (name, share, colour) in enumerate(rows):
-        y = figure_height - _MARGIN - title_height - step * (i + 0.5)
-        bottom = y - thickness / 2
-        _write(axes, left - 0.15, y, name, ha="right", size=_FONT, color=theme.ink)
-        _rectangle(axes, left, bottom, bars_width, thickness, facecolor=theme.track)
-        style = {"facecolor": colour, "edgecolor": theme.muted}
-        _rectangle(axes, left, bottom, bars_width * share, thickness, **style)
-        percent = f"{100 * share:.1f} %"
-        _write(axes, figure_width - _MARGIN, y, percent, ha="right", size=_FONT, color=theme.muted)
+    for i, bar in enumerate(bars):
+        y = figure_height - _MARGIN - title_height - _STEP * (i + 0.5)
+        bottom = y - _THICKNESS / 2
+        _write(axes, left - 0.15, y, bar.name, ha="right", size=_FONT, color=theme.ink)
+        _rectangle(axes, left, bottom, _BARS * bar.track, _THICKNESS, facecolor=theme.track)
+        style = {"facecolor": bar.colour, "edgecolor": theme.muted}
+        _rectangle(axes, left, bottom, _BARS * bar.length, _THICKNESS, **style)
+        _write(axes, figure_width - _MARGIN, y, bar.text, ha="right", size=_FONT, color=theme.muted)
     return figure
 
 
@@ -316,7 +451,7 @@ def _draw_legend(
     decisions: Tensor,
     num_stages: int,
     fallback: bool,
-    marked: bool,
+    annotated: bool,
     left: float,
     theme: _Theme,
 ) -> None:
@@ -328,7 +463,7 @@ def _draw_legend(
         (bool(stopped.any()), "stopped after the stage named", {"color": _STOPPED}),
         (bool((decisions == UNSEEN).any()), "unseen", {"facecolor": theme.unseen, "edgecolor": theme.muted}),
         (fallback, "fallback", _FALLBACK_STYLE),
-        (marked, "relevant", {"color": _RELEVANT}),
+        (annotated, "annotated segment", {"color": _RELEVANT}),
     ]
     handles = [Patch(label=label, **style) for occurs, label, style in entries if occurs]
     figure.legend(
@@ -346,9 +481,49 @@ def _draw_legend(
     )
 
 
+def _check_fallback(frame: int, length: int) -> None:
+    if not -1 <= frame < length:
+        raise DynskipError(f"fallback_frame is {frame}, but must be from 0 to {length - 1}, or -1 if there is none.")
+
+
 def _check_length(name: str, values: Tensor, length: int) -> None:
     if values.shape != (length,):
         raise DynskipError(f"{name} has shape {tuple(values.shape)}, but must be ({length},), one per frame.")
+
+
+def _edges(seconds: Tensor | NDArray[np.float64] | Sequence[float] | None, length: int) -> list[float]:
+    """Where what each frame stands for begins, and where the last one's ends: `(T + 1,)` in seconds or frames."""
+    if seconds is None:
+        return [float(t) for t in range(length + 1)]
+    times = torch.as_tensor(seconds, dtype=torch.float64).cpu()
+    _check_length("seconds", times, length)
+    if not times.isfinite().all() or not (times.diff() > 0).all():
+        raise DynskipError("seconds must be finite and rise from frame to frame; give when each frame was taken.")
+    between = (times[1:] + times[:-1]) / 2
+    if length == 1:
+        return [float(times[0]) - 0.5, float(times[0]) + 0.5]
+    return [float(2 * times[0] - between[0]), *between.tolist(), float(2 * times[-1] - between[-1])]
+
+
+def _checked_segment(segment: tuple[float, float], edges: list[float]) -> tuple[float, float]:
+    start, end = map(float, segment)
+    if not start < end or end <= edges[0] or start >= edges[-1]:
+        raise DynskipError(
+            f"The segment from {start:g} to {end:g} does not lie in this video, whose frames stand for {edges[0]:g} to "
+            f"{edges[-1]:g}; give (start, end) with start < end, in seconds where `seconds` are given, else in frames."
+        )
+    return start, end
+
+
+def _covered(spans: Sequence[tuple[float, float]], start: float, end: float) -> list[tuple[float, float]]:
+    """Parts of what a frame stands for that lie in a segment, as shares from 0 to 1."""
+    clipped = [(max(first, start), min(last, end)) for first, last in spans]
+    return [((a - start) / (end - start), (b - start) / (end - start)) for a, b in clipped if a < b]
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds, 1), 60)
+    return f"{int(minutes)}:{rest:04.1f}" if minutes else f"{rest:.1f} s"
 
 
 def _text_width(text: str, size: float) -> float:

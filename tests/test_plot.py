@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from typing import Any
@@ -7,7 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from dynskip import FLOPsLookup
 from dynskip.calibrate import CurvePoint
 from dynskip.errors import DynskipError
 from dynskip.metrics import FrameUsage
@@ -50,7 +54,7 @@ def test_timeline_shows_what_happened_to_every_frame() -> None:
     assert isinstance(figure, Figure)
     shown = texts(figure)
     assert shown.count("maxpool") == shown.count("layer2") == shown.count("exit") == shown.count("a clip") == 1
-    assert not {"layer1", "fallback", "relevant"} & set(shown)
+    assert not {"layer1", "fallback", "annotated segment"} & set(shown)
     assert {"used", "stopped after the stage named", "unseen"} <= set(shown)
     # Five thumbnails, and the two used frames again below theirs.
     pictures = [np.asarray(image.get_array()) for image in figure.findobj(AxesImage)]
@@ -58,19 +62,49 @@ def test_timeline_shows_what_happened_to_every_frame() -> None:
     assert sum(np.array_equal(picture, frames(5)[4]) for picture in pictures) == 2
 
 
-def test_timeline_marks_the_fallback_and_the_relevant_frames() -> None:
-    relevant = [False, True, True, False]
-    figure = plot.timeline(frames(4), [0, 2, 1, UNSEEN], NAMES, fallback_frame=1, relevant=relevant)
+def test_timeline_marks_the_fallback() -> None:
+    figure = plot.timeline(frames(4), [0, 2, 1, UNSEEN], NAMES, fallback_frame=1)
     shown = texts(figure)
     assert shown.count("fallback") == 2  # on the tile and in the legend
-    assert "relevant" in shown
     assert not {"layer2", "used"} & set(shown)
     assert len(figure.findobj(AxesImage)) == 5
 
 
+def bars_below(figure: Figure, annotated: bool) -> list[tuple[float, float]]:
+    """Where the bars below the tiles begin and end, in tiles and the gaps between them."""
+    tile, gap = 0.75, 0.06
+    blue = to_rgb("#0072B2")
+    bars = [patch for patch in figure.findobj(Rectangle) if patch.get_height() == 0.08]
+    chosen = [bar for bar in bars if (to_rgb(bar.get_facecolor()) == blue) is annotated]
+    left = min(bar.get_x() for bar in bars)
+    return [((bar.get_x() - left) / (tile + gap), bar.get_width() / (tile + gap)) for bar in chosen]
+
+
+def test_segments_in_frames_lie_below_their_frames() -> None:
+    figure = plot.timeline(frames(6), [0] * 6, NAMES, segments=[(1, 3), (4, 4.5)])
+    assert "annotated segment" in texts(figure)
+    assert len(bars_below(figure, annotated=False)) == 6  # the ground of every tile
+    assert bars_below(figure, annotated=True) == [pytest.approx(bar) for bar in [(1, 1), (2, 1), (4, 0.5)]]
+
+
+def test_segments_in_seconds_are_drawn_to_scale() -> None:
+    # The frames stand for 0 to 2, 2 to 6 and 6 to 12 seconds.
+    figure = plot.timeline(
+        frames(3), [0] * 3, NAMES, segments=[(1, 3), (-5, 0.5)], seconds=torch.tensor([1.0, 3.0, 9.0])
+    )
+    assert {"1.0 s", "3.0 s", "9.0 s"} < set(texts(figure))
+    wanted = [(0.5, 0.5), (0, 0.25), (1, 0.25)]
+    assert bars_below(figure, annotated=True) == [pytest.approx(bar) for bar in wanted]
+
+
+def test_times_over_a_minute_are_written_as_on_a_clock() -> None:
+    shown = texts(plot.timeline(frames(3), [0] * 3, NAMES, seconds=[59.9, 60.0, 3605.04]))
+    assert {"59.9 s", "1:00.0", "60:05.0"} < set(shown)
+
+
 def test_timeline_takes_arrays_with_any_strides() -> None:
     bgr = frames(3).numpy()[..., ::-1]
-    figure = plot.timeline(bgr, np.array([USED, 0, UNSEEN]), NAMES, relevant=np.array([True, False, True]))
+    figure = plot.timeline(bgr, np.array([USED, 0, UNSEEN]), NAMES, seconds=np.arange(3.0))
     assert np.array_equal(np.asarray(figure.findobj(AxesImage)[0].get_array()), bgr[0])
 
 
@@ -81,7 +115,14 @@ def test_nothing_sticks_out_of_a_timeline_or_overlaps(length: int, dark: bool) -
     stopped_at = torch.arange(length) % 5 - 1
     title = "a rather long title $1 and $2, " * 6 + "\nsecond line"
     figure = plot.timeline(
-        frames(length), stopped_at, names, fallback_frame=0, relevant=stopped_at > 0, title=title, dark=dark
+        frames(length),
+        stopped_at,
+        names,
+        fallback_frame=0,
+        segments=[(0, length)],
+        seconds=500 * torch.arange(length),
+        title=title,
+        dark=dark,
     )
     assert_nothing_sticks_out_or_overlaps(figure)
 
@@ -144,6 +185,7 @@ def test_dark_changes_the_ground() -> None:
         lambda dark: plot.timeline(frames(2), [0, 1], ["a"], dark=dark),
         lambda dark: plot.frame_usage(usage, ["a"], dark=dark),
         lambda dark: plot.accuracy_compute(curves(), dark=dark),
+        lambda dark: plot.stage_macs(cost_table(), dark=dark),
     ):
         light, dark = (to_rgb(draw(dark).get_facecolor()) for dark in (False, True))
         assert min(light) > 0.9
@@ -162,8 +204,15 @@ def test_dark_changes_the_ground() -> None:
         ({"stage_names": ()}, "The number of stages is 0"),
         ({"fallback_frame": 3}, "fallback_frame is 3, but must be from 0 to 2, or -1"),
         ({"fallback_frame": -2}, "fallback_frame is -2"),
-        ({"relevant": [True, False]}, r"relevant has shape \(2,\), but must be \(3,\), one per frame"),
-        ({"relevant": [0.1, 0.5, 1.0]}, "relevant is torch.float32, but must be bool"),
+        ({"seconds": [0.0, 1.0]}, r"seconds has shape \(2,\), but must be \(3,\), one per frame"),
+        ({"seconds": [0.0, 1.0, 1.0]}, "seconds must be finite and rise"),
+        ({"seconds": [0.0, 1.0, float("nan")]}, "seconds must be finite and rise"),
+        ({"segments": [(2, 2)]}, "segment from 2 to 2 .* start < end"),
+        (
+            {"segments": [(0, 1), (3, 5)]},
+            "segment from 3 to 5 does not lie in this video, whose frames stand for 0 to 3",
+        ),
+        ({"segments": [(8, 9)], "seconds": [1.0, 2.0, 5.0]}, "frames stand for 0.5 to 6.5"),
     ],
 )
 def test_timeline_bad_input(change: dict[str, Any], message: str) -> None:
@@ -171,6 +220,113 @@ def test_timeline_bad_input(change: dict[str, Any], message: str) -> None:
     plot.timeline(**good)
     with pytest.raises(DynskipError, match=message):
         plot.timeline(**{**good, **change})
+
+
+def test_text_timeline_has_one_character_a_frame_and_a_legend() -> None:
+    line, legend = plot.timeline_text(torch.tensor([0, 0, USED, 2, USED, UNSEEN]), NAMES).splitlines()
+    assert line == "11#3#."
+    assert legend == "# used (2)   stopped after 1 maxpool (2), 3 layer2 (1)   . unseen (1)"
+
+
+def test_text_timeline_marks_the_fallback() -> None:
+    line, legend = plot.timeline_text([0, 2, 0], NAMES, fallback_frame=1).splitlines()
+    assert line == "1F1"
+    assert "F fallback (1)" in legend
+    assert "layer2" not in legend
+
+
+def test_colour_adds_nothing_but_escapes_to_the_text_timeline() -> None:
+    plain = plot.timeline_text([0, 1, 2, USED, UNSEEN], NAMES, fallback_frame=2)
+    coloured = plot.timeline_text([0, 1, 2, USED, UNSEEN], NAMES, fallback_frame=2, color=True)
+    assert "\x1b" not in plain
+    assert plain.isascii()
+    assert coloured.count("\x1b[0m") == 2 * 5
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == plain
+
+
+def test_text_timeline_of_a_model_with_many_stages() -> None:
+    names = [f"blocks.{n}" for n in range(40)]
+    line = plot.timeline_text([0, 8, 9, 34, 35, 39, 40], names).splitlines()[0]
+    assert line == "19az++#"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stopped_at": [[0, 1]]}, r"stopped_at has shape \(1, 2\), but must be \(T,\)"),
+        ({"stopped_at": torch.empty(0, dtype=torch.long)}, r"shape \(0,\)"),
+        ({"stopped_at": [0, 4]}, "stopped_at holds 4"),
+        ({"fallback_frame": 2}, "fallback_frame is 2, but must be from 0 to 1"),
+    ],
+)
+def test_text_timeline_bad_input(change: dict[str, Any], message: str) -> None:
+    good: dict[str, Any] = {"stopped_at": [0, 3], "stage_names": NAMES}
+    with pytest.raises(DynskipError, match=message):
+        plot.timeline_text(**{**good, **change})
+
+
+def bar_lengths(figure: Figure) -> tuple[list[float], list[float]]:
+    """Lengths of the bars, and of the tracks that they lie on."""
+    lengths = [patch.get_width() for patch in figure.findobj(Rectangle) if patch.get_height() == 0.22]
+    return lengths[1::2], lengths[::2]
+
+
+def cost_table(**kwargs: Any) -> FLOPsLookup:
+    return FLOPsLookup([1e9, 4e9, 2e9], head=5e8, gates=[1e6, 2e6, 3e6], stage_names=NAMES, **kwargs)
+
+
+def test_stage_macs_draws_the_costs_of_every_part() -> None:
+    figure = plot.stage_macs(cost_table(), title="a network")
+    shown = texts(figure)
+    assert {*NAMES, "gates", "head", "1", "4", "2", "0.006", "0.5"} < set(shown)
+    assert any("a network" in text and "7.51 GMACs (multiply-adds) a frame" in text for text in shown)
+    bars, tracks = bar_lengths(figure)
+    assert bars == tracks
+    assert [bar / bars[1] for bar in bars] == pytest.approx([0.25, 1, 0.5, 0.0015, 0.125])
+
+
+@settings(max_examples=10)
+@given(st.lists(st.lists(st.integers(UNSEEN, USED), min_size=4, max_size=4), min_size=1, max_size=3))
+def test_executed_bars_add_up_to_what_the_cost_table_says(decisions: list[list[int]]) -> None:
+    lookup, stopped_at = cost_table(), torch.tensor(decisions)
+    bars, tracks = bar_lengths(plot.stage_macs(lookup, stopped_at))
+    gmacs_of = 4 / max(tracks)
+    wanted = lookup.cost(stopped_at, stopped_at == USED).sum() / stopped_at.numel() / 1e9
+    assert gmacs_of * sum(bars) == pytest.approx(float(wanted), abs=1e-9)
+    assert all(bar <= track + 1e-9 for bar, track in zip(bars, tracks, strict=True))
+
+
+def test_stage_macs_shows_how_much_was_executed() -> None:
+    # One video of two used frames, one stopped after the first stage; one whose only frame is the fallback.
+    stopped_at = torch.tensor([[USED, USED, 0, UNSEEN], [1, UNSEEN, UNSEEN, UNSEEN]])
+    shown = set(texts(plot.stage_macs(cost_table(), stopped_at)))
+    assert {"0.5 of 1", "1.5 of 4", "0.75 of 2", "0.188 of 0.5"} < shown
+
+
+def test_stage_macs_in_another_unit() -> None:
+    shown = texts(plot.stage_macs(FLOPsLookup([2.0, 3.0], unit="ms"), torch.tensor([2, 0])))
+    assert {"stage 0", "stage 1", "2 of 2", "1.5 of 3"} < set(shown)
+    assert any(text.startswith("3.5 ms a frame executed; 5 for a used frame") for text in shown)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_nothing_sticks_out_of_a_picture_of_stages_or_overlaps(dark: bool) -> None:
+    lookup = FLOPsLookup([1e6] * 12, stage_names=[f"blocks.{i}.downsample" for i in range(12)])
+    figure = plot.stage_macs(lookup, torch.tensor([12, 3, -1]), title="title " * 30, dark=dark)
+    assert_nothing_sticks_out_or_overlaps(figure)
+
+
+@pytest.mark.parametrize(
+    ("stopped_at", "message"),
+    [
+        (torch.zeros(1, 2, 3, dtype=torch.long), r"stopped_at has shape \(1, 2, 3\), but must be"),
+        (torch.zeros(0, dtype=torch.long), r"shape \(0,\)"),
+        (torch.tensor([4]), "stopped_at holds 4, but with 3 stages"),
+    ],
+)
+def test_stage_macs_bad_input(stopped_at: torch.Tensor, message: str) -> None:
+    with pytest.raises(DynskipError, match=message):
+        plot.stage_macs(cost_table(), stopped_at)
 
 
 def test_frame_usage_needs_as_many_names_as_stages() -> None:
@@ -184,6 +340,8 @@ def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> 
         plot.frame_usage(FrameUsage(1.0, (0.0,), 0.0), ["a"])
     with pytest.raises(DynskipError, match=r"pip install 'dynskip\[plot\]'"):
         plot.timeline(frames(1), [0], NAMES)
+    with pytest.raises(DynskipError, match=r"pip install 'dynskip\[plot\]'"):
+        plot.stage_macs(cost_table())
 
 
 def test_pyplot_is_never_touched() -> None:
@@ -191,11 +349,14 @@ def test_pyplot_is_never_touched() -> None:
 import sys, torch
 import dynskip.plot as plot
 from dynskip.calibrate import CurvePoint
+from dynskip import FLOPsLookup
 from dynskip.metrics import FrameUsage
+plot.timeline_text([0, 1], ["a"])
 assert "matplotlib" not in sys.modules
 plot.timeline(torch.zeros(2, 4, 4, 3, dtype=torch.uint8), [0, 1], ["a"])
 plot.frame_usage(FrameUsage(1.0, (0.0,), 0.0), ["a"])
 plot.accuracy_compute({"a": [CurvePoint(1.0, 1e9)]})
+plot.stage_macs(FLOPsLookup([1.0]))
 assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
