@@ -22,6 +22,7 @@ import math
 import os
 import platform
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -71,7 +72,19 @@ from video_data import (
     report_unreadable,
 )
 
-from dynskip import UNSEEN, DynskipError, SkipOutput, SoFLoss, StopOrForward, metrics, plot, sofnet, stage_model
+from dynskip import (
+    UNSEEN,
+    DynskipError,
+    FixedGate,
+    SimilarityGate,
+    SkipOutput,
+    SoFLoss,
+    StopOrForward,
+    metrics,
+    plot,
+    sofnet,
+    stage_model,
+)
 from dynskip.sofnet import Recipe
 
 # ----------------------------------------------------------------------------------------- weights and checkpoints
@@ -718,16 +731,16 @@ def describe(path: Path, output: SkipOutput, config: Config, model: StopOrForwar
 
 
 def draw_timeline(
-    output: SkipOutput, frames: np.ndarray, model: StopOrForward, title: str, file: Path, relevant: Any = None
+    output: SkipOutput, frames: np.ndarray, model: StopOrForward, title: str, file: Path, **annotation: Any
 ) -> None:
-    """Write the picture of what happened to each frame (thesis Fig. 4.2)."""
+    """Write the picture of what happened to each frame (thesis Fig. 4.2), with `segments` and `seconds` if known."""
     figure = plot.timeline(
         frames,
         output.stopped_at[0],
         model.backbone.stage_names,
         fallback_frame=int(output.fallback_frame[0]),
-        relevant=relevant,
         title=title,
+        **annotation,
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
@@ -788,10 +801,13 @@ def demo_command(args: argparse.Namespace) -> int:
         output, frames, milliseconds = predict(gated, config, item.path, args.device)
         text = describe(item.path, output, config, gated, milliseconds)
         start, end = segments[item.path]
-        middles = [stick_figures.NUM_FRAMES / len(frames) * (t + 0.5) for t in range(len(frames))]
+        duration = stick_figures.NUM_FRAMES / stick_figures.FPS
+        annotation = {
+            "segments": [(start / stick_figures.FPS, end / stick_figures.FPS)],
+            "seconds": [duration / len(frames) * (t + 0.5) for t in range(len(frames))],
+        }
         title = f"{item.labels[0]}, recognised as {text.splitlines()[0].partition(': ')[2]}"
-        relevant = [start <= int(middle) < end for middle in middles]
-        draw_timeline(output, frames, gated, title, args.out / f"timeline_{item.labels[0]}.png", relevant)
+        draw_timeline(output, frames, gated, title, args.out / f"timeline_{item.labels[0]}.png", **annotation)
     print(f"\nPictures: {args.out / 'frame_usage.png'}, {args.out / 'timeline_*.png'}")
     return 0
 
@@ -914,7 +930,13 @@ def predict_command(args: argparse.Namespace) -> int:
         text = describe(path, output, config, model, milliseconds)
         file = args.out / f"{path.stem}{f'_{number}' if stems.count(path.stem) > 1 else ''}.png"
         draw_timeline(output, frames, model, text.splitlines()[0], file)
-        print(f"{text}\n  {file}")
+        line = plot.timeline_text(
+            output.stopped_at[0],
+            model.backbone.stage_names,
+            fallback_frame=int(output.fallback_frame[0]),
+            color=sys.stdout.isatty() and "NO_COLOR" not in os.environ,
+        )
+        print(f"{text}\n{textwrap.indent(line, '  ')}\n  {file}")
     if failed:
         print(f"{failed} of {len(args.videos)} files could not be read.", file=sys.stderr)
     return 1 if failed else 0
@@ -924,6 +946,8 @@ def model_from(args: argparse.Namespace, classes: list[str] | None) -> tuple[Sto
     """Build the model that --checkpoint or --weights asks for; `classes` are the data's, where there are data."""
     changes = {k: v for k in ("threshold", "min_frames") if (v := getattr(args, k)) is not None}
     if args.checkpoint is not None:
+        if args.similarity is not None:
+            raise DynskipError("--similarity is for --weights: a checkpoint brings its own gates.")
         return restore(args.checkpoint, **changes)
     if args.weights is None:
         raise DynskipError(
@@ -942,8 +966,12 @@ def model_from(args: argparse.Namespace, classes: list[str] | None) -> tuple[Sto
     model = config.build()
     if not load_weights(model.backbone.model, args.weights):
         print(f"{args.weights} has {known} classes and the data {len(classes)}: the classifier is untrained.")
-    print("The gates are untrained: they forward almost every frame. `train` teaches them.")
-    return model, config
+    if args.similarity is None:
+        print("The gates are untrained: they forward almost every frame. `train` teaches them; or try --similarity.")
+        return model, config
+    first, *others = model.backbone.num_features
+    gates = [SimilarityGate(first, args.similarity), *(FixedGate() for _ in others)]
+    return StopOrForward(model.backbone, gates, terminator=model.terminator).eval(), config
 
 
 def published_config(backbone: str) -> Any:
@@ -1069,6 +1097,13 @@ def rate(text: str) -> float:
     return value
 
 
+def above_zero(text: str) -> float:
+    """Read a number above 0."""
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{value} is out of range; give a number above 0")
+    return value
+
+
 def device(text: str) -> str:
     """Read the name of a device that this machine has."""
     try:
@@ -1112,6 +1147,12 @@ def add_source(add: Any) -> None:
     """Where the model comes from."""
     add("--checkpoint", type=Path, help="file written by train")
     add("--weights", type=Path, help="instead of a checkpoint: backbone weights, with untrained gates")
+    add(
+        "--similarity",
+        type=float,
+        metavar="DISTANCE",
+        help="with --weights: gates without training, which stop frames this close to the last used one, such as 0.02",
+    )
     add_network(add)
     add_ending(add, None, None)
 

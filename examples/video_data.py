@@ -78,7 +78,7 @@ def sample_frames(
             with OpenVideo(path) as (container, stream):
                 for frame in container.decode(stream):
                     if count in wanted:
-                        kept[count] = _to_array(frame, short_side)
+                        kept[count] = to_array(frame, short_side)
                     count += 1
             if count == guess and count:
                 return _stack(path, [kept[i] for i in spread(count)]), count
@@ -124,10 +124,10 @@ def _stack(path: Path, frames: list[np.ndarray]) -> np.ndarray:
 
 
 class OpenVideo:
-    """Open the best video stream of a file."""
+    """Open the best video stream of a file; `options` are those of `av.open`."""
 
-    def __init__(self, path: Path) -> None:
-        self.container = av.open(str(path), metadata_errors="ignore")
+    def __init__(self, path: Path | str, **options: Any) -> None:
+        self.container = av.open(str(path), metadata_errors="ignore", **options)
         stream = self.container.streams.best("video")
         if stream is None or self.container.format.name == "tty":  # FFmpeg plays plain text as a terminal recording
             self.container.close()
@@ -141,7 +141,8 @@ class OpenVideo:
         self.container.close()
 
 
-def _to_array(frame: Any, short_side: int) -> np.ndarray:
+def to_array(frame: Any, short_side: int) -> np.ndarray:
+    """Turn a decoded frame into an upright RGB picture `(H, W, 3)`, uint8, whose shorter side has this length."""
     scale = short_side / min(frame.width, frame.height)
     image = frame.reformat(max(round(frame.width * scale), 1), max(round(frame.height * scale), 1), format="rgb24")
     return np.rot90(image.to_ndarray(), round(frame.rotation / 90)).copy()  # phones store how they were held

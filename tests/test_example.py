@@ -159,6 +159,7 @@ def test_predict_says_and_draws_what_happened(
     text = capsys.readouterr().out
     assert re.match(rf"test_0000\.mp4: ({'|'.join(CLASSES)}) \d+\.\d %\n", text)
     assert "frames: 3 used, 0 stopped, 1 unseen" in text
+    assert "  ###.\n  # used (3)   . unseen (1)\n" in text
     spent = re.search(r"([\d.]+) GMACs \(multiply-adds\) against ([\d.]+) dense, [\d.]+ ms", text)
     assert spent
     assert float(spent[1]) == pytest.approx(0.75 * float(spent[2]), rel=0.05)

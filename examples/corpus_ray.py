@@ -1,0 +1,266 @@
+"""Classify a corpus of videos of any size, on one machine or a cluster, with Ray Data.
+
+    python examples/corpus_ray.py VIDEOS --out runs/corpus --checkpoint runs/mine/last.pt
+    python examples/corpus_ray.py paths.txt --out runs/corpus --backbone resnet50 --weights FILE --similarity 0.02
+
+VIDEOS is a folder, searched with all its folders, or a text file with one path a line. CPU workers decode; each actor
+of a pool holds the model on its device and runs many videos at once (`model.serve_streams`). Ray keeps only so many
+decoded videos in memory as the actors can take. Results are Parquet files in OUT/videos, one row a video, written as
+they come; the same command again does only what is missing. What failed is listed in OUT/failed.csv and tried again
+then. docs/corpus.md tells how this file runs on a cluster. GMACs are 10^9 multiply-adds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from sofnet_activitynet import above_zero, add_source, model_from, positive, to_device
+from video_data import VIDEO_SUFFIXES, Preprocessing, VideoError, read_frames
+
+from dynskip import DynskipError, VideoResult
+
+try:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import ray
+except ImportError as error:
+    raise SystemExit(f"error: this needs Ray Data ({error}); install it: pip install 'dynskip[examples,ray]'") from None
+
+COLUMNS = pa.schema(
+    [
+        ("path", pa.string()),
+        ("label", pa.string()),
+        ("probability", pa.float64()),
+        ("used", pa.int64()),  # frames that passed every gate
+        ("seen", pa.int64()),  # frames looked at
+        ("fallback", pa.bool_()),  # no frame was used: the furthest one answered
+        ("gmacs", pa.float64()),  # executed
+        ("error", pa.string()),  # why there is no answer; null where there is one
+    ]
+)
+
+# ------------------------------------------------------------------------------------------------------ the workers
+
+
+def decode(row: dict[str, Any], prep: Preprocessing) -> dict[str, Any]:
+    """Add to a row the bytes of the video's frames `(T, 3, H, W)`, or the error why there are none."""
+    av.logging.set_libav_level(av.logging.PANIC)  # the message says it better
+    try:
+        clip = prep.crop(read_frames(Path(row["path"]), prep.num_frames, prep.short_side))
+    except VideoError as error:
+        return {**row, "frames": b"", "error": str(error)}
+    return {**row, "frames": clip.numpy().tobytes(), "error": ""}
+
+
+class Classify:
+    """An actor: a model on its device, which takes many decoded videos at a time."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.device = "cuda" if ray.get_gpu_ids() else "cpu"
+        self.streams = args.streams
+        model, self.config = model_from(args, None)
+        self.model = to_device(model, self.device).eval()
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
+        """Return a row for every video of a batch."""
+        rows = [
+            {"path": path, "error": error or None} for path, error in zip(batch["path"], batch["error"], strict=True)
+        ]
+        sources = ((i, self._frames(frames)) for i, frames in enumerate(batch["frames"]) if rows[i]["error"] is None)
+        for event in self.model.serve_streams(sources, max_streams=self.streams, batch_size=self.streams):
+            if isinstance(event, VideoResult) and isinstance(event.key, int):
+                rows[event.key] |= self._answer(event)
+        return pa.Table.from_pylist(rows, schema=COLUMNS)
+
+    def _frames(self, frames: bytes) -> Iterator[torch.Tensor]:
+        size = self.config.prep.size
+        clip = torch.frombuffer(bytearray(frames), dtype=torch.uint8).view(-1, 3, size, size)
+        for frame in clip:  # one at a time, so that what the model never asks for is not prepared
+            yield self.config.prep.normalize(frame.to(self.device))
+
+    def _answer(self, result: VideoResult) -> dict[str, Any]:
+        if result.error is not None:
+            return {"error": f"{type(result.error).__name__}: {result.error}"}
+        probability, label = result.logits.softmax(-1).max(-1)
+        return {
+            "label": self.config.classes[int(label)],
+            "probability": float(probability),
+            "used": result.used,
+            "seen": result.seen,
+            "fallback": result.fallback_frame >= 0,
+            "gmacs": result.macs / 1e9,
+        }
+
+
+# ------------------------------------------------------------------------------------------------------- the corpus
+
+
+def find_videos(corpus: Path) -> list[str]:
+    """Paths of all videos of a folder, or those that a text file names, relative to it; sorted, each once."""
+    if corpus.is_dir():
+        found = {path for path in corpus.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()}
+    elif corpus.is_file():
+        try:
+            lines = corpus.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise DynskipError(f"{corpus} is no text ({error}). Expected a folder, or one path a line.") from error
+        found = {corpus.parent / line.strip() for line in lines if line.strip()}
+    else:
+        raise DynskipError(f"{corpus} does not exist. Give a folder of videos, or a text file with one path a line.")
+    if not found:
+        raise DynskipError(f"{corpus} has no videos. They end in {', '.join(VIDEO_SUFFIXES)}.")
+    return sorted({os.path.abspath(path) for path in found})
+
+
+def read_results(folder: Path) -> tuple[set[str], dict[str, str]]:
+    """Paths that have an answer, and the errors of those that have none. A file cut off by a kill is set aside."""
+    done: set[str] = set()
+    errors: dict[str, str] = {}
+    for file in sorted(folder.glob("*.parquet")):
+        try:
+            table = pq.read_table(file, columns=["path", "error"])
+        except (pa.ArrowException, OSError) as error:
+            print(f"{file} is damaged ({error}); its videos are done again.", file=sys.stderr)
+            file.rename(file.with_suffix(".damaged"))
+            continue
+        for path, reason in zip(table["path"].to_pylist(), table["error"].to_pylist(), strict=True):
+            if reason is None:
+                done.add(path)
+            else:
+                errors[path] = reason
+    return done, {path: reason for path, reason in errors.items() if path not in done}
+
+
+def check_settings(out: Path, args: argparse.Namespace) -> None:
+    """Write what the answers depend on, or compare it with what an earlier run wrote: one table has one model."""
+    settings = {
+        key: getattr(args, key) for key in ("backbone", "size", "frames", "similarity", "threshold", "min_frames")
+    }
+    weights = args.checkpoint or args.weights
+    if weights is not None and weights.is_file():
+        settings["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    file = out / "settings.json"
+    if file.is_file():
+        before = json.loads(file.read_text())
+        differ = [key for key in settings if settings[key] != before.get(key)]
+        if differ:
+            raise DynskipError(
+                f"{out} holds the answers of another model or other options: {', '.join(differ)} differ. Choose "
+                "another --out, or give the same options to go on."
+            )
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(settings, indent=2) + "\n")
+    os.replace(part, file)
+
+
+def classify(paths: Sequence[str], args: argparse.Namespace, prep: Preprocessing) -> None:
+    """Run videos through Ray Data into Parquet files."""
+    if gpus := int(ray.cluster_resources().get("GPU", 0)):
+        actors, cpus_each, gpus_each = args.actors or gpus, 0.0, 1.0
+    else:
+        cpus = ray.cluster_resources().get("CPU", 1.0)
+        actors = args.actors or max(1, int(cpus / args.actor_cpus) // 2)
+        cpus_each, gpus_each = args.actor_cpus, 0.0
+        if actors * args.actor_cpus > cpus - 1:
+            raise DynskipError(
+                f"{actors} actors of {args.actor_cpus:g} CPUs leave none of {cpus:g} to decode with. Lower --actors or "
+                "--actor-cpus."
+            )
+    rows = [{"path": path} for path in paths]
+    blocks = math.ceil(len(rows) / args.batch)
+    (
+        ray.data.from_items(rows, override_num_blocks=blocks)
+        .map(partial(decode, prep=prep))
+        .map_batches(
+            Classify,
+            fn_constructor_args=(args,),
+            batch_size=args.batch,
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            num_cpus=cpus_each,
+            num_gpus=gpus_each,
+        )
+        .write_parquet(str(args.out / "videos"))
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- command line
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = top.add_argument
+    add("corpus", metavar="VIDEOS", type=Path, help="a folder, or a text file with one path a line")
+    add("--out", type=Path, required=True, help="folder for the results; every machine must see it")
+    add_source(add)
+    add("--actors", type=positive, help="copies of the model (default: one a GPU, or on half of the CPUs)")
+    add("--actor-cpus", type=above_zero, default=1.0, help="CPUs of an actor where there are no GPUs (default: 1)")
+    add("--streams", type=positive, default=16, help="videos that an actor runs at once (default: 16)")
+    add("--batch", type=positive, default=64, help="videos that an actor is handed at a time (default: 64)")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    args = parser().parse_args(arguments)
+    started = False
+    try:
+        paths = find_videos(args.corpus)
+        _, config = model_from(args, None)  # so that what is wrong with the model is said once, before anything starts
+        check_settings(args.out, args)
+        done, _ = read_results(args.out / "videos")
+        missing = [path for path in paths if path not in done]
+        print(f"{len(paths)} videos, {len(paths) - len(missing)} of them done.")
+        if missing:
+            if not ray.is_initialized():
+                # Joins the cluster that RAY_ADDRESS names, or starts one of this machine; workers find the files here.
+                path = [str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+                ray.init(runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(path)}})
+                started = True
+            classify(missing, args, config.prep)
+        return report(paths, args.out)
+    except (DynskipError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ray.exceptions.RayError as error:
+        print(f"error: Ray gave up: {error}\nWhat is written stays; the same command goes on.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on from what is written.", file=sys.stderr)
+        return 130
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def report(paths: Sequence[str], out: Path) -> int:
+    """Say how many videos have an answer, and list those that have none."""
+    done, errors = read_results(out / "videos")
+    failed = [(path, errors.get(path, "no answer was written")) for path in paths if path not in done]
+    with (out / "failed.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("path", "error"), *failed])
+    print(f"{len(paths) - len(failed)} of {len(paths)} videos have an answer in {out / 'videos'}.")
+    if failed:
+        print(f"{len(failed)} failed, listed in {out / 'failed.csv'}. The first:", file=sys.stderr)
+        for _, error in failed[:5]:
+            print(f"  {error}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
