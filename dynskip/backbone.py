@@ -125,6 +125,8 @@ class StagedBackbone(nn.Module):
         num_classes: width of the logits.
         input_size: `(C, H, W)` at which the model was cut and checked.
         classifier: what was given as `head=` to a model that ends in features; else `None`.
+        origin: `name`, `boundaries`, `num_stages` and `timm_kwargs` as given to `stage_model`, for a model made by its
+            timm name; else `None`.
     """
 
     def __init__(
@@ -135,10 +137,12 @@ class StagedBackbone(nn.Module):
         constants: dict[bool, dict[str, Tensor]],
         input_size: tuple[int, int, int],
         classifier: nn.Module | None = None,
+        origin: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.classifier = classifier
+        self.origin = origin
         self.stage_names = tuple(stage_names)
         self.input_size = input_size
         self._segments = segments
@@ -430,7 +434,10 @@ def stage_model(
         DynskipError: if the model is unknown, refuses the input size, has no such boundary, or cannot be cut there;
             the message names the boundary and says what to do.
     """
+    origin: dict[str, Any] | None = None
     if isinstance(model, str):
+        given = None if boundaries is None else list(boundaries)
+        origin = {"name": model, "boundaries": given, "num_stages": num_stages, "timm_kwargs": timm_kwargs}
         model = _create(model, timm_kwargs)
     elif timm_kwargs:
         raise DynskipError(
@@ -467,7 +474,7 @@ def stage_model(
         stage_names = [str(cut.target) if cut.op == "call_module" else "stem" for cut in cuts]
     if boundaries is not None:
         stage_names = names
-    return StagedBackbone(model, stage_names, segments, constants, size, classifier=head)
+    return StagedBackbone(model, stage_names, segments, constants, size, classifier=head, origin=origin)
 
 
 def _create(name: str, kwargs: dict[str, Any]) -> nn.Module:

@@ -67,8 +67,9 @@ class PolicyGate(nn.Module):
         if temporal not in ("lstm", None):
             raise DynskipError(f"temporal={temporal!r} is unknown; use 'lstm', or None for a gate without memory.")
         self.in_features = in_features
-        self.hidden_features = hidden
+        self.hidden = self.hidden_features = hidden
         self.temporal = temporal
+        self.forward_bias = forward_bias
         self.project = nn.Linear(in_features, hidden)
         # A cell rather than nn.LSTM: it compiles, exports, and its multiply-adds are counted on every device.
         self.cell: Any = nn.LSTMCell(hidden, hidden) if temporal == "lstm" else nn.Linear(hidden, hidden)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -47,6 +47,9 @@ class StopOrForward(nn.Module):
 
     Attributes:
         temperature: temperature of the Gumbel-softmax in training; set it from a schedule every epoch.
+        class_names: name of each class, or `None`; set it, and it is saved and exported with the model.
+        preprocessing: how frames are made from pictures, as arguments of `timm.data.create_transform` (`input_size`,
+            `mean`, `std`, ...), or `None`; set it, and it is saved with the model.
 
     Raises:
         DynskipError: if the parts do not fit one another; the message names the part.
@@ -77,6 +80,8 @@ class StopOrForward(nn.Module):
         self.terminator = terminator
         self.state_update = state_update
         self.temperature = 1.0
+        self.class_names: Sequence[str] | None = None
+        self.preprocessing: Mapping[str, Any] | None = None
         self.forward_threshold = check_thresholds(forward_threshold, backbone.num_stages)
         check_parts(backbone, gates, inner)
         _check_lookup(backbone, lookup)
@@ -394,6 +399,49 @@ class StopOrForward(nn.Module):
         from dynskip.runtime.export import export
 
         return export(self, folder, image_size, **options)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
+        """Write the model as a folder that rebuilds it elsewhere; see `dynskip.hub.save_pretrained`.
+
+        Args:
+            folder: new or empty folder to write to.
+            **options: `results`, `name`.
+
+        Returns:
+            The folder.
+        """
+        from dynskip.hub import save_pretrained
+
+        return save_pretrained(self, folder, **options)
+
+    @staticmethod
+    def from_pretrained(source: str | Path, **options: Any) -> StopOrForward:
+        """Load what `save_pretrained` or `push_to_hub` wrote; see `dynskip.hub.from_pretrained`.
+
+        Args:
+            source: a folder, or the name of a repository on the Hugging Face Hub.
+            **options: `classes`, `revision`, `api`.
+
+        Returns:
+            The model, in eval mode.
+        """
+        from dynskip.hub import from_pretrained
+
+        return from_pretrained(source, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Save the model as a repository on the Hugging Face Hub; see `dynskip.hub.push_to_hub`.
+
+        Args:
+            repo_id: name of the repository, `"user/model"`.
+            **options: `results`, `private`, `commit_message`, `api`.
+
+        Returns:
+            URL of the commit.
+        """
+        from dynskip.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
 
 
 def encode_images(backbone: StagedBackbone, images: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -42,9 +42,10 @@ def export(
         folder: new or empty folder to write to.
         image_size: `(H, W)` of the frames, or one number for squares.
         format: `"onnx"`, or `"torch"` for `.pt2` files of `torch.export`.
-        class_names: name of each class, for the manifest.
-        mean: mean of each channel, for frames in [0, 1], that normalisation subtracts.
-        std: standard deviation of each channel that normalisation divides by.
+        class_names: name of each class, for the manifest; by default the model's.
+        mean: mean of each channel, for frames in [0, 1], that normalisation subtracts; by default as the model's
+            `preprocessing` says.
+        std: standard deviation of each channel that normalisation divides by; by default likewise.
 
     Returns:
         The folder.
@@ -54,6 +55,9 @@ def export(
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     folder = Path(folder)
+    preprocessing = model.preprocessing or {}
+    class_names = model.class_names if class_names is None else class_names
+    mean, std = mean or preprocessing.get("mean"), std or preprocessing.get("std")
     _check(model, folder, format, class_names, mean, std)
     folder.mkdir(parents=True, exist_ok=True)
     model = copy.deepcopy(model).cpu().eval()

@@ -129,6 +129,7 @@ def optimize(
         state_update=model.state_update,
         forward_threshold=model.forward_threshold,
     )
+    fast.class_names, fast.preprocessing = model.class_names, model.preprocessing
     fast.eval().requires_grad_(False)
     # Fast stages spend a larger share of their time on reading weights, and reuse their buffers: longer batches pay.
     fast._usage = Usage(2 * LONGEST_STEP)

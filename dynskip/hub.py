@@ -1,0 +1,531 @@
+"""Save a wrapped model as a folder that rebuilds it elsewhere, and share it on the Hugging Face Hub.
+
+The folder has `config.json` (everything but the weights, in plain values), `model.safetensors` and a model card. No
+code comes with a model: parts are of dynskip's own classes, or of classes that the one who loads it passes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import dynskip
+from dynskip._fx import in_mode
+from dynskip.backbone import StagedBackbone, stage_model
+from dynskip.errors import DynskipError
+from dynskip.flops import FLOPsLookup
+from dynskip.wrapper import StopOrForward
+
+FORMAT, VERSION = "dynskip", 1  # of config.json; raise the version when readers have to change
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+# Arguments of timm.create_model that say where weights come from. Here they come from the saved file, and a file from
+# the hub must not name others.
+_WEIGHT_SOURCES = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+def save_pretrained(
+    model: StopOrForward, folder: str | Path, *, results: Sequence[Mapping[str, object]] = (), name: str | None = None
+) -> Path:
+    """Write a model as a folder: configuration, weights and a model card.
+
+    The folder appears once it is complete, and once a model rebuilt from it has answered as this one does.
+
+    Args:
+        model: a model around a backbone that was made from a timm name; its `class_names` and `preprocessing` are
+            saved, too.
+        folder: new or empty folder to write to.
+        results: measured rows for the card's table of results, each a mapping from column to value.
+        name: what the card tells readers to load; by default the folder's name.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DynskipError: if a part cannot be written down, the model is not what its parts' arguments build, or the folder
+            is not empty; the message names the part.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DynskipError(f"{folder} is no empty folder. Name a new one, so that nothing is mixed or overwritten.")
+    weights = _safetensors().save(_tensors(model), metadata={"format": "pt"})
+    config = {**_describe_model(model), "weights_sha256": hashlib.sha256(weights).hexdigest()}
+    try:
+        text = json.dumps(config, indent=1, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise DynskipError("An argument of the model is NaN or infinite, which JSON cannot hold.") from error
+    _compare(model, _rebuild(json.loads(text), weights, _classes(model)))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        part.chmod(0o755)
+        (part / WEIGHTS).write_bytes(weights)
+        (part / CONFIG).write_text(text, encoding="utf-8")
+        (part / CARD).write_text(_card(model, results, name or folder.name), encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()
+        os.replace(part, folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return folder
+
+
+def from_pretrained(
+    source: str | Path,
+    *,
+    classes: Iterable[type[nn.Module]] = (),
+    revision: str | None = None,
+    api: Any = None,
+) -> StopOrForward:
+    """Load a model that `save_pretrained` or `push_to_hub` wrote.
+
+    Nothing is unpickled, and no code comes from the folder: parts that are not dynskip's own are built from the classes
+    passed here. The weights have to be the file that the configuration was written with, every entry of the shape and
+    dtype that the model asks for.
+
+    Args:
+        source: a folder, or the name of a repository on the Hugging Face Hub (`"user/model"`).
+        classes: your own classes of gates, inner classifiers or terminators that the model has.
+        revision: for a repository, branch, tag or commit; a commit's hash pins the content.
+        api: a `huggingface_hub.HfApi` to download with; by default a new one.
+
+    Returns:
+        The model on the CPU, in eval mode.
+
+    Raises:
+        DynskipError: if a file is missing, damaged, changed or of a newer format, a class is not known, or the
+            repository cannot be reached.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = _download(str(source), revision, api)
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise DynskipError(f"{folder} has no {file}, so it is no folder that `save_pretrained` wrote.")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DynskipError(f"{folder / CONFIG} is damaged ({error}). Save or download it again.") from error
+    return _rebuild(config, (folder / WEIGHTS).read_bytes(), classes)
+
+
+def push_to_hub(
+    model: StopOrForward,
+    repo_id: str,
+    *,
+    results: Sequence[Mapping[str, object]] = (),
+    private: bool | None = None,
+    commit_message: str = "Upload model",
+    api: Any = None,
+) -> str:
+    """Save a model as a repository on the Hugging Face Hub, which is made if it does not exist.
+
+    The card is written anew each time; earlier ones stay in the repository's history.
+
+    Args:
+        model: as in `save_pretrained`.
+        repo_id: name of the repository, `"user/model"`.
+        results: as in `save_pretrained`.
+        private: whether a new repository is private; by default as the account says.
+        commit_message: first line of the commit.
+        api: a `huggingface_hub.HfApi` to upload with (its token, its endpoint); by default a new one, with the token
+            that `hf auth login` stored.
+
+    Returns:
+        URL of the commit.
+
+    Raises:
+        DynskipError: as `save_pretrained`; nothing is uploaded then.
+    """
+    api = api or _hub_api()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = save_pretrained(model, Path(temporary) / "model", results=results, name=repo_id)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+    return str(commit.commit_url)
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise DynskipError("Saved models are safetensors files. Run `pip install 'dynskip[hub]'`.") from error
+    return safetensors.torch
+
+
+def _hub_api() -> Any:
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise DynskipError("The Hub is reached with huggingface_hub. Run `pip install 'dynskip[hub]'`.") from error
+    return HfApi()
+
+
+def _download(source: str, revision: str | None, api: Any) -> Path:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+        raise DynskipError(f"There is no folder {source!r}. Give one, or a repository's name such as 'user/model'.")
+    api = api or _hub_api()
+    try:
+        return Path(api.snapshot_download(source, revision=revision, allow_patterns=[CONFIG, WEIGHTS]))
+    except Exception as error:
+        raise DynskipError(
+            f"There is no folder {source!r}, and it cannot be had from the Hub ({type(error).__name__}: {error}). "
+            "Check the name, the network and your access, or download the folder elsewhere and give its path."
+        ) from error
+
+
+# ----------------------------------------------------------------------------------------------- models as plain values
+
+
+def _describe_model(model: StopOrForward) -> dict[str, Any]:
+    backbone, lookup = model.backbone, model._given_lookup
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "made_with": {"dynskip": dynskip.__version__, "timm": timm.__version__, "torch": str(torch.__version__)},
+        "dtype": _dtype(model),
+        "backbone": _describe_backbone(backbone),
+        "gates": [_describe_part(gate, f"Gate {n}") for n, gate in enumerate(model.gates)],
+        "inner": model.inner and [_describe_part(part, f"Inner classifier {n}") for n, part in enumerate(model.inner)],
+        "terminator": model.terminator and _describe_part(model.terminator, "The terminator"),
+        "forward_threshold": list(model.forward_threshold),
+        "state_update": model.state_update,
+        "temperature": model.temperature,
+        "lookup": lookup
+        and {
+            "per_stage": lookup.per_stage.tolist(),
+            "head": lookup.head,
+            "gates": lookup.gates.tolist(),
+            "stage_names": lookup.stage_names,
+            "image_size": lookup.image_size,
+            "unit": lookup.unit,
+        },
+        "class_names": _class_names(model),
+        "preprocessing": _preprocessing(model),
+    }
+
+
+def _describe_backbone(backbone: StagedBackbone) -> dict[str, Any]:
+    origin = backbone.origin
+    if origin is None:
+        raise DynskipError(
+            f"The backbone was staged from a {type(backbone.model).__name__} already built, and a saved model has to "
+            "be rebuilt from plain values. Stage it by its timm name: stage_model('resnet50', num_classes=...)."
+        )
+    kwargs = {key: value for key, value in origin["timm_kwargs"].items() if key not in _WEIGHT_SOURCES}
+    return {
+        "name": origin["name"],
+        "timm_kwargs": _plain(kwargs, "An argument of the backbone"),
+        "boundaries": origin["boundaries"],
+        "num_stages": origin["num_stages"],
+        "input_size": list(backbone.input_size),
+        "stage_names": list(backbone.stage_names),
+        "head": backbone.classifier and _describe_part(backbone.classifier, "The backbone's `head`"),
+    }
+
+
+def _describe_part(part: nn.Module, what: str) -> dict[str, Any]:
+    """Name a part's class and the arguments that build it again, which it keeps under their own names."""
+    cls = type(part)
+    if isinstance(part, nn.Linear) and cls is nn.Linear:
+        sizes = {"in_features": part.in_features, "out_features": part.out_features}
+        return {"class": "torch.nn.Linear", "arguments": {**sizes, "bias": part.bias is not None}}
+    arguments = {}
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or not hasattr(part, name):
+            raise DynskipError(
+                f"{what} is a {cls.__name__}, which does not keep its argument {name!r}, so it cannot be rebuilt. "
+                f"Keep every argument of the constructor under its own name: self.{name} = {name}."
+            )
+        arguments[name] = _plain(getattr(part, name), f"{what}: argument {name!r} of {cls.__name__}")
+    own = getattr(dynskip, cls.__name__, None) is cls
+    return {"class": f"dynskip.{cls.__name__}" if own else cls.__name__, "arguments": arguments}
+
+
+def _plain(value: Any, what: str) -> Any:
+    """Turn an argument into what JSON can hold; modules become descriptions."""
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case list() | tuple():
+            return [_plain(item, what) for item in value]
+        case Mapping() if all(isinstance(key, str) for key in value):
+            return {key: _plain(item, what) for key, item in value.items()}
+        case nn.Module():
+            return _describe_part(value, what)
+    raise DynskipError(
+        f"{what} is a {type(value).__name__}, which a configuration cannot hold. Use numbers, strings, lists, mappings "
+        "or modules; timm takes layers by name, such as act_layer='gelu'."
+    )
+
+
+def _class_names(model: StopOrForward) -> list[str] | None:
+    names, classes = model.class_names, model.backbone.num_classes
+    if names is None:
+        return None
+    if len(names) != classes or not all(isinstance(name, str) for name in names):
+        raise DynskipError(f"`class_names` has {len(names)} entries; give one string for each of {classes} classes.")
+    return list(names)
+
+
+def _preprocessing(model: StopOrForward) -> Any:
+    known = inspect.signature(timm.data.create_transform).parameters
+    given = model.preprocessing
+    if given is not None and not (isinstance(given, Mapping) and set(given) <= set(known)):
+        raise DynskipError(
+            f"`preprocessing` holds arguments of timm.data.create_transform, such as input_size, mean and std; got "
+            f"{given!r}. Of a timm model as published, timm.data.resolve_model_data_config gives them."
+        )
+    return _plain(given, "`preprocessing`")
+
+
+def _classes(model: StopOrForward) -> list[type[nn.Module]]:
+    parts = [model.backbone.classifier, model.terminator, model.inner, model.gates]
+    return [type(module) for part in parts if part is not None for module in part.modules()]
+
+
+def _dtype(model: nn.Module) -> str:
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}
+    if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
+        raise DynskipError(
+            f"The model's parameters are {sorted(dtypes)}; one of {list(_DTYPES)} can be saved. Convert it as a whole, "
+            "such as model.float()."
+        )
+    return dtypes.pop()
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    state = model.state_dict()
+    foreign = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    if foreign:
+        raise DynskipError(
+            f"{foreign[0]!r} is no tensor, and a weight file holds tensors only. Keep it as an argument."
+        )
+    # Copies, for tied weights share memory, and a file holds each of its entries apart.
+    return {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
+
+
+# --------------------------------------------------------------------------------------------- models from plain values
+
+
+def _rebuild(config: Any, weights: bytes, classes: Iterable[type[nn.Module]]) -> StopOrForward:
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise DynskipError(f"{CONFIG} was not written by dynskip's `save_pretrained`; plain timm models go by name.")
+    version = config.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise DynskipError(
+            f"The model has format version {version}, and dynskip {dynskip.__version__} reads up to {VERSION}. It was "
+            f"written with {config.get('made_with')}: update with `pip install -U dynskip`."
+        )
+    if hashlib.sha256(weights).hexdigest() != config.get("weights_sha256"):
+        raise DynskipError(
+            f"{WEIGHTS} is not the file that {CONFIG} was written with: its SHA-256 differs. It is damaged, cut off or "
+            "was changed; save or download the model again."
+        )
+    try:
+        with torch.random.fork_rng(devices=[]):  # initial weights are thrown away; the user's random state is not
+            model = _build(config, {cls.__name__: cls for cls in classes})
+    except DynskipError:
+        raise
+    except Exception as error:
+        raise DynskipError(
+            f"{CONFIG} does not describe a model that dynskip {dynskip.__version__} with timm {timm.__version__} can "
+            f"build ({type(error).__name__}: {error}). It was written with {config.get('made_with')}; install these "
+            "versions, or save the model again."
+        ) from error
+    try:
+        tensors = _safetensors().load(weights)
+    except Exception as error:  # the library's own errors have no common class
+        raise DynskipError(f"{WEIGHTS} is no safetensors file ({type(error).__name__}: {error}).") from error
+    _load(model, tensors)
+    return model.eval()
+
+
+def _build(config: dict[str, Any], classes: dict[str, type[nn.Module]]) -> StopOrForward:
+    dtype = _DTYPES[config["dtype"]]
+    backbone = _build_backbone(config["backbone"], classes).to(dtype)
+    lookup, inner, terminator = config["lookup"], config["inner"], config["terminator"]
+    model = StopOrForward(
+        backbone,
+        gates=[_build_part(part, classes).to(dtype) for part in config["gates"]],
+        inner=inner and [_build_part(part, classes).to(dtype) for part in inner],
+        terminator=terminator and _build_part(terminator, classes),
+        lookup=lookup and FLOPsLookup(**{**lookup, "image_size": lookup["image_size"] and tuple(lookup["image_size"])}),
+        state_update=config["state_update"],
+        forward_threshold=config["forward_threshold"],
+    )
+    model.temperature = float(config["temperature"])
+    names, preprocessing = config["class_names"], config["preprocessing"]
+    model.class_names = names and tuple(names)
+    model.preprocessing = preprocessing and {
+        k: tuple(v) if isinstance(v, list) else v for k, v in preprocessing.items()
+    }
+    return model
+
+
+def _build_backbone(description: dict[str, Any], classes: dict[str, type[nn.Module]]) -> StagedBackbone:
+    kwargs, head = description["timm_kwargs"], description["head"]
+    if refused := _WEIGHT_SOURCES & set(kwargs):
+        raise DynskipError(f"{CONFIG} names other weights ({sorted(refused)}), which a saved model never does.")
+    backbone = stage_model(
+        description["name"],
+        description["boundaries"],
+        head=head and _build_part(head, classes),
+        num_stages=description["num_stages"],
+        input_size=tuple(description["input_size"]),
+        **kwargs,
+    )
+    if list(backbone.stage_names) != description["stage_names"]:
+        raise DynskipError(
+            f"timm {timm.__version__} gives {description['name']} the stages {list(backbone.stage_names)}; the saved "
+            f"model has {description['stage_names']}. Install the timm that it was made with."
+        )
+    return backbone
+
+
+def _build_part(description: dict[str, Any], classes: dict[str, type[nn.Module]]) -> Any:
+    name = str(description["class"])
+    cls: Any = classes.get(name)
+    if name == "torch.nn.Linear":
+        cls = nn.Linear
+    elif name.startswith("dynskip."):
+        public = name.removeprefix("dynskip.")
+        cls = getattr(dynskip, public) if public in dynskip.__all__ else None
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise DynskipError(
+            f"The model has a part of the class {name!r}, which is not dynskip's (version {dynskip.__version__}), and "
+            f"code is never taken from a model. Pass the class: from_pretrained(..., classes=[{name.split('.')[-1]}])."
+        )
+    return cls(**{key: _revive(value, classes) for key, value in description["arguments"].items()})
+
+
+def _revive(value: Any, classes: dict[str, type[nn.Module]]) -> Any:
+    if isinstance(value, dict) and set(value) == {"class", "arguments"}:
+        return _build_part(value, classes)
+    if isinstance(value, dict):
+        return {key: _revive(item, classes) for key, item in value.items()}
+    return [_revive(item, classes) for item in value] if isinstance(value, list) else value
+
+
+def _load(model: StopOrForward, tensors: dict[str, Tensor]) -> None:
+    own = model.state_dict()
+    missing, foreign = [k for k in own if k not in tensors], [k for k in tensors if k not in own]
+    wrong = [k for k in own if k in tensors and (own[k].shape, own[k].dtype) != (tensors[k].shape, tensors[k].dtype)]
+    if missing or foreign or wrong:
+        raise DynskipError(
+            f"The weights are not of the model that the configuration builds: {len(missing)} entries are missing, "
+            f"{len(foreign)} unknown, {len(wrong)} of another shape or dtype, such as "
+            f"{', '.join((missing + foreign + wrong)[:3])}. A model that was changed after it was built (folded, cast "
+            "in part, layers replaced) cannot be saved; save the plain one."
+        )
+    model.load_state_dict(tensors)
+
+
+@torch.no_grad()
+def _compare(model: StopOrForward, twin: StopOrForward) -> None:
+    """Refuse a model that answers otherwise than what its configuration rebuilds, such as one with changed strides."""
+    weight = next(model.parameters())
+    twin = twin.to(weight.device)
+    images = torch.randn(2, *model.backbone.input_size, generator=torch.Generator().manual_seed(0))
+    carries = [each.backbone.start(images.to(weight)) for each in (model, twin)]
+    with in_mode(model, False), torch.random.fork_rng():
+        for n, name in enumerate(model.backbone.stage_names):
+            answers = []
+            for i, each in enumerate((model, twin)):
+                torch.manual_seed(0)
+                carries[i] = each.backbone.run(n, carries[i])
+                pooled, gate = each.backbone.pool(n, carries[i]), each.gates[n]
+                logits, state = gate(pooled, gate.initial_state(2))
+                answers.append((pooled, logits, *state, *gate(pooled.flip(0), state)[0]))
+            _refuse_difference(f"stage {name!r} and its gate", *answers)
+        _refuse_difference("the head", *[(e.backbone.head(c),) for e, c in zip((model, twin), carries, strict=True)])
+
+
+def _refuse_difference(what: str, ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        # Not to the bit: the memory layout (channels-last) is not saved, and other kernels round otherwise.
+        tolerance = 3e-2 if a.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        a, b = a.double(), b.double()
+        if not torch.allclose(a, b, rtol=0, atol=tolerance * float(a.abs().max().clamp(min=1e-6)), equal_nan=True):
+            raise DynskipError(
+                f"A model rebuilt from the configuration answers otherwise at {what}. What was changed after the model "
+                "was built, or is no argument of its parts, cannot be saved: make it an argument, or save the plain "
+                "model."
+            )
+
+
+# ------------------------------------------------------------------------------------------------------- the model card
+
+
+def _card(model: StopOrForward, results: Sequence[Mapping[str, object]], name: str) -> str:
+    backbone, terminator = model.backbone, model.terminator
+    preprocessing = model.preprocessing or {}
+    size = tuple(preprocessing.get("input_size", backbone.input_size))[-2:]
+    classes = f"{backbone.num_classes} classes"
+    if model.class_names is not None:
+        shown = ", ".join(model.class_names[:20]) + (", ..." if len(model.class_names) > 20 else "")
+        classes += f": {shown}"
+    facts = [
+        f"Backbone: `{backbone.origin['name']}` of timm, {backbone.num_stages} stages, {classes}."  # type: ignore[index]
+        f" Gates: {', '.join(dict.fromkeys(type(gate).__name__ for gate in model.gates))}; their memory advances on"
+        f" {model.state_update} frames.",
+        "Every frame of a video is read."
+        if terminator is None
+        else f"Videos end early: {type(terminator).__name__}({getattr(terminator, 'extra_repr', str)()}).",
+        f"Made with dynskip {dynskip.__version__}, timm {timm.__version__}, torch {torch.__version__}.",
+    ]
+    if preprocessing:
+        facts.append(f"Preprocessing: {', '.join(f'{key} {value}' for key, value in preprocessing.items())}.")
+    sections = [
+        _FRONT_MATTER,
+        f"# {name}\n\nA video classifier that spends less compute on frames that do not deserve it: after each stage a "
+        "gate decides, frame by frame, to stop or to go forward.\n\n" + "\n".join(f"- {fact}" for fact in facts),
+        f"## Use\n\n```python\nfrom dynskip import StopOrForward\n\nmodel = StopOrForward.from_pretrained({name!r})\n"
+        "output = model(video)  # (B, T, C, H, W), normalised\nprint(output.probabilities, output.stopped_at, "
+        "output.macs)\n```",
+        f"## Cost of a frame\n\n{_costs(model._given_lookup or model.lookup_for(size), model)}",
+    ]
+    if results:
+        columns = list(dict.fromkeys(str(key) for row in results for key in row))
+        sections.append("## Results\n\n" + _table(columns, [[row.get(c, "") for c in columns] for row in results]))
+    return "\n\n".join(sections) + "\n"
+
+
+_FRONT_MATTER = """---
+library_name: dynskip
+pipeline_tag: video-classification
+tags: [dynskip, timm, dynamic-inference, early-exit]
+---"""
+
+
+def _costs(lookup: FLOPsLookup, model: StopOrForward) -> str:
+    scale, unit = (1e6, "MMACs") if lookup.unit == "MACs" else (1.0, lookup.unit)
+    names = [*model.backbone.stage_names, "head"]
+    parts = [*lookup.per_stage.tolist(), lookup.head]
+    gates = [*lookup.gates.tolist(), 0.0]
+    totals = [*lookup.cumulative.tolist(), lookup.total]
+    rows = [
+        [name, *(f"{cost / scale:,.3f}" for cost in costs)]
+        for name, *costs in zip(names, parts, gates, totals, strict=True)
+    ]
+    where = "" if lookup.image_size is None else " at {}x{}".format(*lookup.image_size)
+    note = "MMACs are millions of multiply-adds" if unit == "MMACs" else f"Costs are in {unit}"
+    return f"{_table(['stage', unit, 'its gate', 'so far'], rows)}\n\n*{note}{where}.*"
+
+
+def _table(columns: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,0 +1,544 @@
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from helpers import Temporal, assert_same, randn, randomise
+from torch import Tensor, nn
+
+import dynskip
+from dynskip import (
+    DynskipError,
+    EarlyTerminator,
+    FLOPsLookup,
+    InnerClassifier,
+    PolicyGate,
+    SkipOutput,
+    StagedBackbone,
+    StopOrForward,
+    sofnet,
+    stage_model,
+)
+
+SIZE = (3, 32, 32)
+ROOT = Path(dynskip.__file__).parents[1]
+
+
+def backbone(**kwargs: Any) -> StagedBackbone:
+    return stage_model("test_resnet", input_size=SIZE, **{"num_stages": 2, "num_classes": 4, **kwargs})
+
+
+def wrap(staged: StagedBackbone, gates: list[Any] | None = None, **kwargs: Any) -> StopOrForward:
+    """Wrap a backbone with gates that disagree."""
+    if gates is None:
+        gates = [PolicyGate(channels, hidden=5, forward_bias=0.3) for channels in staged.num_features]
+    for n, gate in enumerate(gates):
+        randomise(gate, seed=n, scale=2.0)
+    return StopOrForward(staged, gates, **kwargs).eval()
+
+
+def video(frames: int = 5, seed: int = 0) -> Tensor:
+    return randn(2, frames, *SIZE, seed=seed).float() + randn(2, frames, 3, 1, 1, seed=seed + 1).float()
+
+
+def answer(model: StopOrForward) -> SkipOutput:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return model(video())  # type: ignore[no-any-return]
+
+
+def round_trip(model: StopOrForward, folder: Path, **kwargs: Any) -> StopOrForward:
+    return StopOrForward.from_pretrained(model.save_pretrained(folder), **kwargs)
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return wrap(backbone()).save_pretrained(tmp_path / "model")
+
+
+# ---------------------------------------------------------------------------------------------------------- round trips
+
+
+def full() -> StopOrForward:
+    """Build a model in which no choice is the default."""
+    staged = backbone(boundaries=["maxpool", "layer2", "layer4"], num_stages=None, drop_rate=0.1)
+    kinds: tuple[Temporal, ...] = ("lstm", None, "lstm")
+    gates = [PolicyGate(c, 6, temporal, 1.5) for c, temporal in zip(staged.num_features, kinds, strict=True)]
+    model = wrap(
+        staged,
+        gates,
+        inner=[InnerClassifier(6, 4, detach=False) for _ in gates],
+        terminator=EarlyTerminator(0.8, 2),
+        lookup=FLOPsLookup([3.5, 2.25, 1 / 3], 0.1, [0.01] * 3, image_size=SIZE[1:], unit="ms"),
+        state_update="reached",
+        forward_threshold=(0.5, 0.1 + 0.2, 0.7),
+    )
+    model.temperature = 2.5
+    model.class_names = ["run", "jump", "a | b", "Füße"]
+    model.preprocessing = timm.data.resolve_model_data_config(staged.model)
+    return model
+
+
+MODELS: dict[str, Callable[[], StopOrForward]] = {
+    "full": full,
+    "plain": lambda: wrap(backbone()),
+    "sofnet": lambda: sofnet("test_resnet", 4, hidden=8, input_size=SIZE, threshold=0.6).eval(),
+    "encoder": lambda: wrap(backbone(num_classes=0, head=nn.Linear(96, 4))),
+    "vit": lambda: wrap(stage_model("test_vit", img_size=32, num_classes=4)),
+    "channels_last": lambda: wrap(backbone()).to(memory_format=torch.channels_last),
+}
+
+
+def test_another_process_gives_the_same_bits(tmp_path: Path) -> None:
+    expected = {}
+    for name, build in MODELS.items():
+        torch.manual_seed(0)
+        model = build()
+        model.save_pretrained(tmp_path / name)
+        # What a layout changes in the last bits is no part of what is saved.
+        expected[name] = answer(model.to(memory_format=torch.contiguous_format))
+    code = """
+import sys, torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from test_hub import answer, MODELS
+from pathlib import Path
+from dynskip import StopOrForward
+from helpers import fields_of
+answers = {name: fields_of(answer(StopOrForward.from_pretrained(Path(sys.argv[2]) / name))) for name in MODELS}
+torch.save(answers, Path(sys.argv[2]) / "answers.pt")
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)], check=True, env=env)
+    answers = torch.load(tmp_path / "answers.pt")
+    decided = set()
+    for name, wanted in expected.items():
+        assert_same(SkipOutput(**answers[name]), wanted, exact=True)
+        decided |= set(wanted.stopped_at.flatten().tolist())
+    assert len(decided) > 2  # frames end at several depths, so that the comparison means something
+
+
+def test_every_choice_comes_back(tmp_path: Path) -> None:
+    model = full()
+    back = round_trip(model, tmp_path / "model")
+    assert back.forward_threshold == model.forward_threshold
+    assert (back.state_update, back.temperature) == ("reached", 2.5)
+    assert back.backbone.stage_names == ("maxpool", "layer2", "layer4")
+    assert back.backbone.input_size == SIZE
+    assert back.backbone.model.drop_rate == 0.1
+    assert [gate.temporal for gate in back.gates] == ["lstm", None, "lstm"]
+    assert back.inner is not None
+    assert not back.inner[0].detach
+    assert isinstance(back.terminator, EarlyTerminator)
+    assert (back.terminator.threshold, back.terminator.min_frames) == (0.8, 2)
+    lookup, given = back.lookup_for(SIZE[1:]), model.lookup_for(SIZE[1:])
+    assert torch.equal(lookup.by_outcome, given.by_outcome)
+    assert (lookup.unit, lookup.image_size, lookup.stage_names) == ("ms", SIZE[1:], None)
+    assert back.class_names == tuple(model.class_names or ())
+    assert back.preprocessing == model.preprocessing
+    timm.data.create_transform(**back.preprocessing or {})
+    assert not back.training
+    again = round_trip(back, tmp_path / "again")
+    assert_same(answer(again), answer(model), exact=True)
+    config, config_again = ((tmp_path / n / "config.json").read_text() for n in ("model", "again"))
+    assert config == config_again
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_precision_comes_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = wrap(backbone()).to(dtype)
+    back = round_trip(model, tmp_path / "model")
+    assert {p.dtype for p in back.parameters()} == {dtype}
+    assert_same(back(video().to(dtype)), model(video().to(dtype)), exact=True)
+
+
+def gate_classes() -> list[type[nn.Module]]:
+    found = [getattr(dynskip, name) for name in dynskip.__all__]
+    return [cls for cls in found if isinstance(cls, type) and hasattr(cls, "initial_state")]
+
+
+# What gates ask for that has no default, and values other than the defaults.
+ARGUMENTS: dict[str, Any] = {"forward_bias": 0.25, "hidden": 7, "temporal": None}
+
+
+@pytest.mark.parametrize("cls", gate_classes(), ids=lambda cls: cls.__name__)
+def test_every_gate_comes_back(cls: type[nn.Module], tmp_path: Path) -> None:
+    staged = backbone()
+    gates = []
+    for channels in staged.num_features:
+        known = {**ARGUMENTS, "in_features": channels}
+        gates.append(cls(**{name: known[name] for name in inspect.signature(cls).parameters if name in known}))
+    model = wrap(staged, gates)
+    back = round_trip(model, tmp_path / "model")
+    assert [type(gate) for gate in back.gates] == [cls] * len(gates)
+    for gate, other in zip(gates, back.gates, strict=True):
+        for name in inspect.signature(cls).parameters:
+            assert str(getattr(other, name)) == str(getattr(gate, name))
+    assert_same(answer(back), answer(model), exact=True)
+
+
+class LoudGate(nn.Module):
+    """A user's gate: forwards what is loud enough, with a part of its own."""
+
+    def __init__(self, level: float, scales: list[float], part: nn.Module, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.level, self.scales, self.part, self.options = level, scales, part, options
+
+    def initial_state(self, batch: int) -> tuple[Tensor, ...]:
+        return ()
+
+    def forward(self, pooled: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        margin = self.part(pooled).abs().mean(1) * self.scales[0] - self.level
+        return torch.stack([-margin, margin], 1), state
+
+
+def loud_model() -> StopOrForward:
+    staged = backbone()
+    return wrap(staged, [LoudGate(0.5, [1.0, 2.0], nn.Linear(c, 3), {"a": [1, None]}) for c in staged.num_features])
+
+
+def test_gates_of_ones_own_are_passed_when_loading(tmp_path: Path) -> None:
+    model = loud_model()
+    for gate in model.gates:
+        gate.level = 0.75  # set after building, as a calibration does
+    folder = model.save_pretrained(tmp_path / "model")
+    with pytest.raises(DynskipError, match=r"'LoudGate'.*classes=\[LoudGate\]"):
+        StopOrForward.from_pretrained(folder)
+    back = StopOrForward.from_pretrained(folder, classes=[LoudGate])
+    gate = back.gates[0]
+    assert (gate.level, gate.scales, gate.options) == (0.75, [1.0, 2.0], {"a": [1, None]})
+    assert_same(answer(back), answer(model), exact=True)
+
+
+def test_loading_leaves_random_numbers_alone(saved: Path) -> None:
+    torch.manual_seed(0)
+    wanted = torch.rand(3)
+    torch.manual_seed(0)
+    StopOrForward.from_pretrained(saved)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_saving_leaves_the_model_alone(tmp_path: Path) -> None:
+    model = wrap(backbone()).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "model")
+    assert model.training
+    assert model.backbone.model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "README.md",
+        "config.json",
+        "model",
+        "model.safetensors",
+    ]
+
+
+# ------------------------------------------------------------------------------------------ damaged and foreign folders
+
+
+@pytest.mark.parametrize("position", [0, 100, -1])
+def test_a_changed_byte_is_refused(saved: Path, position: int) -> None:
+    weights = bytearray((saved / "model.safetensors").read_bytes())
+    weights[position] ^= 1
+    (saved / "model.safetensors").write_bytes(weights)
+    with pytest.raises(DynskipError, match=r"SHA-256 differs.*download the model again"):
+        StopOrForward.from_pretrained(saved)
+
+
+def test_a_file_cut_off_is_refused(saved: Path) -> None:
+    os.truncate(saved / "model.safetensors", 1000)
+    with pytest.raises(DynskipError, match="SHA-256 differs"):
+        StopOrForward.from_pretrained(saved)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("was_run",)
+
+
+def forge(folder: Path, weights: bytes) -> None:
+    """Replace the weights, and the hash with them."""
+    (folder / "model.safetensors").write_bytes(weights)
+    edit(folder, lambda config: config.update(weights_sha256=hashlib.sha256(weights).hexdigest()))
+
+
+def test_nothing_is_unpickled(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    forge(saved, pickle.dumps(Evil()))
+    with pytest.raises(DynskipError, match="no safetensors file"):
+        StopOrForward.from_pretrained(saved)
+    torch.save(Evil(), tmp_path / "evil.pt")
+    forge(saved, (tmp_path / "evil.pt").read_bytes())
+    with pytest.raises(DynskipError, match="no safetensors file"):
+        StopOrForward.from_pretrained(saved)
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_weights_of_another_model_are_refused(saved: Path) -> None:
+    tensors = safetensors.torch.load_file(saved / "model.safetensors")
+    last = max(tensors)
+    for change, message in (
+        ({last: tensors[last].double()}, "0 entries are missing, 0 unknown, 1 of another shape or dtype"),
+        ({last: tensors[last][None]}, "0 entries are missing, 0 unknown, 1 of another shape or dtype"),
+        ({"other": tensors[last].clone()}, "0 entries are missing, 1 unknown"),
+    ):
+        forge(saved, safetensors.torch.save({**tensors, **change}))
+        with pytest.raises(DynskipError, match=message):
+            StopOrForward.from_pretrained(saved)
+    del tensors[last]
+    forge(saved, safetensors.torch.save(tensors))
+    with pytest.raises(DynskipError, match="1 entries are missing"):
+        StopOrForward.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(version=2), "format version 2, and dynskip .* reads up to 1.*pip install -U dynskip"),
+        (lambda c: c.update(version="new"), "format version new"),
+        (lambda c: c.update(format="timm"), "not written by dynskip"),
+        (lambda c: c.pop("state_update"), "does not describe a model.*state_update"),
+        (lambda c: c.update(dtype="int8"), "does not describe a model.*int8"),
+        (lambda c: c["gates"][0]["arguments"].update(hidden=-1), "Gate widths must be positive"),
+        (lambda c: c["gates"][0]["arguments"].update(hidden=9), "of another shape or dtype, such as gates.0"),
+        (lambda c: c["gates"][0]["arguments"].update(depth=9), "does not describe a model.*depth"),
+        (lambda c: c["gates"][0].update({"class": "dynskip.NewGate"}), "'dynskip.NewGate', which is not dynskip's"),
+        (lambda c: c["gates"][0].update({"class": "dynskip.gates.math"}), "which is not dynskip's"),
+        (lambda c: c["gates"][0].update({"class": "dynskip.FLOPsLookup"}), "which is not dynskip's"),
+        (lambda c: c["gates"][0].update({"class": "os.system"}), "'os.system', which is not dynskip's"),
+        (lambda c: c["gates"].pop(), "Got 1 gates for 2 stages"),
+        (lambda c: c.update(forward_threshold=[0.5, 2.0]), "2.0 of gate 1 is no probability"),
+        (lambda c: c["backbone"].update(name="no_such_net"), "no model named 'no_such_net'"),
+        (lambda c: c["backbone"].update(name="hf-hub:someone/evil"), "no model named"),
+        (lambda c: c["backbone"].update(stage_names=["a", "b"]), "Install the timm that it was made with"),
+        (lambda c: c["backbone"]["timm_kwargs"].update(checkpoint_path="evil.pt"), "names other weights"),
+        (lambda c: c["backbone"]["timm_kwargs"].update(pretrained=True), "names other weights"),
+        (lambda c: c["backbone"]["timm_kwargs"].update(no_such=1), "timm could not build"),
+    ],
+)
+def test_a_configuration_that_cannot_be_built_is_refused(
+    saved: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    edit(saved, change)
+    with pytest.raises(DynskipError, match=message):
+        StopOrForward.from_pretrained(saved)
+
+
+def test_damaged_and_missing_files_are_refused(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(DynskipError, match=r"no folder 'nowhere'.*repository's name"):
+        StopOrForward.from_pretrained("nowhere")
+    with pytest.raises(DynskipError, match=r"has no config.json"):
+        StopOrForward.from_pretrained(tmp_path)
+    (saved / "config.json").write_text('{"format": "dynskip"')
+    with pytest.raises(DynskipError, match=r"config.json is damaged"):
+        StopOrForward.from_pretrained(saved)
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(DynskipError, match=r"has no model.safetensors"):
+        StopOrForward.from_pretrained(saved)
+
+
+# ------------------------------------------------------------------------------------------------- what cannot be saved
+
+
+class Forgetful(PolicyGate):
+    def __init__(self, in_features: int, mood: str = "good") -> None:
+        super().__init__(in_features, 5)
+
+
+class Stubborn(PolicyGate):
+    """Keeps its argument and does not build from it alone."""
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__(in_features, 5)
+        self.shift = 0.0
+
+    def forward(self, pooled: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        logits, state = super().forward(pooled, state)
+        return logits + self.shift, state
+
+
+def with_gates(build: Callable[[int], nn.Module]) -> StopOrForward:
+    staged = backbone()
+    return wrap(staged, [build(channels) for channels in staged.num_features])
+
+
+def moved_strides() -> StopOrForward:
+    model = wrap(backbone(zero_init_last=False))  # blocks that start at zero hide what they compute
+    block: Any = model.backbone.model.get_submodule("layer2.0")
+    block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+    return model
+
+
+def shifted() -> StopOrForward:
+    model = with_gates(Stubborn)
+    model.gates[1].shift = 1.0
+    return model
+
+
+def named(**attributes: Any) -> StopOrForward:
+    model = wrap(backbone())
+    for name, value in attributes.items():
+        setattr(model, name, value)
+    return model
+
+
+def half_cast() -> StopOrForward:
+    model = wrap(backbone())
+    model.gates.double()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: wrap(stage_model(timm.create_model("test_resnet"), input_size=SIZE)), "Stage it by its timm name"),
+        (lambda: wrap(backbone(act_layer=nn.ReLU)), r"argument of the backbone.*type.*act_layer='gelu'"),
+        (lambda: wrap(backbone(num_classes=0, head=nn.Sequential(nn.Linear(96, 4)))), "`head` is a Sequential"),
+        (lambda: with_gates(Forgetful), r"Gate 0 is a Forgetful.*does not keep.*self.mood = mood"),
+        (lambda: with_gates(lambda c: LoudGate(0.5, [torch.ones(2)], nn.Linear(c, 3), {})), r"'scales' of LoudGate"),  # type: ignore[list-item]
+        (lambda: with_gates(lambda c: LoudGate(float("inf"), [1.0], nn.Linear(c, 3), {})), "NaN or infinite"),
+        (shifted, "answers otherwise at stage 'layer4' and its gate"),
+        (moved_strides, "answers otherwise at stage"),
+        (lambda: wrap(backbone()).optimize(video(), compile=False)[0], r"entries are missing.*folded"),
+        (half_cast, r"\['float32', 'float64'\].*model.float\(\)"),
+        (lambda: named(class_names=["a"]), "`class_names` has 1 entries.*4 classes"),
+        (lambda: named(class_names=[1, 2, 3, 4]), "one string for each"),
+        (lambda: named(preprocessing={"average": 3}), "`preprocessing` holds arguments"),
+        (lambda: named(preprocessing="imagenet"), "`preprocessing` holds arguments"),
+    ],
+)
+def test_what_cannot_be_rebuilt_is_not_saved(build: Callable[[], StopOrForward], message: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(DynskipError, match=message):
+        build().save_pretrained(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_overwritten(saved: Path) -> None:
+    with pytest.raises(DynskipError, match="no empty folder"):
+        wrap(backbone()).save_pretrained(saved)
+    StopOrForward.from_pretrained(saved)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, write = wrap(backbone()), Path.write_text
+
+    def full_disk(path: Path, *args: Any, **kwargs: Any) -> int:
+        if path.name == "README.md":
+            raise OSError("No space left on device")
+        return write(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        model.save_pretrained(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --------------------------------------------------------------------------------------------------------- card and hub
+
+
+def test_the_card_tells_what_was_measured(tmp_path: Path) -> None:
+    model = wrap(backbone(), terminator=EarlyTerminator(0.9, 1))
+    model.class_names = ["a", "b", "c", "d"]
+    rows = [{"frames": "dense", "top-1 %": 90.5}, {"frames": "a|b", "GMACs/video": 0.25}]
+    card = (model.save_pretrained(tmp_path / "net", results=rows) / "README.md").read_text()
+    lookup = model.lookup_for(SIZE[1:])
+    name, cost = model.backbone.stage_names[0], float(lookup.per_stage[0]) / 1e6
+    gate, total = float(lookup.gates[0]) / 1e6, lookup.total / 1e6
+    assert f"| {name} | {cost:,.3f} | {gate:,.3f} | {cost + gate:,.3f} |" in card
+    assert f"| head | {lookup.head / 1e6:,.3f} | 0.000 | {total:,.3f} |" in card
+    assert "multiply-adds at 32x32" in card
+    assert "| frames | top-1 % | GMACs/video |\n| --- | --- | --- |\n| dense | 90.5 |  |\n| a\\|b |  | 0.25 |" in card
+    assert "4 classes: a, b, c, d" in card
+    assert "probability > 0.9" in card
+    assert "test_resnet" in card
+    assert card.startswith("---\nlibrary_name: dynskip\n")
+
+
+class FakeHub:
+    """What `HfApi` does with a repository, in memory."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, dict[str, bytes]] = {}
+        self.calls: list[tuple[str, Any]] = []
+
+    def create_repo(self, repo_id: str, *, private: bool | None, exist_ok: bool) -> None:
+        assert exist_ok
+        self.calls.append(("create", private))
+        self.files.setdefault(repo_id, {})
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> Any:
+        self.calls.append(("upload", commit_message))
+        self.files[repo_id] = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+        return SimpleNamespace(commit_url=f"https://hub.test/{repo_id}/commit/1")
+
+    def snapshot_download(self, repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        self.calls.append(("download", revision))
+        if repo_id not in self.files:
+            raise ConnectionError("offline")
+        folder = Path(os.environ["FAKE_HUB"])
+        for name, content in self.files[repo_id].items():
+            if name in allow_patterns:
+                (folder / name).write_bytes(content)
+        return str(folder)
+
+
+def test_push_and_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FAKE_HUB", str(tmp_path))
+    hub, model = FakeHub(), wrap(backbone())
+    url = model.push_to_hub("me/net", private=True, commit_message="First", results=[{"top-1 %": 50}], api=hub)
+    assert url == "https://hub.test/me/net/commit/1"
+    assert hub.calls == [("create", True), ("upload", "First")]
+    card = hub.files["me/net"]["README.md"].decode()
+    assert "StopOrForward.from_pretrained('me/net')" in card
+    assert "| 50 |" in card
+    back = StopOrForward.from_pretrained("me/net", revision="abc", api=hub)
+    assert hub.calls[-1] == ("download", "abc")
+    assert not (tmp_path / "README.md").exists()
+    assert_same(answer(back), answer(model), exact=True)
+    with pytest.raises(DynskipError, match=r"cannot be had from the Hub \(ConnectionError: offline\)"):
+        StopOrForward.from_pretrained("me/other", api=hub)
+
+
+def test_what_cannot_be_saved_is_not_pushed() -> None:
+    hub = FakeHub()
+    with pytest.raises(DynskipError, match="class_names"):
+        named(class_names=["a"]).push_to_hub("me/net", api=hub)
+    assert hub.calls == []
+
+
+def test_real_hub_api_takes_what_is_passed() -> None:
+    from huggingface_hub import HfApi
+
+    for name in ("create_repo", "upload_folder", "snapshot_download"):
+        asked = {p for p in inspect.signature(getattr(FakeHub, name)).parameters if p != "self"}
+        assert asked <= set(inspect.signature(getattr(HfApi, name)).parameters)
+
+
+@pytest.mark.parametrize(("module", "action"), [("safetensors.torch", "save"), ("huggingface_hub", "push")])
+def test_a_missing_extra_is_named(module: str, action: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrap(backbone())
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DynskipError, match=r"pip install 'dynskip\[hub\]'"):
+        model.save_pretrained(tmp_path / "model") if action == "save" else model.push_to_hub("me/net")
