@@ -1,12 +1,22 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
+import pytest
+
 import dynskip
+
+ROOT = Path(__file__).parents[1]
 
 CORE = ["torch", "torchvision", "timm", "einops", "typing_extensions"]
 OPTIONAL = [
@@ -17,6 +27,7 @@ OPTIONAL = [
     "onnx",
     "onnxruntime",
     "ray",
+    "dynskip.hub",
     "tqdm.auto",
     "torchcodec",
     "hypothesis",
@@ -66,3 +77,65 @@ def test_package_is_typed_and_versioned() -> None:
 
 def test_every_error_is_one_family() -> None:
     assert issubclass(dynskip.DynskipError, ValueError)
+
+
+# ------------------------------------------------------------------------------------------------ what is distributed
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the sdist, and the wheel from it, with the environment's own build backend (nothing is downloaded)."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(dist: Path) -> None:
+    (wheel,) = dist.glob("*.whl")
+    assert wheel.name == f"dynskip-{dynskip.__version__}-py3-none-any.whl"
+    files = set(zipfile.ZipFile(wheel).namelist())
+    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "dynskip").rglob("*.py")}
+    about = {name for name in files if ".dist-info/" in name}
+    assert files - about == package | {"dynskip/py.typed", "dynskip_onnx.py"}
+    assert {name.split(".dist-info/")[1] for name in about} == {"METADATA", "WHEEL", "RECORD", "licenses/LICENSE"}
+
+
+def test_the_sdist_holds_what_builds_and_tests_it(dist: Path) -> None:
+    (sdist,) = dist.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        files = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "dynskip/py.typed", "tests/helpers.py"} <= files
+    foreign = [
+        f for f in files if re.search(r"__pycache__|\.(pyc|pt|pth|safetensors|mp4|avi|egg-info)$|^(runs|\.git)/", f)
+    ]
+    assert foreign == []
+    folders = {"dynskip", "tests", "examples", "benchmarks", "docs"}
+    assert {f.split("/")[0] for f in files if "/" in f} <= folders
+    assert sdist.stat().st_size < 2_000_000
+
+
+def test_the_wheel_alone_runs_the_quickstart(dist: Path, tmp_path: Path) -> None:
+    # An environment of its own that shares the dependencies, not the checkout: a folder named in a .pth file is
+    # searched, but the .pth files in it (that of an editable install) are not read.
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    (wheel,) = dist.glob("*.whl")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run([str(python), *arguments], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    where = json.loads(run("-c", "import json, sysconfig; print(json.dumps(sysconfig.get_path('purelib')))"))
+    (Path(where) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert blocks
+    show = "import dynskip, importlib.util as u\nprint(dynskip.__file__)\nprint(u.find_spec('dynskip_onnx').origin)"
+    (tmp_path / "quickstart.py").write_text("\n".join(["import torch\ntorch.set_num_threads(1)", *blocks, show]))
+    *_, package, module = run("quickstart.py").splitlines()
+    assert Path(package).parent == Path(where) / "dynskip"
+    assert Path(module).parent == Path(where)
