@@ -240,6 +240,8 @@ def _describe_backbone(backbone: StagedBackbone) -> dict[str, Any]:
 def _describe_part(part: nn.Module, what: str) -> dict[str, Any]:
     """Name a part's class and the arguments that build it again, which it keeps under their own names."""
     cls = type(part)
+    if cls is nn.Identity:
+        return {"class": "torch.nn.Identity", "arguments": {}}
     if isinstance(part, nn.Linear) and cls is nn.Linear:
         sizes = {"in_features": part.in_features, "out_features": part.out_features}
         return {"class": "torch.nn.Linear", "arguments": {**sizes, "bias": part.bias is not None}}
@@ -398,10 +400,8 @@ def _build_backbone(description: dict[str, Any], classes: dict[str, type[nn.Modu
 
 def _build_part(description: dict[str, Any], classes: dict[str, type[nn.Module]]) -> Any:
     name = str(description["class"])
-    cls: Any = classes.get(name)
-    if name == "torch.nn.Linear":
-        cls = nn.Linear
-    elif name.startswith("dynskip."):
+    cls: Any = {"torch.nn.Linear": nn.Linear, "torch.nn.Identity": nn.Identity, **classes}.get(name)
+    if name.startswith("dynskip."):
         public = name.removeprefix("dynskip.")
         cls = getattr(dynskip, public) if public in dynskip.__all__ else None
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
