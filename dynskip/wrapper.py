@@ -80,14 +80,14 @@ class StopOrForward(nn.Module):
         self.terminator = terminator
         self.state_update = state_update
         self.temperature = 1.0
-        self.class_names: Sequence[str] | None = None
-        self.preprocessing: Mapping[str, Any] | None = None
         self.forward_threshold = check_thresholds(forward_threshold, backbone.num_stages)
         check_parts(backbone, gates, inner)
         _check_lookup(backbone, lookup)
         self._given_lookup = lookup
         self._measured: dict[tuple[int, int], FLOPsLookup] = {}
         self._usage = Usage()
+        self.class_names: Sequence[str] | None = None
+        self.preprocessing: Mapping[str, Any] | None = None
 
     def forward(self, video: Tensor, *, dense: bool = False, sample: bool | None = None) -> SkipOutput:
         """Classify videos.

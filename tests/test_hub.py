@@ -178,7 +178,17 @@ def gate_classes() -> list[type[nn.Module]]:
 
 
 # What gates ask for that has no default, and values other than the defaults.
-ARGUMENTS: dict[str, Any] = {"forward_bias": 0.25, "hidden": 7, "temporal": None}
+ARGUMENTS: dict[str, Any] = {
+    "forward_bias": 0.25,
+    "goes_on": False,
+    "hidden": 7,
+    "num_classes": 4,
+    "rate": 0.6,
+    "seed": 3,
+    "stop": "unsure",
+    "temporal": None,
+    "threshold": 0.05,
+}
 
 
 @pytest.mark.parametrize("cls", gate_classes(), ids=lambda cls: cls.__name__)
