@@ -60,8 +60,9 @@ def save_pretrained(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DynskipError(f"{folder} is no empty folder. Name a new one, so that nothing is mixed or overwritten.")
+    config = _describe_model(model)
     weights = _safetensors().save(_tensors(model), metadata={"format": "pt"})
-    config = {**_describe_model(model), "weights_sha256": hashlib.sha256(weights).hexdigest()}
+    config["weights_sha256"] = hashlib.sha256(weights).hexdigest()
     try:
         text = json.dumps(config, indent=1, allow_nan=False) + "\n"
     except ValueError as error:

@@ -337,3 +337,16 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     gate.initial_state = lambda batch: (torch.arange(5.0).expand(batch, -1),) * 2
     with pytest.raises(DynskipError, match="not one number"):
         model.export(tmp_path / "y", SIZE, format="torch")
+
+
+def test_what_the_model_knows_of_its_input_is_the_default(tmp_path: Path) -> None:
+    model, size = build("")
+    model.class_names = ["a", "b", "c", "d"]
+    model.preprocessing = {"input_size": (3, SIZE, SIZE), "mean": MEAN, "std": STD}
+    for folder, given in (("own", {}), ("given", {"mean": (0.0,) * 3, "class_names": list("wxyz")})):
+        manifest = json.loads(
+            (model.export(tmp_path / folder, size, format="torch", **given) / "manifest.json").read_text()
+        )
+        assert manifest["class_names"] == given.get("class_names", model.class_names)
+        assert manifest["input"]["mean"] == list(given.get("mean", MEAN))
+        assert manifest["input"]["std"] == list(STD)

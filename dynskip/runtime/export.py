@@ -57,7 +57,8 @@ def export(
     folder = Path(folder)
     preprocessing = model.preprocessing or {}
     class_names = model.class_names if class_names is None else class_names
-    mean, std = mean or preprocessing.get("mean"), std or preprocessing.get("std")
+    mean = preprocessing.get("mean") if mean is None else mean
+    std = preprocessing.get("std") if std is None else std
     _check(model, folder, format, class_names, mean, std)
     folder.mkdir(parents=True, exist_ok=True)
     model = copy.deepcopy(model).cpu().eval()
