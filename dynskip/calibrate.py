@@ -90,9 +90,11 @@ class OperatingPoint(CurvePoint):
         """
         _check_fits(self, model)
         model.forward_threshold, terminator = self.forward_threshold, _terminator(model)
-        if terminator is not None and self.termination_threshold is None:
+        if terminator is None:
+            return
+        if self.termination_threshold is None:
             model.terminator = None  # type: ignore[attr-defined]
-        elif terminator is not None:
+        else:
             terminator.threshold = self.termination_threshold
 
 
@@ -488,6 +490,9 @@ def _search(
     rank = rank_against(plain)
     tried = {own: replayed.points(own)}
 
+    def best_in(setting: tuple[float, ...]) -> tuple[float, ...]:
+        return max(map(rank, tried[setting]))
+
     def attempt(setting: tuple[float, ...]) -> None:
         if setting not in tried:
             tried[setting] = replayed.points(setting)
@@ -496,7 +501,7 @@ def _search(
         for i in range(_LEVELS + 1):
             attempt(tuple(_sigmoid(cut.at(i / _LEVELS)) for cut in cuts))
         for step, moved, sign in itertools.product(_STEPS, moves, (-1, 1)):
-            best = list(max(tried, key=lambda setting: max(map(rank, tried[setting]))))
+            best = list(max(tried, key=best_in))
             for n in moved:
                 best[n] = _sigmoid(cuts[n].at(cuts[n].below(_logit(best[n])) + sign * step))
             attempt(tuple(best))
