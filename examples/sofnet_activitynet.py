@@ -24,7 +24,7 @@ import platform
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -69,7 +69,9 @@ from video_data import (
     read_csv,
     read_frames,
     read_items,
+    read_rows,
     report_unreadable,
+    sample_frames,
 )
 
 from dynskip import (
@@ -80,6 +82,7 @@ from dynskip import (
     SkipOutput,
     SoFLoss,
     StopOrForward,
+    calibrate,
     metrics,
     plot,
     sofnet,
@@ -595,10 +598,12 @@ class Result:
 
     name: str
     top1: float
-    mean_ap: float
-    gmacs: float  # a video
-    frames: int  # a video
+    top5: float
+    mean_ap: float  # ActivityNet's
+    plain_ap: float  # not interpolated, AR-Net's
+    compute: metrics.ExecutedCompute
     usage: metrics.FrameUsage
+    relevance: metrics.FrameRelevance | None  # over the videos whose action is annotated
     milliseconds: float  # a video
     fallbacks: int
     videos: int  # that could be read
@@ -607,13 +612,34 @@ class Result:
 MODES = ("dense", "gates", "gates + early termination")
 
 
+@dataclass
+class Outcome:
+    """What one way of running a model gave for each of `V` videos."""
+
+    mode: str
+    positions: list[int]  # of the videos in the data set; unreadable ones are left out
+    probabilities: Tensor  # (V, K)
+    stopped_at: Tensor  # (V, T)
+    macs: Tensor  # (V,)
+    milliseconds: list[float]  # each video's share of its batch
+    fallbacks: int
+
+
 def evaluate(
     model: StopOrForward, clips: Clips, batch_size: int, workers: int, device: str, modes: Sequence[str] = MODES
 ) -> list[Result]:
-    """Run a model over a split in several ways: every frame without gates, with gates, and ending videos early."""
+    """Run a model over a split in several ways, and measure each."""
+    outcomes = run_modes(model, clips, batch_size, workers, device, modes)
+    return [summarise(model, clips, outcome, {}) for outcome in outcomes]
+
+
+def run_modes(
+    model: StopOrForward, clips: Clips, batch_size: int, workers: int, device: str, modes: Sequence[str] = MODES
+) -> list[Outcome]:
+    """Run a model over a split: every frame without gates, with gates, and ending videos early."""
     to_device(model, device).eval()
     outputs: dict[str, list[SkipOutput]] = {mode: [] for mode in modes}
-    seconds = dict.fromkeys(modes, 0.0)
+    milliseconds: dict[str, list[float]] = {mode: [] for mode in modes}
     positions: list[int] = []
     unreadable: list[str] = []
     for batch in tqdm(batches(clips, batch_size, workers), desc="evaluate", leave=False, disable=None):
@@ -626,32 +652,147 @@ def evaluate(
                 run(model, video, mode)  # first calls allocate and choose kernels: not timed
             begin = clock(device)
             outputs[mode].append(run(model, video, mode))
-            seconds[mode] += clock(device) - begin
+            milliseconds[mode] += [1000 * (clock(device) - begin) / len(video)] * len(video)
         positions += batch.positions
     report_unreadable(unreadable)
     if not positions:
         raise DynskipError("None of the videos could be read, so there is nothing to evaluate.")
-    targets = torch.zeros(len(positions), model.backbone.num_classes, dtype=torch.long)
+    return [
+        Outcome(
+            mode,
+            positions,
+            torch.cat([output.probabilities for output in outputs[mode]]).cpu(),
+            torch.cat([output.stopped_at for output in outputs[mode]]).cpu(),
+            torch.cat([output.macs for output in outputs[mode]]).cpu(),
+            milliseconds[mode],
+            int(sum(output.fallback.sum() for output in outputs[mode])),
+        )
+        for mode in modes
+    ]
+
+
+def summarise(model: StopOrForward, clips: Clips, outcome: Outcome, marks: dict[int, Tensor]) -> Result:
+    """Measure what a way of running gave; `marks` are the relevant frames of videos, where known."""
+    stages, stopped_at = model.backbone.num_stages, outcome.stopped_at
+    targets = multi_hot(clips, outcome.positions, model.backbone.num_classes)
+    lookup = model.lookup_for((clips.prep.size, clips.prep.size))
+    marked = [row for row, position in enumerate(outcome.positions) if position in marks]
+    relevance = None
+    if marked:
+        relevant = torch.stack([marks[outcome.positions[row]] for row in marked])
+        relevance = metrics.frame_relevance(stopped_at[marked] == stages, relevant)
+    return Result(
+        name=outcome.mode,
+        top1=metrics.top_k_accuracy(outcome.probabilities, targets),
+        top5=metrics.top_k_accuracy(outcome.probabilities, targets, min(5, targets.shape[1])),
+        mean_ap=metrics.mean_average_precision(outcome.probabilities, targets),
+        plain_ap=metrics.mean_average_precision(outcome.probabilities, targets, interpolated=False),
+        compute=metrics.executed_compute(outcome.macs, stopped_at.shape[1], lookup),
+        usage=metrics.frame_usage(stopped_at, stages),
+        relevance=relevance,
+        milliseconds=sum(outcome.milliseconds) / len(targets),
+        fallbacks=outcome.fallbacks,
+        videos=len(targets),
+    )
+
+
+def multi_hot(clips: Clips, positions: Sequence[int], num_classes: int) -> Tensor:
+    """All labels of some videos, `(V, K)`."""
+    targets = torch.zeros(len(positions), num_classes, dtype=torch.long)
     for row, position in enumerate(positions):
         targets[row, clips.targets[position]] = 1
-    results = []
-    for mode in modes:
-        probabilities = torch.cat([output.probabilities for output in outputs[mode]]).cpu()
-        stopped_at = torch.cat([output.stopped_at for output in outputs[mode]]).cpu()
-        results.append(
-            Result(
-                name=mode,
-                top1=metrics.top_k_accuracy(probabilities, targets),
-                mean_ap=metrics.mean_average_precision(probabilities, targets),
-                gmacs=float(torch.cat([output.macs for output in outputs[mode]]).mean()) / 1e9,
-                frames=stopped_at.shape[1],
-                usage=metrics.frame_usage(stopped_at, model.backbone.num_stages),
-                milliseconds=1000 * seconds[mode] / len(positions),
-                fallbacks=int(sum(output.fallback.sum() for output in outputs[mode])),
-                videos=len(positions),
-            )
-        )
-    return results
+    return targets
+
+
+def write_per_video(
+    file: Path, clips: Clips, classes: Sequence[str], outcomes: Sequence[Outcome], marks: dict[int, Tensor]
+) -> None:
+    """Write a line of JSON for each video and way of running."""
+    lines = []
+    for outcome in outcomes:
+        for row, position in enumerate(outcome.positions):
+            item, best = clips.items[position], outcome.probabilities[row].topk(min(5, len(classes)))
+            scores = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            line: dict[str, Any] = {
+                "video": str(item.path),
+                "mode": outcome.mode,
+                "labels": item.labels,
+                "correct": int(best.indices[0]) in clips.targets[position],
+                "best": {classes[index]: probability for index, probability in scores},
+                "gmacs": float(outcome.macs[row]) / 1e9,
+                "milliseconds": outcome.milliseconds[row],
+                "stopped_at": outcome.stopped_at[row].tolist(),  # a stage; their number where used, -1 where unseen
+            }
+            if position in marks:
+                line["relevant"] = marks[position].long().tolist()
+            lines.append(json.dumps(line) + "\n")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(lines), encoding="utf-8")
+
+
+def relevant_frames(items: Sequence[Item], num_frames: int, data: Path) -> dict[int, Tensor]:
+    """Mark the frames that show an annotated action: `(T,)` by a video's position, for the videos where it is known.
+
+    Segments come with the annotations, in seconds, or from a file `segments.csv` of `path,start,end` beside
+    `labels.csv`, in frames from 0; the end is outside.
+    """
+    file = (data if data.is_dir() else data.parent) / "segments.csv"
+    stretches: dict[Path, list[tuple[float, float]]] = {}
+    if file.is_file():
+        for number, row in read_rows(file, ["path", "start", "end"]):
+            try:
+                stretches.setdefault(file.parent / row["path"], []).append((float(row["start"]), float(row["end"])))
+            except ValueError as error:
+                raise DynskipError(
+                    f"{file}, line {number}: start and end must be numbers of frames ({error})."
+                ) from error
+    marks = {}
+    for position, item in enumerate(items):
+        segments, duration = [(s.start, s.end) for s in item.segments], item.duration
+        if item.path in stretches:
+            with contextlib.suppress(VideoError):  # reported where the clip is decoded
+                segments, duration = stretches[item.path], float(sample_frames(item.path, 1, 8)[1])
+        if segments and duration:
+            marks[position] = metrics.relevant_frames(metrics.sample_times(num_frames, duration), segments)
+    return marks
+
+
+def calibrated(model: StopOrForward, clips: Clips, args: argparse.Namespace) -> None:
+    """Set a model's thresholds for `--budget` or `--max-loss` on validation videos."""
+    to_device(model, args.device).eval()
+    unreadable: list[str] = []
+
+    def videos() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in tqdm(batches(clips, 8, args.workers), desc="calibrate", leave=False, disable=None):
+            unreadable.extend(batch.errors)
+            if batch.positions:
+                targets = multi_hot(clips, batch.positions, model.backbone.num_classes)
+                yield clips.prep.normalize(batch.video.to(args.device)), targets
+
+    encoded = calibrate.encode(model, videos())
+    report_unreadable(unreadable)
+    if args.budget is not None:
+        calibration = calibrate.to_budget(model, encoded, 1e9 * args.budget)
+    else:
+        calibration = calibrate.to_accuracy(model, encoded, args.max_loss / 100)
+    calibration.apply(model)
+    point, dense = calibration.point, calibration.dense
+    print(
+        f"Calibrated on {sum(len(targets) for _, targets in encoded)} validation videos: top-1 "
+        f"{100 * point.accuracy:.1f} % at {point.macs / 1e9:.4g} GMACs/video (dense: {100 * dense.accuracy:.1f} % at "
+        f"{dense.macs / 1e9:.4g}).\nFrames go forward above {point.forward_threshold[0]:.4g}, videos end above "
+        f"{point.termination_threshold}."
+    )
+    if args.curve:
+        args.curve.parent.mkdir(parents=True, exist_ok=True)
+        curves: dict[str, Sequence[calibrate.CurvePoint]] = {
+            "gates": calibration.curve,
+            "uniform frames": calibrate.uniform_frames(model, encoded),
+            "random frames": calibrate.random_frames(model, encoded),
+            "dense": [dense],
+        }
+        calibrate.write_curves(args.curve.with_suffix(".csv"), curves)
+        plot.accuracy_compute(curves, point, title="Validation videos").savefig(args.curve)
 
 
 @torch.no_grad()
@@ -672,27 +813,51 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-def table(results: Sequence[Result]) -> str:
-    """Lay results out as a Markdown table."""
-    header = "| | top-1 % | mAP % | GMACs/frame | GMACs/video | used % | stopped % | unseen % | ms/video |"
-    lines = [header, "|---|" + "---:|" * 8]
-    for r in results:
-        lines.append(
-            f"| {r.name} | {100 * r.top1:.1f} | {100 * r.mean_ap:.1f} | {r.gmacs / r.frames:.4g} | {r.gmacs:.4g} | "
-            f"{100 * r.usage.used:.1f} | {100 * sum(r.usage.stopped):.1f} | {100 * r.usage.unseen:.1f} | "
-            f"{r.milliseconds:.1f} |"
-        )
+def table(results: Sequence[Result], stage_names: Sequence[str] = ()) -> str:
+    """Lay results out as a Markdown table; with names of the stages, the full one."""
+    rows = [cells(result, stage_names) for result in results]
+    lines = ["| | " + " | ".join(rows[0]) + " |", "|---|" + "---:|" * len(rows[0])]
+    lines += [f"| {r.name} | " + " | ".join(row.values()) + " |" for r, row in zip(results, rows, strict=True)]
     return "\n".join(lines)
 
 
-def print_results(results: Sequence[Result], batch_size: int, device: str) -> None:
+def cells(r: Result, stage_names: Sequence[str]) -> dict[str, str]:
+    """Write a row of the table as text, by column."""
+    row = {
+        "top-1 %": f"{100 * r.top1:.1f}",
+        "mAP %": f"{100 * r.mean_ap:.1f}",
+        "GMACs/frame": f"{r.compute.per_frame:.4g}",
+        "GMACs/video": f"{r.compute.per_video:.4g}",
+        "used %": f"{100 * r.usage.used:.1f}",
+        "stopped %": f"{100 * sum(r.usage.stopped):.1f}",
+        "unseen %": f"{100 * r.usage.unseen:.1f}",
+        "ms/video": f"{r.milliseconds:.1f}",
+    }
+    if not stage_names:
+        return row
+    row["of dense %"] = f"{100 * r.compute.share:.1f}"
+    row["top-5 %"] = f"{100 * r.top5:.1f}"
+    row["plain mAP %"] = f"{100 * r.plain_ap:.1f}"
+    for name, share in zip(stage_names, r.usage.stopped, strict=True):
+        row[f"stopped at {name} %"] = f"{100 * share:.1f}"
+    if r.relevance:
+        row["used: precision %"] = f"{100 * r.relevance.precision:.1f}"
+        row["used: recall %"] = f"{100 * r.relevance.recall:.1f}"
+    return row
+
+
+def print_results(results: Sequence[Result], batch_size: int, device: str, stage_names: Sequence[str] = ()) -> None:
     """Print the table and what its numbers mean."""
-    print(f"\n{table(results)}\n")
+    print(f"\n{table(results, stage_names)}\n")
     print(
         f"{results[0].videos} videos. GMACs are 10^9 multiply-adds (the literature's GFLOPs), gates "
         "and head included.\n"
         f"ms: network only, {batch_size} video{'s' * (batch_size > 1)} at a time, {machine(device)}."
     )
+    if stage_names:
+        print(
+            "mAP: ActivityNet's, interpolated; plain mAP: AR-Net's. Precision and recall: used frames against segments."
+        )
     fallbacks = results[-1].fallbacks
     if fallbacks:
         print(f"In {fallbacks} videos the gates used no frame; the furthest one was run to the end, its cost counted.")
@@ -905,8 +1070,19 @@ def evaluate_command(args: argparse.Namespace) -> int:
     split = args.split or held_out_split(items) or "test"
     model, config = model_from(args, class_names(items, args.classes))
     clips = Clips(pick_split(items, split), config.classes, config.prep, training=False, seed=0, cache=args.cache)
-    results = evaluate(model, clips, args.batch_size, args.workers, args.device)
-    print_results(results, args.batch_size, args.device)
+    if args.budget is not None or args.max_loss is not None:
+        validation = pick_split(items, "val")
+        if split == "val":
+            print("Thresholds are chosen and evaluated on the same videos: the result is better than on others.")
+        calibrated(
+            model, Clips(validation, config.classes, config.prep, training=False, seed=0, cache=args.cache), args
+        )
+    marks = relevant_frames(clips.items, config.prep.num_frames, args.data)
+    outcomes = run_modes(model, clips, args.batch_size, args.workers, args.device)
+    results = [summarise(model, clips, outcome, marks) for outcome in outcomes]
+    print_results(results, args.batch_size, args.device, model.backbone.stage_names)
+    if args.per_video:
+        write_per_video(args.per_video, clips, config.classes, outcomes, marks)
     if args.usage:
         args.usage.parent.mkdir(parents=True, exist_ok=True)
         figure = plot.frame_usage(results[-1].usage, model.backbone.stage_names, title=f"{split}: frame usage")
@@ -1066,6 +1242,13 @@ def parser() -> argparse.ArgumentParser:
     add("--split", choices=SPLITS, help="by default test, or val where there is no test")
     add("--batch-size", type=positive, default=1, help="videos at a time; 1 is what the thesis times")
     add("--usage", type=Path, metavar="PNG", help="write a picture of what happened to the frames")
+    add("--per-video", type=Path, metavar="FILE", help="write a line of JSON for each video and way of running")
+    aim = add.__self__.add_mutually_exclusive_group().add_argument
+    aim("--budget", type=float, metavar="GMACS", help="first choose thresholds on split val for this mean cost a video")
+    aim("--max-loss", type=float, metavar="POINTS", help="or for at most these points of top-1 below dense")
+    add(
+        "--curve", type=Path, metavar="PNG", help="with either: draw accuracy against compute; the data beside it, .csv"
+    )
     add_machine(add)
 
     add = command("predict", predict_command, "classify videos and draw what happened to each frame")

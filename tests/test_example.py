@@ -149,6 +149,109 @@ def test_evaluate_ends_early_at_a_low_threshold(data: Path, trained: Path, capsy
     assert "12 videos." in text
 
 
+def test_evaluate_writes_a_line_a_video(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "new" / "videos.jsonl"
+    assert evaluate(data, "--checkpoint", str(trained / "last.pt"), "--per-video", str(file)) == 0
+    text = capsys.readouterr().out
+    header = [cell.strip() for cell in next(line for line in text.splitlines() if line[:2] == "| ").split("|")][2:-1]
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(lines) == len(example.MODES) * 6
+    stages = len(example.restore(trained / "last.pt")[0].backbone.stage_names)
+    with (data / "segments.csv").open(newline="") as handle:
+        segments = {row["path"]: (int(row["start"]), int(row["end"])) for row in csv.DictReader(handle)}
+    middles = [24 / FRAMES * (t + 0.5) for t in range(FRAMES)]
+    for mode, numbers in table_rows(text).items():
+        row, own = dict(zip(header, numbers, strict=True)), [line for line in lines if line["mode"] == mode]
+        assert row["top-1 %"] == pytest.approx(100 * sum(line["correct"] for line in own) / 6, abs=0.1)
+        assert row["GMACs/video"] == pytest.approx(sum(line["gmacs"] for line in own) / 6, rel=1e-3)
+        assert row["ms/video"] == pytest.approx(sum(line["milliseconds"] for line in own) / 6, abs=0.1)
+        assert sum(row[name] for name in header if name.startswith("stopped at ")) == pytest.approx(
+            row["stopped %"], abs=0.5
+        )
+        relevant, used, both = 0, 0, 0
+        for line in own:
+            start, end = segments[str(Path(line["video"]).relative_to(data))]
+            assert line["relevant"] == [int(start <= int(middle) < end) for middle in middles]
+            assert line["correct"] == (next(iter(line["best"])) in line["labels"])
+            flags = [stage == stages for stage in line["stopped_at"]]
+            relevant, used = relevant + sum(line["relevant"]), used + sum(flags)
+            both += sum(a and b for a, b in zip(flags, line["relevant"], strict=True))
+        assert row["used: recall %"] == pytest.approx(100 * both / relevant, abs=0.1)
+        if used:
+            assert row["used: precision %"] == pytest.approx(100 * both / used, abs=0.1)
+
+
+def with_validation(data: Path, folder: Path) -> Path:
+    """The training videos as a validation split."""
+    folder.mkdir()
+    with (data / "labels.csv").open(newline="") as handle:
+        rows = [(data / r["path"], r["label"], r["split"].replace("train", "val")) for r in csv.DictReader(handle)]
+    return write_labels(folder, rows)
+
+
+def test_evaluate_within_a_budget(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = example.restore(trained / "last.pt")
+    dense = FRAMES * model.lookup_for((32, 32)).dense / 1e9
+    folder, picture = with_validation(data, tmp_path / "data"), tmp_path / "new" / "curve.png"
+    more = ["--checkpoint", str(trained / "last.pt"), "--budget", str(0.6 * dense), "--split", "val"]
+    assert evaluate(folder, *more, "--curve", str(picture)) == 0
+    text = capsys.readouterr().out
+    chosen = re.search(r"on 12 validation videos: top-1 (\S+) % at (\S+) GMACs/video \(dense", text)
+    assert chosen
+    rows = table_rows(text)
+    # On the validation split itself, the model does exactly what was promised.
+    assert rows[example.MODES[2]][0] == float(chosen[1])
+    assert rows[example.MODES[2]][3] == float(chosen[2]) <= 0.6 * dense
+    assert "the same videos" in text
+    assert is_picture(picture)
+    with picture.with_suffix(".csv").open(newline="") as handle:
+        assert {row["curve"] for row in csv.DictReader(handle)} == {"gates", "uniform frames", "random frames", "dense"}
+
+
+def test_evaluate_with_little_loss(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--checkpoint", str(trained / "last.pt"), "--max-loss"]
+    assert evaluate(with_validation(data, tmp_path / "data"), *more, "100") == 0
+    text = capsys.readouterr().out
+    assert "Calibrated on 12 validation videos" in text
+    assert "6 videos." in text  # evaluated on the test split
+    assert "the same videos" not in text
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [(["--budget", "1"], "no videos of split 'val'"), (["--max-loss", "1"], "no videos of split 'val'")],
+)
+def test_calibration_needs_validation_videos(
+    more: list[str], message: str, data: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(data, "--checkpoint", str(trained / "last.pt"), *more) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_budget_out_of_reach(data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = with_validation(data, tmp_path / "data")
+    assert evaluate(folder, "--checkpoint", str(trained / "last.pt"), "--budget", "1e-9") == 2
+    assert "cannot be kept" in capsys.readouterr().err
+
+
+def test_bad_segments(data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = with_validation(data, tmp_path / "data")
+    for content, message in (
+        ("path,start,end\na.mp4,1,x\n", "segments.csv, line 2: start and end must be numbers of frames"),
+        ("path,start\na.mp4,1\n", "segments.csv lacks the column end"),
+        (f"path,start,end\n{data / 'videos/high_kick/test_0000.mp4'},5,5\n", "from 5.0 to 5.0 has no length"),
+    ):
+        (folder / "segments.csv").write_text(content)
+        assert evaluate(folder, "--checkpoint", str(trained / "last.pt")) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_predict_says_and_draws_what_happened(
     video: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
