@@ -167,7 +167,7 @@ BAD_INPUT = {
         torch.tensor([0, 2]),
         "targets holds 2, but with 2 classes it goes from 0 to 1",
     ),
-    "class negative": (SCORES, torch.tensor([0, -1]), "targets holds -1.*leave out videos without a label"),
+    "class negative": (SCORES, torch.tensor([0, -1]), "targets holds -1.*Leave out videos without a label"),
     "soft labels": (
         SCORES,
         torch.tensor([[0.5, 0.5], [0, 1]]),
