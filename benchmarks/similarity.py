@@ -21,16 +21,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from sofnet_activitynet import (
-    Item,
-    OpenVideo,
-    Preprocessing,
-    load_weights,
-    move_strides,
-    pick_split,
-    read_csv,
-    read_frames,
-)
+from sofnet_activitynet import load_weights, move_strides
+from video_data import Item, OpenVideo, Preprocessing, pick_split, read_csv, read_frames
 
 from dynskip import EncodedVideo, FixedGate, SimilarityGate, StopOrForward, stage_model
 
@@ -69,7 +61,7 @@ def encode(model: StopOrForward, items: Sequence[Item], args: argparse.Namespace
     common.progress("")
     if args.cache:
         torch.save(stored, args.cache)
-    return [encoded(model, *stored[key], args.size) for key in keys]
+    return [encoded(model, stem, logits, args.size) for stem, logits in (stored[key] for key in keys)]
 
 
 def encoded(model: StopOrForward, stem: Tensor, frame_logits: Tensor, size: int) -> EncodedVideo:

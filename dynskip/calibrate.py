@@ -501,7 +501,8 @@ def _search(
         for i in range(_LEVELS + 1):
             attempt(tuple(_sigmoid(cut.at(i / _LEVELS)) for cut in cuts))
         for step, moved, sign in itertools.product(_STEPS, moves, (-1, 1)):
-            best = list(max(tried, key=best_in))
+            leader = max(tried, key=best_in)
+            best = list(leader)
             for n in moved:
                 best[n] = _sigmoid(cuts[n].at(cuts[n].below(_logit(best[n])) + sign * step))
             attempt(tuple(best))

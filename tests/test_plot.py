@@ -42,7 +42,7 @@ def texts(figure: Figure) -> list[str]:
 def assert_nothing_sticks_out_or_overlaps(figure: Figure) -> None:
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw(renderer)
-    axes = [axis for a in figure.axes for axis in (a.xaxis, a.yaxis)]
+    axes: list[Any] = [axis for a in figure.axes for axis in (a.xaxis, a.yaxis)]
     ticks = [(tick, *sorted(axis.get_view_interval())) for axis in axes for tick in axis.get_major_ticks()]
     # matplotlib keeps labels of ticks that it does not draw.
     outside = {tick.label1 for tick, low, high in ticks if not low <= tick.get_loc() <= high}
