@@ -138,6 +138,8 @@ def load(folder: str | Path, *, threads: int = 0, providers: Sequence[str] = ("C
     manifest, files = _read(Path(folder))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # There is a session a stage and gate, each with its threads: those of one must not spin while another works.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     graphs = {}
     for name, content in files.items():

@@ -90,7 +90,7 @@ class World:
             return module
         gc.collect()  # an earlier wrapping of the same parameters must be gone
         index = [torch.device(self.device).index] if self.device.startswith("cuda") else None
-        return DistributedDataParallel(module, index, broadcast_buffers=False)
+        return DistributedDataParallel(module, index, forward_sync_buffers=False)
 
     def leave(self) -> None:
         """Leave the others; nothing can be shared afterwards."""

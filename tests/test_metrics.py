@@ -337,7 +337,7 @@ def test_top_k_recall_by_hand() -> None:
     assert top_k_recall(scores, targets) == pytest.approx((1 / 2 + 0) / 2)
     assert top_k_recall(scores, targets, k=2) == pytest.approx((1 / 2 + 1 / 3) / 2)
     assert top_k_recall(scores, targets, k=4) == 1.0
-    with pytest.raises(DynskipError, match="k is 5"):
+    with pytest.raises(DynskipError, match="k=5 is out of range"):
         top_k_recall(scores, targets, k=5)
 
 

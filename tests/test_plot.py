@@ -206,7 +206,7 @@ def test_dark_changes_the_ground() -> None:
         ({"stopped_at": [0, 1]}, r"stopped_at has shape \(2,\), but must be \(3,\), one per frame"),
         ({"stopped_at": [[0, 1, 2]]}, r"stopped_at has shape \(1, 3\)"),
         ({"stopped_at": [0, 1, 4]}, "stopped_at holds 4, but with 3 stages"),
-        ({"stage_names": ()}, "The number of stages is 0"),
+        ({"stage_names": ()}, "num_stages=0 is out of range"),
         ({"fallback_frame": 3}, "fallback_frame is 3, but must be from 0 to 2, or -1"),
         ({"fallback_frame": -2}, "fallback_frame is -2"),
         ({"seconds": [0.0, 1.0]}, r"seconds has shape \(2,\), but must be \(3,\), one per frame"),
