@@ -23,6 +23,7 @@ import dynskip
 from dynskip import (
     DynskipError,
     EarlyTerminator,
+    FixedGate,
     FLOPsLookup,
     InnerClassifier,
     PolicyGate,
@@ -180,7 +181,6 @@ def gate_classes() -> list[type[nn.Module]]:
 # What gates ask for that has no default, and values other than the defaults.
 ARGUMENTS: dict[str, Any] = {
     "forward_bias": 0.25,
-    "goes_on": False,
     "hidden": 7,
     "num_classes": 4,
     "rate": 0.6,
@@ -196,7 +196,7 @@ def test_every_gate_comes_back(cls: type[nn.Module], tmp_path: Path) -> None:
     staged = backbone()
     gates = []
     for channels in staged.num_features:
-        known = {**ARGUMENTS, "in_features": channels}
+        known = {**ARGUMENTS, "in_features": channels, **({"stop": True} if cls is FixedGate else {})}
         gates.append(cls(**{name: known[name] for name in inspect.signature(cls).parameters if name in known}))
     model = wrap(staged, gates)
     back = round_trip(model, tmp_path / "model")
