@@ -31,7 +31,7 @@ from dynskip.terminate import EarlyTerminator, end_videos
 
 
 class Gated(Protocol):
-    """What this module asks of a model: `StopOrForward` has it."""
+    """What this module asks of a model: `StopOrForward` and `EarlyExit` have it."""
 
     backbone: StagedBackbone
     forward_threshold: tuple[float, ...]

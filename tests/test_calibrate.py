@@ -11,12 +11,22 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CLASSES, Case, cases, generator, large_cases, toy_model, toy_video
+from helpers import CLASSES, Case, cases, generator, large_cases, randomise, toy_model, toy_video
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dynskip import DynskipError, EarlyTerminator, StopOrForward, calibrate
+from dynskip import (
+    ConfidenceGate,
+    DynskipError,
+    EarlyExit,
+    EarlyTerminator,
+    FixedGate,
+    RandomGate,
+    SimilarityGate,
+    StopOrForward,
+    calibrate,
+)
 from dynskip.calibrate import CurvePoint, OperatingPoint
 from dynskip.metrics import mean_average_precision, top_k_accuracy
 
@@ -40,7 +50,7 @@ def batched(video: Tensor, targets: Tensor, size: int) -> list[tuple[Tensor, Ten
     return list(zip(video.split(size), targets.split(size), strict=True))
 
 
-def really(model: StopOrForward, video: Tensor, targets: Tensor) -> tuple[float, float]:
+def really(model: StopOrForward | EarlyExit, video: Tensor, targets: Tensor) -> tuple[float, float]:
     """Accuracy and mean MACs of a pass that skips for real."""
     output = model(video)
     return top_k_accuracy(output.probabilities, targets), float(output.macs.mean())
@@ -174,6 +184,39 @@ def test_the_choice_is_the_best_that_a_search_through_everything_finds() -> None
         if allowed:
             chosen = calibrate.to_budget(model, [(video, targets)], macs).point
             assert (chosen.accuracy, -chosen.macs) == max(allowed)
+
+
+@pytest.mark.parametrize("per_gate", [False, True])
+@pytest.mark.parametrize("kind", ["similarity", "random", "mixed"])
+def test_gates_that_need_no_training(kind: str, per_gate: bool) -> None:
+    model, video, targets = setup(7)
+    widths = model.backbone.num_features
+    gates: dict[str, list[nn.Module]] = {
+        "similarity": [SimilarityGate(width) for width in widths],
+        "random": [RandomGate(width, 0.7, seed=n) for n, width in enumerate(widths)],
+        "mixed": [FixedGate(), SimilarityGate(widths[1]), FixedGate()],
+    }
+    model = StopOrForward(model.backbone, [gate.double() for gate in gates[kind]]).eval()
+    dense = calibrate.dense(model, [(video, targets)])
+    result = calibrate.to_budget(model, [(video, targets)], 0.9 * dense.macs, per_gate=per_gate)
+    result.apply(model)
+    assert (result.point.accuracy, result.point.macs) == really(model, video, targets)
+    assert result.point.macs <= 0.9 * dense.macs
+    assert result.curve[0].macs < result.curve[-1].macs
+
+
+def test_exits_of_still_images() -> None:
+    backbone = setup(8)[0].backbone
+    gates = [ConfidenceGate(width, CLASSES).double() for width in backbone.num_features]
+    for n, gate in enumerate(gates):
+        randomise(gate, n, scale=3.0)
+    model = EarlyExit(backbone, [*gates[:-1], FixedGate()]).eval()
+    images, targets = toy_video(20, 1, seed=5)[:, 0], torch.arange(20) % CLASSES
+    dense = calibrate.dense(model, [(images, targets)])
+    result = calibrate.to_budget(model, [(images, targets)], 0.7 * dense.macs, per_gate=True)
+    result.apply(model)
+    assert (result.point.accuracy, result.point.macs) == really(model, images, targets)
+    assert result.point.macs <= 0.7 * dense.macs
 
 
 def test_thresholds_differ_where_gates_need_it() -> None:
