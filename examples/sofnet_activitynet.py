@@ -7,7 +7,8 @@
     python examples/sofnet_activitynet.py predict  --checkpoint runs/mine/last.pt VIDEO...
 
 Top to bottom: weights and checkpoints, training, evaluation, prediction, demo, command line. Beside it, video_data.py
-reads videos and data sets, prepare_data.py checks them, and training.py is about many processes and whole checkpoints.
+reads videos and data sets, prepare_data.py checks them, training.py is about many processes and whole checkpoints, and
+frozen_gates.py about gates on a frozen backbone.
 Copy them and edit them. Costs are MACs (multiply-adds), the literature's "GFLOPs".
 """
 
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import av
+import frozen_gates
 import numpy as np
 import timm
 import torch
@@ -238,6 +240,7 @@ class TrainOptions:
     normalize: bool = False
     optimizer: Literal["sgd", "adamw"] = "sgd"
     dense: bool = False
+    freeze_backbone: bool = False
     seed: int = 0
     workers: int = 2
     in_memory: bool = False
@@ -275,11 +278,16 @@ def train(
     world = world or World(device=options.device)
     # The first process starts or restores the model; the others get its weights when they are wrapped.
     fresh = start is None and world.is_first
-    trainer = Trainer(config, items, recipe, options, out, world, pretrained=fresh and weights == "hub")
+    kind = FrozenTrainer if options.freeze_backbone else Trainer
+    trainer = kind(config, items, recipe, options, out, world, pretrained=fresh and weights == "hub")
     if start is not None:
         trainer.restore(start)
-    elif fresh and weights not in ("hub", "none") and not load_weights(trainer.model.backbone.model, Path(weights)):
-        print(f"{weights} has another number of classes: the classifier starts anew.")
+    elif weights == "hub":
+        trainer.new_classifier = published_config(config.backbone).num_classes != len(config.classes)
+    elif fresh and weights != "none":
+        trainer.new_classifier = not load_weights(trainer.model.backbone.model, Path(weights))
+        if trainer.new_classifier:
+            print(f"{weights} has another number of classes: the classifier starts anew.")
     return trainer.run()
 
 
@@ -351,6 +359,7 @@ class Trainer:
         self.unreadable: list[str] = []
         self.log: list[dict[str, Any]] = []
         self.board: Any = None
+        self.new_classifier = True
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint, which the first process reads."""
@@ -459,7 +468,11 @@ class Trainer:
             raise DynskipError(
                 "None of the training videos could be read. The first: " + "; ".join(self.unreadable[:1])
             )
-        means = {name: value / self.count for name, value in self.sums.items()}
+        self.end_epoch(phase, {name: value / self.count for name, value in self.sums.items()})
+
+    def end_epoch(self, phase: str, means: dict[str, float]) -> None:
+        """Log an epoch and write the checkpoints that are due after it."""
+        epoch, recipe = self.epoch, self.recipe
         print(f"epoch {epoch + 1}/{recipe.epochs} {phase}: " + ", ".join(f"{k} {v:.3f}" for k, v in means.items()))
         self.log.append({"epoch": epoch, **means})
         if self.world.is_first:
@@ -540,6 +553,37 @@ class Trainer:
         where = self.world.device
         noise = None if self.dense else -draws.log().to(where)
         return video.to(where, non_blocking=True), targets.to(where, non_blocking=True), noise
+
+
+class FrozenTrainer(Trainer):
+    """Trains gates on stored features of a backbone that stays as it is; an epoch takes seconds."""
+
+    def run(self) -> StopOrForward:
+        """Encode the videos, fit the classifier if it is new, and train gates to the end of the schedule."""
+        options, prep = self.options, self.config.prep
+        if self.world.size > 1:
+            raise DynskipError("--freeze-backbone trains in seconds an epoch: leave torchrun out.")
+        clips = Clips(self.clips.items, self.config.classes, prep, False, options.seed, options.cache)
+        file = self.out / "features" / "train.safetensors"
+        self.features = frozen_gates.encode(self.model, clips, file, options.workers)
+        self.targets = [clips.targets[position] for position in self.features.positions.tolist()]
+        self.steps = math.ceil(len(self.features) / options.batch_size)
+        if self.epoch == 0 and self.new_classifier:
+            shares = torch.zeros(len(self.targets), len(self.config.classes))
+            for row, labels in enumerate(self.targets):
+                shares[row, labels] = 1 / len(labels)
+            frozen_gates.fit_head(self.model, self.features, shares)
+        return super().run()
+
+    def run_epoch(self) -> None:
+        """Train gates and inner classifiers for an epoch; of a video with several labels it draws one."""
+        seed = self.options.seed
+        drawn = [labels[derive_seed(seed, self.epoch, row) % len(labels)] for row, labels in enumerate(self.targets)]
+        means = frozen_gates.gate_epoch(
+            self.model, self.features, torch.tensor(drawn), self.loss.criterion, self.optimizer, self.recipe,
+            self.epoch, self.options.batch_size, seed,
+        )  # fmt: skip
+        self.end_epoch("gates", means)
 
 
 POSTFIX = ("accuracy", "used")  # beside the progress bar
@@ -994,6 +1038,10 @@ def train_in(world: World, args: argparse.Namespace) -> int:
     last = args.out / "last.pt"
     if last.exists() and not args.resume and world.is_first:
         raise DynskipError(f"{last} exists already. Continue it with --resume, or choose another --out.")
+    if args.freeze_backbone and (args.dense or args.weights == "none"):
+        raise DynskipError(
+            "--freeze-backbone trains gates on a finished backbone: leave --dense out, and give --weights."
+        )
     if args.warmup_epochs + args.epochs < 1:
         raise DynskipError("There is nothing to train: --warmup-epochs and --epochs are both 0.")
     published = published_config(args.backbone)
@@ -1016,6 +1064,7 @@ def train_in(world: World, args: argparse.Namespace) -> int:
         joint_epochs=args.epochs,
         lr=args.lr,
         lr_drop=args.lr_drop,
+        temperature_decay=args.temperature_decay,
         gate_lr_scale=args.gate_lr_scale,
         weight_decay=args.weight_decay,
     )
@@ -1030,6 +1079,7 @@ def train_in(world: World, args: argparse.Namespace) -> int:
         normalize=args.normalize,
         optimizer=args.optimizer,
         dense=args.dense,
+        freeze_backbone=args.freeze_backbone,
         seed=args.seed,
         workers=args.workers,
         in_memory=args.in_memory,
@@ -1166,8 +1216,15 @@ def show_progress(done: int, total: int) -> None:
         print(f"\r     {done}/{total} videos", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Describe the command line."""
+# What --freeze-backbone changes about train, unless told otherwise: the recipe of benchmarks/ablation.py.
+FROZEN_DEFAULTS: dict[str, Any] = {
+    "warmup_epochs": 0, "epochs": 20, "optimizer": "adamw", "lr": 1e-3, "lr_drop": 15, "weight_decay": 0.1,
+    "temperature_decay": 0.1, "batch_size": 64, "hidden": 64, "forward_bias": 1.0, "shape_memory": True,
+}  # fmt: skip
+
+
+def parser(frozen: bool = False) -> argparse.ArgumentParser:
+    """Describe the command line, with the defaults of --freeze-backbone if asked for."""
     top = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
         epilog="Costs are MACs (multiply-adds), which the literature prints as GFLOPs. COMMAND --help tells more.",
@@ -1217,11 +1274,17 @@ def parser() -> argparse.ArgumentParser:
     add("--normalize", action="store_true", help="efficiency loss as a share of the dense cost, not in GMACs")
     add("--in-memory", action="store_true", help="decode every video once and keep it; for small sets")
     add("--dense", action="store_true", help="train the plain backbone for all epochs: the baseline")
+    add(
+        "--freeze-backbone",
+        action="store_true",
+        help="train gates on stored features of a finished backbone; other options then have defaults of their own",
+    )
     add("--warmup-epochs", type=not_negative, default=15, help="epochs of the backbone alone")
     add("--epochs", type=not_negative, default=60, help="epochs of backbone and gates together, after the warm-up")
     add("--optimizer", choices=("sgd", "adamw"), default="sgd", help="the thesis trains with SGD")
     add("--lr", type=rate, default=1e-3, help="learning rate")
     add("--lr-drop", type=not_negative, default=30, help="joint epoch from which the learning rate is a tenth")
+    add("--temperature-decay", type=rate, default=0.045, help="how fast draws of the gates get sharper, an epoch")
     add("--gate-lr-scale", type=rate, default=1.0, help="learning rate of the gates over the backbone's")
     add("--weight-decay", type=rate, default=1e-5, help="weight decay")
     add("--batch-size", type=positive, default=24, help="videos a step, all processes together")
@@ -1235,6 +1298,8 @@ def parser() -> argparse.ArgumentParser:
         help="statistics of the batch (of all processes, of one part), or the running ones, which stay as loaded",
     )
     add_machine(add)
+    if frozen:
+        commands.choices["train"].set_defaults(**FROZEN_DEFAULTS)
 
     add = command("evaluate", evaluate_command, "accuracy and cost of a checkpoint on a split")
     add_data(add)
@@ -1352,6 +1417,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     av.logging.set_libav_level(av.logging.PANIC)  # our own errors say it better
     choose_gpu()
     args = parser().parse_args(arguments)
+    if getattr(args, "freeze_backbone", False):
+        args = parser(frozen=True).parse_args(arguments)
     try:
         with explained("Start the command again; training goes on from its last checkpoint with --resume."):
             return int(args.run(args))
