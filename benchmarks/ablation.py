@@ -1,0 +1,618 @@
+"""What does each part of SoF-Net contribute on a frozen backbone? Thesis Table 4.4, and what SoF-Net competes with.
+
+    python benchmarks/ablation.py --data DIR --weights FILE --cache DIR           # every run that has no result yet
+    python benchmarks/ablation.py --data DIR --weights FILE --cache DIR --only 168-lstm-guided-seed0
+    python benchmarks/ablation.py --list                                          # names of all runs
+    python benchmarks/ablation.py --report                                        # tables from the results
+    python benchmarks/ablation.py --plot docs/images                              # pictures from the results
+
+DIR is a folder with `labels.csv` (path,label,split); its clips are encoded once and put together into untrimmed videos
+(`compose_untrimmed.py`). Every run writes one file to `benchmarks/results/ablation`. Thresholds are chosen on the
+validation part; the test part is only measured. Costs are MACs (multiply-adds).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+import common  # noqa: E402
+import frozen_gates  # noqa: E402
+from compose_untrimmed import STEPS, Composition, compose, split_off_validation  # noqa: E402
+from frozen_gates import Features  # noqa: E402
+from sofnet_activitynet import load_weights, move_strides, to_device  # noqa: E402
+from video_data import Clips, Preprocessing, class_names, pick_split, read_csv  # noqa: E402
+
+from dynskip import (  # noqa: E402
+    ConfidenceGate,
+    DynskipError,
+    EarlyTerminator,
+    EncodedVideo,
+    FixedGate,
+    SimilarityGate,
+    SkipOutput,
+    SoFLoss,
+    StopOrForward,
+    calibrate,
+    metrics,
+    plot,
+    sofnet,
+    stage_model,
+)
+from dynskip.sofnet import Recipe  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "ablation"
+IRRELEVANT, VAL_SHARE = ("HorseRace", "PlayingViolin"), 0.2
+COPIES = {"train": 3, "val": 4, "test": 4}  # videos around each label clip
+HIDDEN = 64
+RECIPE = Recipe(warmup_epochs=0, joint_epochs=20, lr_drop=15, weight_decay=0.1, temperature=5.0, temperature_decay=0.1)
+HEAD_DECAY = 0.03
+THRESHOLD, MIN_FRAMES = 0.999, 3  # the thesis' early termination
+RHOS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
+BUDGET = 0.7  # of the dense cost; the thesis' SoF-Net takes 0.68
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, or (`kind="baselines"`) everything that is not trained with the method."""
+
+    kind: Literal["gates", "baselines"]
+    size: int = 168
+    temporal: Literal["lstm"] | None = "lstm"
+    guidance: bool = True
+    state_update: Literal["used", "reached"] = "used"
+    detach_inner: bool = False
+    alpha: float = 0.9
+    normalize: bool = False
+    forward_bias: float = 1.0
+    lr: float = 1e-3
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """What sets it apart from the defaults, for --only and the file."""
+        if self.kind == "baselines":
+            return f"{self.size}-baselines-seed{self.seed}"
+        parts = [str(self.size), self.temporal or "fc", "guided" if self.guidance else "plain"]
+        parts += ["reached"] * (self.state_update == "reached") + ["detached"] * (self.guidance and self.detach_inner)
+        parts += [f"alpha{self.alpha}"] * (self.alpha != Run.alpha) + ["normalized"] * self.normalize
+        parts += [f"bias{self.forward_bias:g}"] * (self.forward_bias != Run.forward_bias)
+        parts += [f"lr{self.lr:g}"] * (self.lr != Run.lr)
+        return "-".join([*parts, f"seed{self.seed}"])
+
+
+SEEDS = (0, 1, 2)
+VARIANTS: list[dict[str, Any]] = [
+    {"kind": "baselines"},
+    {},
+    {"temporal": None},
+    {"guidance": False},
+    {"temporal": None, "guidance": False},
+    {"temporal": None, "lr": 3e-3},
+    {"guidance": False, "lr": 3e-3},
+    {"temporal": None, "guidance": False, "lr": 3e-3},
+    {"lr": 3e-3},
+    {"state_update": "reached"},
+    {"detach_inner": True},
+    {"alpha": 0.7},
+    {"forward_bias": 0.0},
+    {"forward_bias": 3.0},
+    {"alpha": 0.5},
+    {"temporal": None, "detach_inner": True},
+    {"guidance": False, "state_update": "reached"},
+]
+PLAN = [Run(**{"kind": "gates", **variant, "seed": seed}) for variant in VARIANTS for seed in SEEDS]
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+@dataclass
+class Part:
+    """The videos of a split as features."""
+
+    features: Features
+    targets: Tensor  # (V,)
+    relevant: Tensor  # (V, T) the frames of the action
+
+    def batches(self, model: StopOrForward) -> list[tuple[EncodedVideo, Tensor]]:
+        """Return the videos as `dynskip.calibrate` takes them."""
+        with torch.no_grad():
+            return [(self.features.rows(model, slice(None)), self.targets)]
+
+
+def put_together(clips: dict[str, Features], compositions: Sequence[Composition], rows: dict[Path, int]) -> Features:
+    """Take the features of composed videos from those of their clips.
+
+    Args:
+        clips: features of the clips by the split that they came in, `STEPS` frames each.
+        compositions: the videos.
+        rows: each clip's row in its features.
+    """
+    source = clips["test" if compositions[0].split == "test" else "train"]
+    clip = torch.tensor([[rows[item.path] for item, _ in composition.steps] for composition in compositions])
+    step = torch.tensor([[step for _, step in composition.steps] for composition in compositions])
+    pooled = tuple(features[clip, step] for features in source.pooled)
+    return Features(pooled, source.embedding[clip, step], torch.arange(len(compositions)), source.image_size)
+
+
+def relevant_frames(compositions: Sequence[Composition]) -> Tensor:
+    """Mark the frames of each video that show its action, `(V, STEPS)`."""
+    relevant = torch.zeros(len(compositions), STEPS, dtype=torch.bool)
+    for row, composition in enumerate(compositions):
+        relevant[row, slice(*composition.segment)] = True
+    return relevant
+
+
+@cache
+def load(data: Path, weights: Path, folder: Path, size: int, seed: int) -> tuple[dict[str, Part], list[str]]:
+    """Return the parts train, val and test of a composed set, and its classes; clips are encoded if need be.
+
+    The seed decides which groups are held out for validation and how videos are composed.
+    """
+    items = read_csv(data)
+    prep = Preprocessing(size, STEPS)
+    model = to_device(sofnet(network(weights, 1000)), "cpu")
+    clips, rows = {}, {}
+    for split in ("train", "test"):
+        listed = pick_split(items, split)
+        file = folder / str(size) / f"{split}.safetensors"
+        clips[split] = frozen_gates.encode(model, Clips(listed, class_names(items), prep, training=False, seed=0), file)
+        if len(clips[split]) < len(listed):
+            raise DynskipError("Composing needs every clip; leave the unreadable ones out of labels.csv.")
+        rows.update({item.path: row for row, item in enumerate(listed)})
+    divided = split_off_validation(items, VAL_SHARE, seed)
+    classes = sorted(set(class_names(items)) - set(IRRELEVANT))
+    parts = {}
+    for split, copies in COPIES.items():
+        own = compose(pick_split(divided, split), IRRELEVANT, copies, seed)
+        targets = torch.tensor([classes.index(composition.label) for composition in own])
+        parts[split] = Part(put_together(clips, own, rows), targets, relevant_frames(own))
+    return parts, classes
+
+
+def network(weights: Path, num_classes: int) -> Any:
+    """Return the frozen backbone: ResNet-50, its strides in the 1x1 convolutions, as the first weights have them."""
+    backbone = stage_model("resnet50", num_classes=num_classes)
+    move_strides(backbone.model)
+    load_weights(backbone.model, weights)
+    return backbone
+
+
+# ----------------------------------------------------------------------------------------------------- one run
+
+
+def measure(model: StopOrForward, part: Part) -> dict[str, Any]:
+    """Say how accurate and how costly a model is on a part, what it did with frames, and with which ones."""
+    model.eval()
+    outputs = list(frozen_gates.decide(model, part.features))
+    stopped_at, used = joined(outputs, "stopped_at"), joined(outputs, "used")
+    probabilities = joined(outputs, "probabilities")
+    usage = metrics.frame_usage(stopped_at, model.backbone.num_stages)
+    relevance = metrics.frame_relevance(used, part.relevant)
+    return {
+        "top1": metrics.top_k_accuracy(probabilities, part.targets),
+        "mean_ap": metrics.mean_average_precision(probabilities, part.targets),
+        "gmacs": float(joined(outputs, "macs").mean()) / 1e9,
+        "used": usage.used,
+        "stopped": list(usage.stopped),
+        "unseen": usage.unseen,
+        "precision": relevance.precision,
+        "recall": relevance.recall,
+        "fallbacks": int(joined(outputs, "fallback").sum()),
+    }
+
+
+def joined(outputs: Sequence[SkipOutput], name: str) -> Tensor:
+    return torch.cat([getattr(output, name) for output in outputs])
+
+
+def run_gates(run: Run, parts: dict[str, Part], model: StopOrForward) -> dict[str, Any]:
+    """Train gates; measure them at the arg-max and with early termination, and calibrate the whole method."""
+    lookup = model.lookup_for((run.size, run.size))
+    criterion = SoFLoss(lookup, run.alpha, 0.9 if run.guidance else None, run.normalize)
+    recipe = replace(RECIPE, lr=run.lr)
+    optimizer = frozen_gates.gate_optimizer(model, recipe)
+    train = parts["train"]
+    for epoch in range(recipe.epochs):
+        logged = frozen_gates.gate_epoch(
+            model, train.features, train.targets, criterion, optimizer, recipe, epoch, seed=run.seed
+        )
+        common.progress(f"epoch {epoch + 1}/{recipe.epochs} {logged['total']:.3f}", end="")
+    common.progress("")
+    results: dict[str, Any] = {"last_epoch": logged, "modes": {}}
+    model.terminator = None
+    results["modes"]["gates"] = {split: measure(model, parts[split]) for split in ("val", "test")}
+    model.terminator = EarlyTerminator(THRESHOLD, MIN_FRAMES)
+    results["modes"]["termination"] = {split: measure(model, parts[split]) for split in ("val", "test")}
+    if run != Run("gates", size=run.size, seed=run.seed):
+        return results
+    sweep = []
+    for rho in RHOS:
+        model.terminator = EarlyTerminator(rho, MIN_FRAMES)
+        sweep.append({"rho": rho, **{split: measure(model, parts[split]) for split in ("val", "test")}})
+    results["termination"] = sweep
+    affordable = [step for step in sweep if step["val"]["gmacs"] <= BUDGET * lookup.dense * STEPS / 1e9]
+    results["modes"]["budget"] = affordable[-1] if affordable else sweep[0]
+    calibration = calibrate.to_accuracy(model, parts["val"].batches(model), 0.0)
+    results["curve"] = replayed(model, calibration.curve, parts)
+    calibration.apply(model)
+    results["modes"]["calibrated"] = {split: measure(model, parts[split]) for split in ("val", "test")}
+    results["calibrated_thresholds"] = asdict(calibration.point)
+    return results
+
+
+def run_baselines(run: Run, parts: dict[str, Part], model: StopOrForward) -> dict[str, Any]:
+    """Measure the dense backbone on all, few and random frames, ending early, and with gates that are not trained."""
+    val, test = (parts[split].batches(model) for split in ("val", "test"))
+    features, stages = model.backbone.num_features, model.backbone.num_stages
+    every_frame = [FixedGate() for _ in features]
+    model = StopOrForward(model.backbone, every_frame)
+    results: dict[str, Any] = {"modes": {"dense": {split: measure(model, parts[split]) for split in ("val", "test")}}}
+    curves: dict[str, Any] = {}
+    for name, sample in (
+        ("uniform frames", calibrate.uniform_frames),
+        ("random frames", lambda model, batches: calibrate.random_frames(model, batches, seed=run.seed)),
+    ):
+        points = zip(sample(model, val), sample(model, test), strict=True)
+        curves[name] = [{"val": point(on_val), "test": point(on_test)} for on_val, on_test in points]
+    classifiers = inner_classifiers(parts["train"], features, model.backbone.num_classes)
+    gates: dict[str, Callable[[int], nn.Module]] = {
+        "confidence gates": lambda n: confidence_gate(features[n], classifiers[n]),
+        "similarity gates": lambda n: SimilarityGate(features[n]),
+        "early termination alone": lambda n: FixedGate(),
+    }
+    for name, make in gates.items():
+        for ending in (None, EarlyTerminator(THRESHOLD, MIN_FRAMES)):
+            if name == "early termination alone" and ending is None:
+                continue
+            model = StopOrForward(model.backbone, [make(n) for n in range(stages)], terminator=ending).eval()
+            found = calibrate.to_accuracy(model, val, 1.0, per_gate="gates" in name)  # of interest is its curve
+            label = name if ending is None or "termination" in name else f"{name}, early termination"
+            curves[label] = replayed(model, found.curve, parts)
+    return {**results, "curves": curves, "probe": probe(parts)}
+
+
+def probe(parts: dict[str, Part]) -> list[dict[str, float]]:
+    """Say how well a linear classifier of a stage's features tells relevant frames from others, stage by stage."""
+    accuracies = []
+    for n, pooled in enumerate(parts["train"].features.pooled):
+        mean, deviation = pooled.mean((0, 1)), pooled.std((0, 1)) + 1e-6
+        layer = nn.Linear(len(mean), 2)
+        relevant = parts["train"].relevant.flatten().long()
+        frozen_gates.fit_linear(layer, ((pooled - mean) / deviation).flatten(0, 1), relevant, 0.1)
+        found = {}
+        with torch.no_grad():
+            for split in ("val", "test"):
+                answer = layer((parts[split].features.pooled[n] - mean) / deviation).argmax(-1)
+                found[split] = float((answer == parts[split].relevant).float().mean())
+        accuracies.append(found)
+    return accuracies
+
+
+def confidence_gate(features: int, classifier: nn.Linear) -> ConfidenceGate:
+    gate = ConfidenceGate(features, classifier.out_features, 0.5, stop="unsure")
+    gate.classifier = classifier  # type: ignore[assignment]  # any module may take its place
+    return gate
+
+
+def inner_classifiers(part: Part, features: Sequence[int], classes: int) -> list[nn.Linear]:
+    """Train a linear classifier of single frames on each stage's pooled features, with their video's label."""
+    classifiers = [nn.Linear(channels, classes) for channels in features]
+    for classifier, pooled in zip(classifiers, part.features.pooled, strict=True):
+        frozen_gates.fit_linear(classifier, pooled.flatten(0, 1), part.targets.repeat_interleave(STEPS), HEAD_DECAY)
+        classifier.requires_grad_(False)
+    return classifiers
+
+
+def replayed(
+    model: StopOrForward, curve: Sequence[calibrate.OperatingPoint], parts: dict[str, Part]
+) -> list[dict[str, Any]]:
+    """Measure on the test part what the curve's thresholds, which come from the validation part, give there."""
+    test = parts["test"].batches(model)
+    return [{"val": point(on_val), "test": point(calibrate.replay(model, test, on_val))} for on_val in curve]
+
+
+def point(measured: calibrate.CurvePoint) -> dict[str, float]:
+    return {"top1": measured.accuracy, "gmacs": measured.macs / 1e9}
+
+
+def perform(run: Run, args: argparse.Namespace) -> dict[str, Any]:
+    """Do one run and return what goes into its file."""
+    parts, classes = load(args.data, args.weights, args.cache, run.size, run.seed)
+    started = time.perf_counter()
+    torch.manual_seed(run.seed)
+    model = sofnet(
+        network(args.weights, len(classes)),
+        hidden=HIDDEN,
+        temporal=run.temporal,
+        guidance=run.guidance,
+        detach_inner=run.detach_inner,
+        forward_bias=run.forward_bias,
+        state_update=run.state_update,
+    )
+    model.backbone.requires_grad_(False)
+    frozen_gates.fit_head(model, parts["train"].features, parts["train"].targets, HEAD_DECAY)
+    results = (run_baselines if run.kind == "baselines" else run_gates)(run, parts, model)
+    counts = {
+        split: {"videos": len(part.targets), "relevant": float(part.relevant.float().mean())}
+        for split, part in parts.items()
+    }
+    return {
+        "run": asdict(run),
+        "recipe": {**asdict(RECIPE), "lr": run.lr, "head_decay": HEAD_DECAY, "hidden": HIDDEN},
+        "composed": {"irrelevant": IRRELEVANT, "copies": COPIES, "val_share": VAL_SHARE},
+        "command": f"python benchmarks/ablation.py --data DIR --weights FILE --cache DIR --only {run.name}",
+        "machine": common.machine("cpu"),
+        "seconds": round(time.perf_counter() - started, 1),
+        "dense_gmacs": model.lookup_for((run.size, run.size)).dense * STEPS / 1e9,
+        "data": counts,
+        **results,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+
+def committed(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """Read the results of all runs."""
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise DynskipError(f"There are no results in {folder}. Run the ablation first.")
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def select(results: Sequence[dict[str, Any]], **settings: Any) -> list[dict[str, Any]]:
+    """Return the runs with these settings, and otherwise the defaults, one a seed."""
+    wanted = asdict(Run(**{"kind": "gates", **settings}))
+    if wanted["kind"] == "gates" and not wanted["guidance"]:
+        wanted["detach_inner"] = Run.detach_inner  # nothing to detach
+    return [result for result in results if {**result["run"], "seed": 0} == {**wanted, "seed": 0}]
+
+
+def spread(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
+    """Write the mean of some values and, where there are several, their standard deviation."""
+    mean = f"{scale * statistics.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
+
+
+COLUMNS = "| | mAP % | top-1 % | GMACs/video | of dense % | used % | precision % | recall % | thesis: mAP, GMACs |"
+# The thesis' rows at each size, in the order of `ROWS` (tables 4.4 and 4.5, on ActivityNet).
+THESIS = {
+    168: ["73.7, 40.3", "74.3, 32.2", "75.0, 31.6", "74.7, 32.6", "75.6, 31.7", "75.3, 27.4"],
+    192: ["", "", "", "", "-, 43.7", "76.3, 37.4"],
+    224: ["-, 65.9", "", "", "", "77.1, 55.7", "76.9, 48.6"],
+}
+
+
+def row(name: str, results: Sequence[dict[str, Any]], mode: str, thesis: str = "") -> str:
+    """Lay one way of running the runs out as a row of the table."""
+    measured = [result["modes"][mode]["test"] for result in results]
+    share = [m["gmacs"] / result["dense_gmacs"] for m, result in zip(measured, results, strict=True)]
+
+    def values(key: str) -> list[float]:
+        return [m[key] for m in measured]
+
+    cells = [
+        spread(values("mean_ap"), 100),
+        spread(values("top1"), 100),
+        spread(values("gmacs"), 1, 1),
+        spread(share, 100),
+    ]
+    cells += [spread(values(key), 100) for key in ("used", "precision", "recall")]
+    return f"| {name} | " + " | ".join([*cells, thesis]) + " |"
+
+
+def table(rows: Sequence[str]) -> str:
+    return "\n".join([COLUMNS, "|---|" + "---:|" * 8, *rows])
+
+
+ROWS: list[tuple[str, dict[str, Any], str]] = [
+    ("dense TSN", {"kind": "baselines"}, "dense"),
+    ("gates, FC", {"temporal": None, "guidance": False}, "gates"),
+    ("gates, LSTM", {"guidance": False}, "gates"),
+    ("gates, FC + guidance", {"temporal": None}, "gates"),
+    ("gates, LSTM + guidance", {}, "gates"),
+    ("+ early termination at 0.999", {}, "termination"),
+    ("+ early termination, strictest within 70 % of dense on val", {}, "budget"),
+    ("+ all thresholds calibrated to no loss on val", {}, "calibrated"),
+]
+CHOICES: list[tuple[str, dict[str, Any], str]] = [
+    ("LSTM + guidance as above", {}, "gates"),
+    ("learning rate 0.003", {"lr": 3e-3}, "gates"),
+    ("learning rate 0.003, FC + guidance", {"temporal": None, "lr": 3e-3}, "gates"),
+    ("learning rate 0.003, LSTM", {"guidance": False, "lr": 3e-3}, "gates"),
+    ("learning rate 0.003, FC", {"temporal": None, "guidance": False, "lr": 3e-3}, "gates"),
+    ("state rule `reached`", {"state_update": "reached"}, "gates"),
+    ("state rule `reached`, no guidance", {"guidance": False, "state_update": "reached"}, "gates"),
+    ("inner classifiers only read the memory (`detach_inner`)", {"detach_inner": True}, "gates"),
+    ("the same, FC", {"temporal": None, "detach_inner": True}, "gates"),
+    ("gates start undecided (bias 0)", {"forward_bias": 0.0}, "gates"),
+    ("gates start at 95 % forward (bias 3)", {"forward_bias": 3.0}, "gates"),
+    ("alpha 0.7", {"alpha": 0.7}, "gates"),
+    ("alpha 0.5", {"alpha": 0.5}, "gates"),
+]
+BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7)  # of the dense cost
+
+
+def within(curve: Sequence[dict[str, Any]], budget: float) -> dict[str, Any] | None:
+    """Return the curve's most accurate point within a budget in GMACs, both as the validation part has it."""
+    points = [p for p in curve if p["val"]["gmacs"] <= budget]
+    return max(points, key=lambda p: (p["val"]["top1"], -p["val"]["gmacs"]), default=None)
+
+
+def curves(results: Sequence[dict[str, Any]]) -> dict[str, list[tuple[float, list[list[dict[str, Any]]]]]]:
+    """Collect every method's curves: its dense cost and one curve a seed."""
+    collected: dict[str, list[tuple[float, Any]]] = {}
+    for result in select(results):
+        collected.setdefault("SoF-Net", []).append((result["dense_gmacs"], result["curve"]))
+    for result in select(results, kind="baselines"):
+        for name, curve in result["curves"].items():
+            collected.setdefault(name, []).append((result["dense_gmacs"], curve))
+    return collected
+
+
+def budget_table(results: Sequence[dict[str, Any]]) -> str:
+    """Compare methods at equal cost: thresholds chosen on val within a budget, accuracy on test."""
+    lines = ["| top-1 % within | " + " | ".join(f"{budget:.0%} of dense" for budget in BUDGETS) + " |"]
+    lines.append("|---|" + "---:|" * len(BUDGETS))
+    for name, runs in curves(results).items():
+        cells = []
+        for budget in BUDGETS:
+            found = [within(curve, budget * dense) for dense, curve in runs]
+            reached = [p["test"]["top1"] for p in found if p is not None]
+            cells.append(spread(reached, 100) if len(reached) == len(runs) else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def usage_table(results: Sequence[dict[str, Any]]) -> str:
+    """Show where frames end (thesis Fig. 4.1)."""
+    lines = ["| frames, % | res1 | res2 | res3 | res4 | res5 | used | never seen |", "|---|" + "---:|" * 7]
+    for name, settings, mode in ROWS[4:]:
+        measured = [result["modes"][mode]["test"] for result in select(results, **settings)]
+        if measured:
+            stops = [spread([m["stopped"][n] for m in measured], 100) for n in range(5)]
+            cells = [*stops, *(spread([m[key] for m in measured], 100) for key in ("used", "unseen"))]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def probe_table(results: Sequence[dict[str, Any]]) -> str:
+    """Show what each stage's features say about relevance."""
+    probes = [result["probe"] for result in select(results, kind="baselines")]
+    lines = ["| relevant or not, % right | res1 | res2 | res3 | res4 | res5 |", "|---|" + "---:|" * 5]
+    for split in ("val", "test"):
+        cells = [spread([stages[n][split] for stages in probes], 100) for n in range(5)]
+        lines.append(f"| {split} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def report(results: Sequence[dict[str, Any]]) -> str:
+    """Write all tables as Markdown."""
+    counts = results[0]["data"]
+    machines = {json.dumps(result["machine"]) for result in results}
+    blocks = [
+        f"{len(results)} runs; "
+        + ", ".join(
+            f"{split} {c['videos']} videos ({c['relevant']:.0%} of the frames relevant)" for split, c in counts.items()
+        )
+        + ". Means and standard deviations over seeds on the test part; GMACs are 10^9 multiply-adds.",
+    ]
+    for size in sorted({result["run"]["size"] for result in results}):
+        found = [(name, select(results, size=size, **settings), mode) for name, settings, mode in ROWS]
+        named = zip_longest(found, THESIS.get(size, []), fillvalue="")
+        rows = [row(name, runs, mode, thesis) for (name, runs, mode), thesis in named if runs]
+        blocks += [f"### {size} x {size}", table(rows)]
+    chosen = [(name, select(results, **settings), mode) for name, settings, mode in CHOICES]
+    blocks += ["### Choices", table([row(name, runs, mode) for name, runs, mode in chosen if runs])]
+    blocks += ["### At equal cost", budget_table(results), "### Where frames end", usage_table(results)]
+    blocks += ["### What a linear probe of each stage knows of relevance", probe_table(results)]
+    blocks += [
+        ", ".join(f"{key} {value}" for key, value in json.loads(machine).items()) for machine in sorted(machines)
+    ]
+    return "\n\n".join(blocks)
+
+
+DRAWN = (
+    "SoF-Net",
+    "early termination alone",
+    "confidence gates, early termination",
+    "similarity gates, early termination",
+    "uniform frames",
+    "random frames",
+)
+
+
+def mean_curve(runs: Sequence[tuple[float, list[dict[str, Any]]]]) -> list[calibrate.CurvePoint]:
+    """Average the runs' test results with the thresholds that val has for each of many budgets."""
+    points = []
+    for budget in (n / 25 for n in range(2, 26)):
+        found = [within(curve, budget * dense) for dense, curve in runs]
+        tests = [p["test"] for p in found if p is not None]
+        if len(tests) == len(runs):
+            macs = 1e9 * statistics.mean(test["gmacs"] for test in tests)
+            points.append(calibrate.CurvePoint(statistics.mean(test["top1"] for test in tests), macs))
+    return list(dict.fromkeys(points))
+
+
+def draw(results: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Write the pictures of the documentation."""
+    collected = curves(results)
+    means = {name: mean_curve(collected[name]) for name in DRAWN}
+    plot.accuracy_compute(means, title="Test videos").savefig(folder / "ablation_curves.png")
+    measured = [result["modes"]["termination"]["test"] for result in select(results)]
+    usage = metrics.FrameUsage(
+        used=statistics.mean(m["used"] for m in measured),
+        stopped=tuple(statistics.mean(m["stopped"][n] for m in measured) for n in range(5)),
+        unseen=statistics.mean(m["unseen"] for m in measured),
+    )
+    names = [f"res{n}" for n in range(1, 6)]
+    plot.frame_usage(usage, names, title="Frames of the test videos").savefig(folder / "ablation_usage.png")
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--data", type=Path, help="folder with labels.csv (path,label,split)")
+    result.add_argument("--weights", type=Path, help="ImageNet weights of ResNet-50, strides in the 1x1 convolutions")
+    result.add_argument("--cache", type=Path, default=Path("runs/ablation"), help="folder for encoded clips")
+    result.add_argument("--only", nargs="+", metavar="NAME", help="these runs, even if they have results")
+    result.add_argument("--list", action="store_true", help="name all runs")
+    result.add_argument("--report", action="store_true", help="print the tables of the results")
+    result.add_argument("--plot", type=Path, metavar="FOLDER", help="draw the pictures of the results")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    named = {run.name: run for run in PLAN}
+    try:
+        if args.list:
+            print("\n".join(named))
+            return 0
+        if args.report:
+            print(report(committed()))
+            return 0
+        if args.plot:
+            draw(committed(), args.plot)
+            return 0
+        unknown = sorted(set(args.only or ()) - set(named))
+        if unknown or args.data is None or args.weights is None:
+            raise DynskipError(
+                f"There is no run {unknown[0]!r}; --list names all of them."
+                if unknown
+                else "Runs need --data and --weights; --report prints what is there."
+            )
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        for name, run in named.items():
+            file = RESULTS / f"{name}.json"
+            if name in args.only if args.only else not file.exists():
+                content = perform(run, args)
+                file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+                common.progress(f"{name}: {content['seconds']} s")
+    except (DynskipError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

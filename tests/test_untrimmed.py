@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynskip import DynskipError
+
+for needed in ("av", "safetensors", "tqdm"):
+    pytest.importorskip(needed)
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import ablation  # noqa: E402
+import compose_untrimmed as untrimmed  # noqa: E402
+import stick_figures  # noqa: E402
+import video_data  # noqa: E402
+from frozen_gates import Features  # noqa: E402
+
+IRRELEVANT = ("squat_kick", "high_kick")
+ITEMS = [
+    video_data.Item(Path(f"v_{label}_g{group:02d}_c{clip:02d}.mp4"), (label,), "test" if group < 4 else "train")
+    for label in stick_figures.CLASSES
+    for group in range(1, 13)
+    for clip in (1, 2)
+]
+
+
+@given(st.integers(0, 2**32), st.integers(1, 3))
+def test_videos_are_composed_of_their_own_split(seed: int, copies: int) -> None:
+    items = untrimmed.split_off_validation(ITEMS, 0.3, seed)
+    compositions = untrimmed.compose(items, IRRELEVANT, copies, seed)
+    assert compositions == untrimmed.compose(items, IRRELEVANT, copies, seed)
+    assert len({composition.name for composition in compositions}) == len(compositions)
+    split_of = {item.path: item.split for item in items}
+    seen: dict[Path, set[str]] = {}
+    for composition in compositions:
+        start, end = composition.segment
+        assert len(composition.steps) == untrimmed.STEPS
+        assert 0.25 <= (end - start) / untrimmed.STEPS <= 0.65
+        for position, (item, step) in enumerate(composition.steps):
+            relevant = start <= position < end
+            assert (item.labels[0] == composition.label) is relevant
+            assert (item.labels[0] in IRRELEVANT) is not relevant
+            assert 0 <= step < untrimmed.STEPS
+            seen.setdefault(item.path, set()).add(composition.split)
+    assert all(splits == {split_of[path]} for path, splits in seen.items())
+    labelled = Counter(composition.shots[composition.action].clip for composition in compositions)
+    assert set(labelled.values()) == {copies}
+    assert len(labelled) == sum(item.labels[0] not in IRRELEVANT for item in items)
+
+
+def test_groups_stay_together_and_every_class_is_validated() -> None:
+    items = untrimmed.split_off_validation(ITEMS, 0.3, 0)
+    splits: dict[tuple[str, str], set[str]] = {}
+    for item in items:
+        splits.setdefault((item.labels[0], item.path.name.rpartition("_c")[0]), set()).add(item.split)
+    assert all(len(found) == 1 for found in splits.values())
+    counts = Counter((item.labels[0], item.split) for item in items)
+    assert all(counts[label, "val"] == 6 and counts[label, "test"] == 6 for label in stick_figures.CLASSES)
+    assert [item.path for item in items] == [item.path for item in ITEMS]
+
+
+def test_other_seeds_compose_otherwise() -> None:
+    assert untrimmed.compose(ITEMS, IRRELEVANT, 1, 0) != untrimmed.compose(ITEMS, IRRELEVANT, 1, 1)
+
+
+@pytest.mark.parametrize("irrelevant", [["waving"], list(stick_figures.CLASSES)])
+def test_classes_that_do_not_work_are_refused(irrelevant: list[str]) -> None:
+    with pytest.raises(DynskipError, match="--irrelevant names some of them"):
+        untrimmed.compose(ITEMS, irrelevant, 1, 0)
+
+
+def test_a_split_without_material_is_refused() -> None:
+    items = [item for item in ITEMS if item.split == "train" or item.labels[0] not in IRRELEVANT]
+    with pytest.raises(DynskipError, match="Split 'test' has no clip"):
+        untrimmed.compose(items, IRRELEVANT, 1, 0)
+
+
+def test_written_videos_show_what_was_composed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, out = tmp_path / "clips", tmp_path / "untrimmed"
+    stick_figures.render_set(data, train_per_class=2, test_per_class=1, size=64, num_frames=32)
+    command = ["--data", str(data), "--out", str(out), "--irrelevant", *IRRELEVANT, "--val", "0.5"]
+    assert untrimmed.main(command) == 0
+    items = video_data.read_csv(out)
+    assert Counter(item.split for item in items) == {"train": 4, "val": 4, "test": 4}
+    with (out / "segments.csv").open(newline="") as handle:
+        segments = {out / row["path"]: (int(row["start"]), int(row["end"])) for row in csv.DictReader(handle)}
+    clips = untrimmed.split_off_validation(video_data.read_csv(data), 0.5, 0)
+    for composition in untrimmed.compose(clips, IRRELEVANT, 1, 0)[::3]:
+        file = out / f"{composition.name}.mp4"
+        total = untrimmed.STEPS * untrimmed.PICTURES_A_STEP
+        sampled = video_data.read_frames(file, untrimmed.STEPS, 64).astype(np.int64)
+        middles = [int(total / untrimmed.STEPS * (k + 0.5)) for k in range(untrimmed.STEPS)]
+        start, end = segments[file]
+        for (clip, step), frame, middle in zip(composition.steps, sampled, middles, strict=True):
+            wanted = video_data.read_frames(clip.path, untrimmed.STEPS, 64)[step]
+            assert np.abs(frame - wanted).mean() < 14  # compression; another clip is twice as far
+            assert (start <= middle < end) is (clip.labels[0] == composition.label)
+    assert untrimmed.main(command) == 2
+    assert "holds a data set already" in capsys.readouterr().err
+
+
+def test_features_of_clips_become_features_of_videos() -> None:
+    items = untrimmed.split_off_validation(ITEMS, 0.3, 0)
+    compositions = [c for c in untrimmed.compose(items, IRRELEVANT, 1, 0) if c.split == "test"]
+    listed = [item for item in items if item.split == "test"]
+    rows = {item.path: row for row, item in enumerate(listed)}
+    # A frame's feature says which it is: clip and step.
+    mark = torch.arange(len(listed))[:, None] * 100.0 + torch.arange(untrimmed.STEPS)
+    clips = {"test": Features((mark[..., None],), mark[..., None], torch.arange(len(listed)), (32, 32))}
+    features = ablation.put_together(clips, compositions, rows)
+    relevant = ablation.relevant_frames(compositions)
+    for row, composition in enumerate(compositions):
+        marks = [rows[item.path] * 100.0 + step for item, step in composition.steps]
+        assert features.pooled[0][row, :, 0].tolist() == features.embedding[row, :, 0].tolist() == marks
+        labels = [item.labels[0] == composition.label for item, _ in composition.steps]
+        assert relevant[row].tolist() == labels
+
+
+def test_the_report_is_that_of_the_committed_results(capsys: pytest.CaptureFixture[str]) -> None:
+    results = ablation.committed()
+    assert {result["run"]["seed"] for result in results} >= {0, 1, 2}
+    assert ablation.main(["--report"]) == 0
+    printed = capsys.readouterr().out
+    dense = next(result for result in results if result["run"]["kind"] == "baselines" and result["run"]["size"] == 168)
+    assert f"{100 * dense['modes']['dense']['test']['top1']:.1f}" in printed
+    assert printed.strip() in (Path(__file__).parents[1] / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+def test_a_table_row_is_mean_and_deviation_of_its_runs() -> None:
+    def result(top1: float) -> dict[str, Any]:
+        measured = {"mean_ap": 0.5, "top1": top1, "gmacs": 10.0, "used": 0.5, "precision": 0.75, "recall": 1.0}
+        return {"dense_gmacs": 40.0, "modes": {"gates": {"test": measured}}}
+
+    row = ablation.row("x", [result(0.8), result(0.9)], "gates", "thesis")
+    cells = ["50.0", "85.0 ± 7.1 | 10.0", "25.0", "50.0", "75.0", "100.0", "thesis |"]
+    assert row == "| x | " + " ± 0.0 | ".join(cells)
+
+
+def test_thresholds_within_a_budget_are_chosen_on_the_validation_part() -> None:
+    def point(val: float, test: float, gmacs: float) -> dict[str, Any]:
+        return {"val": {"top1": val, "gmacs": gmacs}, "test": {"top1": test, "gmacs": 2 * gmacs}}
+
+    curve = [point(0.5, 0.9, 1), point(0.7, 0.6, 2), point(0.7, 0.8, 3), point(0.9, 1.0, 5)]
+    assert ablation.within(curve, 4) == curve[1]
+    assert ablation.within(curve, 0.5) is None
+
+
+def test_runs_have_names_of_their_own_and_can_be_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [run.name for run in ablation.PLAN]
+    assert len(set(names)) == len(names)
+    assert ablation.main(["--list"]) == 0
+    assert capsys.readouterr().out.split() == names
+    assert ablation.main(["--only", "nothing", "--data", "x", "--weights", "y"]) == 2
+    assert "no run 'nothing'" in capsys.readouterr().err
+    files = {file.stem for file in ablation.RESULTS.glob("*.json")}
+    assert files <= set(names)
+    for name in files:
+        content = json.loads((ablation.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        assert ablation.Run(**content["run"]).name == name in content["command"]
