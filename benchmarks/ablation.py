@@ -457,10 +457,12 @@ def within(curve: Sequence[dict[str, Any]], budget: float) -> dict[str, Any] | N
 
 
 def curves(results: Sequence[dict[str, Any]]) -> dict[str, list[tuple[float, list[list[dict[str, Any]]]]]]:
-    """Collect every method's curves: its dense cost and one curve a seed."""
+    """Collect every method's curves: its dense cost and one curve a seed. SoF-Net's first is that of the termination."""
     collected: dict[str, list[tuple[float, Any]]] = {}
     for result in select(results):
-        collected.setdefault("SoF-Net", []).append((result["dense_gmacs"], result["curve"]))
+        by_rho = [*result["termination"], result["modes"]["gates"]]
+        collected.setdefault("SoF-Net", []).append((result["dense_gmacs"], by_rho))
+        collected.setdefault("SoF-Net, all thresholds", []).append((result["dense_gmacs"], result["curve"]))
     for result in select(results, kind="baselines"):
         for name, curve in result["curves"].items():
             collected.setdefault(name, []).append((result["dense_gmacs"], curve))
@@ -505,14 +507,17 @@ def probe_table(results: Sequence[dict[str, Any]]) -> str:
 
 def report(results: Sequence[dict[str, Any]]) -> str:
     """Write all tables as Markdown."""
-    counts = results[0]["data"]
+    parts = []
+    for split in COPIES:
+        counts = sorted({result["data"][split]["videos"] for result in results})
+        relevant = statistics.mean(result["data"][split]["relevant"] for result in results)
+        parts.append(
+            f"{split} {' to '.join(map(str, counts[:: max(len(counts) - 1, 1)]))} videos, {relevant:.0%} relevant"
+        )
     machines = {json.dumps(result["machine"]) for result in results}
     blocks = [
-        f"{len(results)} runs; "
-        + ", ".join(
-            f"{split} {c['videos']} videos ({c['relevant']:.0%} of the frames relevant)" for split, c in counts.items()
-        )
-        + ". Means and standard deviations over seeds on the test part; GMACs are 10^9 multiply-adds.",
+        f"{len(results)} runs; {'; '.join(parts)} frames. Means and standard deviations over seeds on the test part; "
+        "GMACs are 10^9 multiply-adds."
     ]
     for size in sorted({result["run"]["size"] for result in results}):
         found = [(name, select(results, size=size, **settings), mode) for name, settings, mode in ROWS]
@@ -531,6 +536,7 @@ def report(results: Sequence[dict[str, Any]]) -> str:
 
 DRAWN = (
     "SoF-Net",
+    "SoF-Net, all thresholds",
     "early termination alone",
     "confidence gates, early termination",
     "similarity gates, early termination",
