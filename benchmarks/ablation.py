@@ -457,7 +457,7 @@ def within(curve: Sequence[dict[str, Any]], budget: float) -> dict[str, Any] | N
 
 
 def curves(results: Sequence[dict[str, Any]]) -> dict[str, list[tuple[float, list[list[dict[str, Any]]]]]]:
-    """Collect every method's curves: its dense cost and one curve a seed. SoF-Net's first is that of the termination."""
+    """Collect every method's curves: its dense cost and one curve a seed."""
     collected: dict[str, list[tuple[float, Any]]] = {}
     for result in select(results):
         by_rho = [*result["termination"], result["modes"]["gates"]]
