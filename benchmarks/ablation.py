@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -242,7 +241,7 @@ def run_gates(run: Run, parts: dict[str, Part], model: StopOrForward) -> dict[st
     results["modes"]["termination"] = {split: measure(model, parts[split]) for split in ("val", "test")}
     if run != Run("gates", size=run.size, seed=run.seed):
         return results
-    sweep = []
+    sweep: list[dict[str, Any]] = []
     for rho in RHOS:
         model.terminator = EarlyTerminator(rho, MIN_FRAMES)
         sweep.append({"rho": rho, **{split: measure(model, parts[split]) for split in ("val", "test")}})
@@ -456,7 +455,7 @@ def within(curve: Sequence[dict[str, Any]], budget: float) -> dict[str, Any] | N
     return max(points, key=lambda p: (p["val"]["top1"], -p["val"]["gmacs"]), default=None)
 
 
-def curves(results: Sequence[dict[str, Any]]) -> dict[str, list[tuple[float, list[list[dict[str, Any]]]]]]:
+def curves(results: Sequence[dict[str, Any]]) -> dict[str, list[tuple[float, list[dict[str, Any]]]]]:
     """Collect every method's curves: its dense cost and one curve a seed."""
     collected: dict[str, list[tuple[float, Any]]] = {}
     for result in select(results):
@@ -521,13 +520,14 @@ def report(results: Sequence[dict[str, Any]]) -> str:
     ]
     for size in sorted({result["run"]["size"] for result in results}):
         found = [(name, select(results, size=size, **settings), mode) for name, settings, mode in ROWS]
-        named = zip_longest(found, THESIS.get(size, []), fillvalue="")
-        rows = [row(name, runs, mode, thesis) for (name, runs, mode), thesis in named if runs]
+        theirs = [*THESIS.get(size, []), *[""] * len(found)]
+        rows = [row(*ours, thesis) for ours, thesis in zip(found, theirs, strict=False) if ours[1]]
         blocks += [f"### {size} x {size}", table(rows)]
     chosen = [(name, select(results, **settings), mode) for name, settings, mode in CHOICES]
     blocks += ["### Choices", table([row(name, runs, mode) for name, runs, mode in chosen if runs])]
     blocks += ["### At equal cost", budget_table(results), "### Where frames end", usage_table(results)]
-    blocks += ["### What a linear probe of each stage knows of relevance", probe_table(results)]
+    if any("probe" in result for result in results):
+        blocks += ["### What a linear probe of each stage knows of relevance", probe_table(results)]
     blocks += [
         ", ".join(f"{key} {value}" for key, value in json.loads(machine).items()) for machine in sorted(machines)
     ]

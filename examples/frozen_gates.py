@@ -21,6 +21,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -69,7 +70,9 @@ class Features:
 
 def classifier(model: StopOrForward) -> nn.Module:
     """Return the network's last layer, from an embedding to logits; timm's models tell which it is."""
-    return model.backbone.model.get_classifier()  # type: ignore[no-any-return]
+    network: Any = model.backbone.model
+    last: nn.Module = network.get_classifier()
+    return last
 
 
 # -------------------------------------------------------------------------------------------------------- encoding
