@@ -359,7 +359,8 @@ def accuracy_compute(
     if not curves or not all(curves.values()):
         raise DynskipError(f"Every curve needs a point; got { ({name: len(c) for name, c in curves.items()}) }.")
     theme = _DARK if dark else _LIGHT
-    width, legend_height = 6.4, 0.24 * -(-(len(curves) + (chosen is not None)) // 2)
+    legend_columns = 2 if max(map(len, curves)) <= 26 else 1  # longer names would be cut
+    width, legend_height = 6.4, 0.24 * -(-(len(curves) + (chosen is not None)) // legend_columns)
     left, right, bottom = 0.75, 0.25, 0.6 + legend_height
     height = 3.4 + _title_height(title) + bottom
     figure, canvas = _canvas(width, height, theme)
@@ -391,7 +392,7 @@ def accuracy_compute(
         spine.set_color(theme.muted)
     figure.legend(
         *axes.get_legend_handles_labels(),
-        ncols=2,
+        ncols=legend_columns,
         loc="lower left",
         bbox_to_anchor=(left / width, 0.7 * _MARGIN / height),
         frameon=False,
