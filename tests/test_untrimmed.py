@@ -132,8 +132,6 @@ def test_the_report_is_that_of_the_committed_results(capsys: pytest.CaptureFixtu
     assert {result["run"]["seed"] for result in results} >= {0, 1, 2}
     assert ablation.main(["--report"]) == 0
     printed = capsys.readouterr().out
-    dense = next(result for result in results if result["run"]["kind"] == "baselines" and result["run"]["size"] == 168)
-    assert f"{100 * dense['modes']['dense']['test']['top1']:.1f}" in printed
     assert printed.strip() in (Path(__file__).parents[1] / "docs" / "results.md").read_text(encoding="utf-8")
 
 
