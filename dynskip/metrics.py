@@ -89,7 +89,8 @@ def top_k_accuracy(scores: Tensor, targets: Tensor, k: int = 1) -> float:
     Raises:
         DynskipError: On wrong shapes or values, NaN scores, or when no video has a label.
     """
-    return _hits(scores, targets, k).clamp(max=1.0).mean().item()
+    hits, _ = _hits(scores, targets, k)
+    return hits.clamp(max=1.0).mean().item()
 
 
 def top_k_recall(scores: Tensor, targets: Tensor, k: int = 1) -> float:
@@ -108,8 +109,8 @@ def top_k_recall(scores: Tensor, targets: Tensor, k: int = 1) -> float:
     Raises:
         DynskipError: As `top_k_accuracy`.
     """
-    positives = _checked(scores, targets)[1].sum(dim=1)
-    return (_hits(scores, targets, k) / positives[positives > 0]).mean().item()
+    hits, labels = _hits(scores, targets, k)
+    return (hits / labels).mean().item()
 
 
 def mean_average_precision(scores: Tensor, targets: Tensor, interpolated: bool = True) -> float:
@@ -277,14 +278,15 @@ def check_stopped_at(stopped_at: Tensor, num_stages: int) -> None:
         )
 
 
-def _hits(scores: Tensor, targets: Tensor, k: int) -> Tensor:
-    """Labels among the `k` best classes, of each video that has any."""
+def _hits(scores: Tensor, targets: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Count the labels among the `k` best classes, and all labels, of each video that has any."""
     scores, positives = _checked(scores, targets)
     num_classes = scores.shape[1]
     if not 1 <= k <= num_classes:
         raise DynskipError(f"k={k} is out of range; expected 1 to the number of classes, {num_classes}.")
     best = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return positives.gather(1, best).sum(dim=1)[positives.any(dim=1)].double()
+    labels = positives.sum(dim=1)
+    return positives.gather(1, best).sum(dim=1)[labels > 0].double(), labels[labels > 0]
 
 
 def _average_precision(scores: Tensor, positive: Tensor, interpolated: bool) -> float:

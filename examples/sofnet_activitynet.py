@@ -1013,7 +1013,7 @@ def demo_command(args: argparse.Namespace) -> int:
         duration = stick_figures.NUM_FRAMES / stick_figures.FPS
         annotation = {
             "segments": [(start / stick_figures.FPS, end / stick_figures.FPS)],
-            "seconds": [duration / len(frames) * (t + 0.5) for t in range(len(frames))],
+            "seconds": metrics.sample_times(len(frames), duration).tolist(),
         }
         title = f"{item.labels[0]}, recognised as {text.splitlines()[0].partition(': ')[2]}"
         draw_timeline(output, frames, gated, title, args.out / f"timeline_{item.labels[0]}.png", **annotation)

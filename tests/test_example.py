@@ -83,12 +83,6 @@ def is_picture(path: Path) -> bool:
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    return stick_figures.render_set(root, train_per_class=2, test_per_class=1, size=32, num_frames=24)
-
-
-@pytest.fixture(scope="session")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "trained"
     assert train(data, out) == 0

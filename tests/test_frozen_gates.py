@@ -230,12 +230,6 @@ def test_an_epoch_trains_gates_and_inner_classifiers_alone(clips: video_data.Cli
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    return stick_figures.render_set(root, train_per_class=2, test_per_class=1, size=SIZE, num_frames=24)
-
-
-@pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished backbone, with a classifier for classes of its own."""
     torch.manual_seed(3)

@@ -21,7 +21,6 @@ for needed in ("av", "matplotlib", "safetensors", "tqdm"):
     pytest.importorskip(needed)
 
 import sofnet_activitynet as example  # noqa: E402
-import stick_figures  # noqa: E402
 import training  # noqa: E402
 import video_data  # noqa: E402
 
@@ -73,12 +72,6 @@ def assert_close_run(one: Path, other: Path, tolerance: float = 1e-5) -> None:
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(float((one[k].double() - v.double()).abs().max()) for k, v in other.items() if v.is_floating_point())
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    return stick_figures.render_set(root, train_per_class=2, test_per_class=1, size=32, num_frames=24)
 
 
 @pytest.fixture(scope="module")

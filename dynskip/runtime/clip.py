@@ -149,8 +149,8 @@ class _Clip:
         self.stopped_at = [UNSEEN] * (self.batch * self.frames)
         self.gate_logits = self.progress.unknown(self.batch * self.frames, self.stages, 2)
         self.frame_logits = self.progress.unknown(self.batch * self.frames, model.backbone.num_classes)
-        # How often each video ran each stage, embedded features for each gate, asked each gate, and ran the head.
-        self.executed = [[0] * (3 * self.stages + 1) for _ in range(self.batch)]
+        # How often each video ran each stage (and embedded its features), asked each gate, and ran the head.
+        self.executed = [[0] * (2 * self.stages + 1) for _ in range(self.batch)]
         # Without memory, or where it advances gate by gate, no gate waits for what later ones say.
         self.gate_by_gate = model.state_update == "reached" or not any(self.progress.states)
 
@@ -182,8 +182,6 @@ class _Clip:
             self.frame_logits[frames] = logits.to(self.frame_logits.dtype)
             for b, furthest in left.items():
                 fallback_frame[b] = furthest.frame
-                for part in (*range(furthest.stopped_at + 1, self.stages), -1):
-                    self.executed[b][part] += 1
         output = masked_output(
             torch.tensor(self.stopped_at, device=device).view(shape),
             self.gate_logits.unflatten(0, shape),
@@ -193,8 +191,9 @@ class _Clip:
         )
         head = torch.tensor([self.lookup.head], dtype=torch.float64)
         embeds = self.lookup.gates - self.lookup.steps
-        costs = torch.cat([self.lookup.per_stage, embeds, self.lookup.steps, head])
+        costs = torch.cat([self.lookup.per_stage + embeds, self.lookup.steps, head])
         executed = (torch.tensor(self.executed, dtype=torch.float64) * costs).sum(1)
+        executed[list(left)] += self.lookup.completion[[furthest.stopped_at for furthest in left.values()]]
         output.speculative_macs = (executed.to(device) - output.macs).clamp(min=0.0)
         return output
 
@@ -262,7 +261,7 @@ class _Clip:
         """Write down what gate `n` said of frames; return those that go forward."""
         self.gate_logits[frames, n] = logits.to(self.gate_logits.dtype)
         for f in frames:
-            self.executed[f // self.frames][2 * self.stages + n] += 1
+            self.executed[f // self.frames][self.stages + n] += 1
         verdicts = list(zip(frames, forward.tolist(), strict=True))
         stopped_at.update((f, n) for f, passes in verdicts if not passes)
         return [f for f, passes in verdicts if passes]
@@ -307,7 +306,6 @@ class _Clip:
         embedded, run = features.reach(stage, frames)
         for f in run:
             self.executed[f // self.frames][stage] += 1
-            self.executed[f // self.frames][self.stages + stage] += 1
         return embedded
 
     def _span(self, video: int, end: int) -> list[int]:
