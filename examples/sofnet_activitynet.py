@@ -1218,8 +1218,8 @@ def show_progress(done: int, total: int) -> None:
 
 # What --freeze-backbone changes about train, unless told otherwise: the recipe of benchmarks/ablation.py.
 FROZEN_DEFAULTS: dict[str, Any] = {
-    "warmup_epochs": 0, "epochs": 20, "optimizer": "adamw", "lr": 1e-3, "lr_drop": 15, "weight_decay": 0.1,
-    "temperature_decay": 0.1, "batch_size": 64, "hidden": 64, "forward_bias": 1.0, "shape_memory": True,
+    "warmup_epochs": 0, "epochs": 40, "optimizer": "adamw", "lr": 1e-3, "lr_drop": 30, "weight_decay": 0.1,
+    "temperature_decay": 0.07, "batch_size": 64, "hidden": 64, "forward_bias": 0.0, "shape_memory": True,
 }  # fmt: skip
 
 
