@@ -63,10 +63,13 @@ def save_pretrained(
     config = _describe_model(model)
     weights = _safetensors().save(_tensors(model), metadata={"format": "pt"})
     config["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+    config["config_sha256"] = _hash(config)
     try:
         text = json.dumps(config, indent=1, allow_nan=False) + "\n"
     except ValueError as error:
-        raise DynskipError("An argument of the model is NaN or infinite, which JSON cannot hold.") from error
+        raise DynskipError(
+            "An argument of the model is NaN or infinite, which JSON cannot hold. Give it a finite number."
+        ) from error
     _compare(model, _rebuild(json.loads(text), weights, _classes(model)))
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -115,10 +118,12 @@ def from_pretrained(
         folder = _download(str(source), revision, api)
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
-            raise DynskipError(f"{folder} has no {file}, so it is no folder that `save_pretrained` wrote.")
+            raise DynskipError(
+                f"{folder} has no {file}, so it is no folder that `save_pretrained` wrote. Copy it whole."
+            )
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DynskipError(f"{folder / CONFIG} is damaged ({error}). Save or download it again.") from error
     return _rebuild(config, (folder / WEIGHTS).read_bytes(), classes)
 
@@ -217,6 +222,12 @@ def _describe_model(model: StopOrForward) -> dict[str, Any]:
         "class_names": _class_names(model),
         "preprocessing": _preprocessing(model),
     }
+
+
+def _hash(config: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a configuration's values, whatever their order and spacing in the file."""
+    values = {key: value for key, value in config.items() if key != "config_sha256"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _describe_backbone(backbone: StagedBackbone) -> dict[str, Any]:
@@ -326,12 +337,19 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _rebuild(config: Any, weights: bytes, classes: Iterable[type[nn.Module]]) -> StopOrForward:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise DynskipError(f"{CONFIG} was not written by dynskip's `save_pretrained`; plain timm models go by name.")
+        raise DynskipError(
+            f"{CONFIG} was not written by dynskip's `save_pretrained`. Plain timm models go to `stage_model`, by name."
+        )
     version = config.get("version")
     if not isinstance(version, int) or version > VERSION:
         raise DynskipError(
             f"The model has format version {version}, and dynskip {dynskip.__version__} reads up to {VERSION}. It was "
             f"written with {config.get('made_with')}: update with `pip install -U dynskip`."
+        )
+    if _hash(config) != config.get("config_sha256"):
+        raise DynskipError(
+            f"{CONFIG} is not as it was written: its SHA-256 differs. It is damaged or was changed; save or download "
+            "the model again. To change a threshold or a name, load the model, set it and save the model."
         )
     if hashlib.sha256(weights).hexdigest() != config.get("weights_sha256"):
         raise DynskipError(
@@ -352,7 +370,9 @@ def _rebuild(config: Any, weights: bytes, classes: Iterable[type[nn.Module]]) ->
     try:
         tensors = _safetensors().load(weights)
     except Exception as error:  # the library's own errors have no common class
-        raise DynskipError(f"{WEIGHTS} is no safetensors file ({type(error).__name__}: {error}).") from error
+        raise DynskipError(
+            f"{WEIGHTS} is no safetensors file ({type(error).__name__}: {error}). Save the model again."
+        ) from error
     _load(model, tensors)
     return model.eval()
 
@@ -376,6 +396,7 @@ def _build(config: dict[str, Any], classes: dict[str, type[nn.Module]]) -> StopO
     model.preprocessing = preprocessing and {
         k: tuple(v) if isinstance(v, list) else v for k, v in preprocessing.items()
     }
+    _class_names(model), _preprocessing(model)  # refuse here what would not be saved
     return model
 
 

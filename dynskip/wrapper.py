@@ -74,6 +74,10 @@ class StopOrForward(nn.Module):
                 raise DynskipError(f"Gate {n} is a {type(gate).__name__}; a gate is an nn.Module such as PolicyGate.")
         if state_update not in ("used", "reached"):
             raise DynskipError(f"state_update={state_update!r} is unknown; use 'used' or 'reached'.")
+        if terminator is not None and not isinstance(terminator, EarlyTerminator):
+            raise DynskipError(
+                f"The terminator is a {type(terminator).__name__}; give an EarlyTerminator, or a rule derived from it."
+            )
         self.backbone = backbone
         self.gates: Any = nn.ModuleList(gates)  # Any: gates are a protocol of their own, which nn.Module hides
         self.inner = nn.ModuleList(inner) if inner is not None else None
@@ -547,7 +551,10 @@ def check_parts(backbone: StagedBackbone, gates: Sequence[Any], inner: Sequence[
         if classifier is None:
             continue
         if not state:
-            raise DynskipError(f"Gate {n} ({type(gate).__name__}) has no hidden state for an inner classifier to read.")
+            raise DynskipError(
+                f"Gate {n} ({type(gate).__name__}) has no hidden state for an inner classifier to read. "
+                "Let its state begin with one, or leave `inner` out."
+            )
         try:
             answer = classifier(state[0])
         except Exception as error:

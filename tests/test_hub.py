@@ -66,8 +66,11 @@ def round_trip(model: StopOrForward, folder: Path, **kwargs: Any) -> StopOrForwa
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """Change the configuration, and its hash with it."""
     config = json.loads((folder / "config.json").read_text())
     change(config)
+    config.pop("config_sha256")
+    config["config_sha256"] = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -281,6 +284,18 @@ def test_a_file_cut_off_is_refused(saved: Path) -> None:
         StopOrForward.from_pretrained(saved)
 
 
+@pytest.mark.parametrize("change", [("0.999", "0.5"), ('"lstm"', "null"), ('"made_with"', '"made_by"')])
+def test_a_changed_configuration_is_refused(tmp_path: Path, change: tuple[str, str]) -> None:
+    path = wrap(backbone(), terminator=EarlyTerminator(0.999)).save_pretrained(tmp_path / "model") / "config.json"
+    text = path.read_text()
+    assert change[0] in text
+    path.write_text(text.replace(*change))
+    with pytest.raises(DynskipError, match=r"config.json is not as it was written.*load the model, set it and save"):
+        StopOrForward.from_pretrained(path.parent)
+    path.write_text(json.dumps(json.loads(text), sort_keys=True))  # written otherwise, but the same values
+    StopOrForward.from_pretrained(path.parent)
+
+
 class Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("was_run",)
@@ -337,6 +352,9 @@ def test_weights_of_another_model_are_refused(saved: Path) -> None:
         (lambda c: c["gates"][0].update({"class": "dynskip.FLOPsLookup"}), "which is not dynskip's"),
         (lambda c: c["gates"][0].update({"class": "os.system"}), "'os.system', which is not dynskip's"),
         (lambda c: c["gates"].pop(), "Got 1 gates for 2 stages"),
+        (lambda c: c.update(class_names=["a"]), "`class_names` has 1 entries; give one string for each of 4 classes"),
+        (lambda c: c.update(preprocessing={"evil": 1}), "`preprocessing` holds arguments of timm"),
+        (lambda c: c.update(terminator=c["gates"][0]), "The terminator is a PolicyGate; give an EarlyTerminator"),
         (lambda c: c.update(forward_threshold=[0.5, 2.0]), "2.0 of gate 1 is no probability"),
         (lambda c: c["backbone"].update(name="no_such_net"), "no model named 'no_such_net'"),
         (lambda c: c["backbone"].update(name="hf-hub:someone/evil"), "no model named"),

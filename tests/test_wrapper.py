@@ -856,6 +856,7 @@ def gates_with(last: Any) -> list[Any]:
             {"inner": [*random_inner(1, 0), InnerClassifier(5, 7).double()]},
             "Inner classifier 1 has 7 classes and the backbone's head 4; make them equal",
         ),
+        ({"terminator": 0.999}, "The terminator is a float; give an EarlyTerminator"),
         ({"state_update": "always"}, "state_update='always' is unknown; use 'used' or 'reached'"),
         ({"forward_threshold": 1.2}, r"Forward threshold 1.2 of gate 0 is no probability; give one in \[0, 1\]"),
         ({"forward_threshold": [0.5, -0.1]}, "Forward threshold -0.1 of gate 1"),
