@@ -146,7 +146,9 @@ def load(folder: str | Path, *, threads: int = 0, providers: Sequence[str] = ("C
         try:
             graphs[name] = onnxruntime.InferenceSession(content, options, providers=list(providers))
         except Exception as error:
-            raise DynskipOnnxError(f"onnxruntime {onnxruntime.__version__} cannot load {name!r}: {error}") from error
+            raise DynskipOnnxError(
+                f"onnxruntime {onnxruntime.__version__} cannot load {name!r}: {error}. Update it, or export again."
+            ) from error
     try:
         return Runner(manifest, graphs)
     except (KeyError, TypeError, IndexError, AttributeError) as error:

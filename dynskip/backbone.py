@@ -666,7 +666,10 @@ def _layout(x: Tensor, num_chs: int | None, input_size: tuple[int, int, int]) ->
     if x.ndim == 3:
         return "NLC"
     if x.ndim != 4:
-        raise DynskipError(f"A stage ends with a tensor of shape {tuple(x.shape)}; ranks 2 to 4 can be pooled.")
+        raise DynskipError(
+            f"A stage ends with a tensor of shape {tuple(x.shape)}; ranks 2 to 4 can be pooled. Choose another "
+            "boundary."
+        )
     _, a, b, c = x.shape
     if num_chs is not None and (a == num_chs) != (c == num_chs):
         return "NCHW" if a == num_chs else "NHWC"

@@ -155,13 +155,15 @@ def frame_usage(stopped_at: Tensor, num_stages: int) -> FrameUsage:
         The shares of all frames given.
 
     Raises:
-        DynskipError: When `stopped_at` is empty, has another shape, or holds values outside -1 to N.
+        DynskipError: if `stopped_at` is empty, has another shape, or holds values outside -1 to N.
 
     Reference:
         Thesis Fig. 4.1.
     """
     if stopped_at.dim() not in (1, 2) or stopped_at.numel() == 0:
-        raise DynskipError(f"stopped_at has shape {tuple(stopped_at.shape)}; expected (B, T) or (T,), not empty.")
+        raise DynskipError(
+            f"stopped_at has shape {tuple(stopped_at.shape)}; expected (B, T) or (T,), not empty. Give a SkipOutput's."
+        )
     check_stopped_at(stopped_at, num_stages)
     # Shifted by one, because bincount cannot count UNSEEN = -1.
     counts = torch.bincount(stopped_at.flatten().cpu() - UNSEEN, minlength=num_stages + 2).double()
@@ -181,11 +183,12 @@ def executed_compute(macs: Tensor, num_frames: int, lookup: FLOPsLookup) -> Exec
         The means, in GMACs.
 
     Raises:
-        DynskipError: When there are no videos or frames, or the table does not count MACs.
+        DynskipError: if there are no videos or frames, or the table does not count MACs.
     """
     if macs.dim() != 1 or len(macs) == 0 or num_frames < 1:
         raise DynskipError(
-            f"macs has shape {tuple(macs.shape)} for videos of {num_frames} frames, but must be (B,) and not empty."
+            f"macs has shape {tuple(macs.shape)} for videos of {num_frames} frames; expected (B,), not empty, and at "
+            "least one frame. Give a SkipOutput's, and the frames of each video."
         )
     if lookup.unit != "MACs":
         raise DynskipError(f"The cost table counts {lookup.unit}, which are no MACs; average them yourself.")
@@ -204,7 +207,7 @@ def sample_times(num_frames: int, duration: float) -> Tensor:
         `(T,)` float64 times in the unit of the duration.
 
     Raises:
-        DynskipError: When a number is not positive.
+        DynskipError: if a number is not positive.
     """
     if num_frames < 1 or not 0 < duration < float("inf"):
         raise DynskipError(f"Cannot take {num_frames} frames from a video {duration} long; both must be positive.")
@@ -222,7 +225,7 @@ def relevant_frames(times: Tensor, segments: Iterable[tuple[float, float]]) -> T
         `(T,)` boolean.
 
     Raises:
-        DynskipError: When a segment does not end after its start.
+        DynskipError: if a segment does not end after its start.
     """
     marks = torch.zeros(len(times), dtype=torch.bool)
     for start, end in segments:
@@ -243,18 +246,18 @@ def frame_relevance(used: Tensor, relevant: Tensor) -> FrameRelevance:
         Precision, recall, and the share of relevant frames to compare the precision with.
 
     Raises:
-        DynskipError: When shapes differ, there are no frames, or values are not boolean.
+        DynskipError: if shapes differ, there are no frames, or values are not boolean.
 
     Reference:
         Thesis Fig. 4.2.
     """
     if used.shape != relevant.shape or used.numel() == 0:
         raise DynskipError(
-            f"used has shape {tuple(used.shape)} and relevant {tuple(relevant.shape)}, but both must be (B, T) or "
-            "(T,), equal and not empty."
+            f"used has shape {tuple(used.shape)} and relevant {tuple(relevant.shape)}; expected (B, T) or (T,) for "
+            "both, equal and not empty."
         )
     if used.dtype != torch.bool or relevant.dtype != torch.bool:
-        raise DynskipError(f"used is {used.dtype} and relevant {relevant.dtype}, but both must be bool.")
+        raise DynskipError(f"used is {used.dtype} and relevant {relevant.dtype}; expected bool for both.")
     used, relevant = used.cpu(), relevant.cpu()
     both = (used & relevant).sum().double()
     return FrameRelevance(
@@ -273,8 +276,8 @@ def check_stopped_at(stopped_at: Tensor, num_stages: int) -> None:
     wrong = stopped_at[(stopped_at < UNSEEN) | (stopped_at > num_stages)]
     if wrong.numel():
         raise DynskipError(
-            f"stopped_at holds {wrong[0].item()}, but with {num_stages} stages it goes from {UNSEEN} "
-            f"(unseen) to {num_stages} (used). Give the number of stages of the model that made it."
+            f"stopped_at holds {wrong[0].item()}; expected {UNSEEN} (unseen) to {num_stages} (used) with {num_stages} "
+            "stages. Give the number of stages of the model that made it."
         )
 
 
@@ -316,8 +319,8 @@ def _checked(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     batch, num_classes = scores.shape
     if targets.shape not in ((batch,), (batch, num_classes)):
         raise DynskipError(
-            f"targets has shape {tuple(targets.shape)}; expected, for scores {tuple(scores.shape)}, class "
-            f"indices ({batch},) or multi-hot ({batch}, {num_classes})."
+            f"targets has shape {tuple(targets.shape)}; expected class indices ({batch},) or multi-hot "
+            f"({batch}, {num_classes}) for scores of shape {tuple(scores.shape)}."
         )
     if targets.dim() == 1:
         if not _is_integer(targets):
@@ -325,8 +328,8 @@ def _checked(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         wrong = targets[(targets < 0) | (targets >= num_classes)]
         if wrong.numel():
             raise DynskipError(
-                f"targets holds {wrong[0].item()}, but with {num_classes} classes it goes from 0 to "
-                f"{num_classes - 1}. Leave out videos without a label."
+                f"targets holds {wrong[0].item()}; expected 0 to {num_classes - 1} with {num_classes} classes. "
+                "Leave out videos without a label."
             )
         positives = torch.nn.functional.one_hot(targets.long(), num_classes).bool()
     else:

@@ -86,7 +86,7 @@ def timeline(
         The figure.
 
     Raises:
-        DynskipError: When matplotlib is missing, or lengths, types or values do not fit.
+        DynskipError: if matplotlib is missing, or lengths, types or values do not fit.
 
     Reference:
         Thesis Fig. 4.2.
@@ -96,8 +96,8 @@ def timeline(
     images = np.asarray(frames.cpu() if isinstance(frames, Tensor) else frames)
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or images.size == 0:
         raise DynskipError(
-            f"frames is {images.dtype} of shape {images.shape}, but must be uint8 of shape (T, H, W, 3) "
-            "with T >= 1; pass the decoded pictures, not the normalised input of the model."
+            f"frames is {images.dtype} of shape {images.shape}; expected uint8 of shape (T, H, W, 3) "
+            "with T >= 1. Give the decoded pictures, not the normalised input of the model."
         )
     length, height, width, _ = images.shape
     decisions = torch.as_tensor(stopped_at).cpu()
@@ -177,12 +177,12 @@ def timeline_text(
         Two lines.
 
     Raises:
-        DynskipError: When shapes or values do not fit.
+        DynskipError: if shapes or values do not fit.
     """
     decisions = torch.as_tensor(stopped_at).cpu()
     if decisions.ndim != 1 or not len(decisions):
         shape = tuple(decisions.shape)
-        raise DynskipError(f"stopped_at has shape {shape}, but must be (T,) with T >= 1: one row of a SkipOutput's.")
+        raise DynskipError(f"stopped_at has shape {shape}; expected (T,) with T >= 1. Give one row of a SkipOutput's.")
     check_stopped_at(decisions, len(stage_names))
     _check_fallback(fallback_frame, len(decisions))
     codes = decisions.tolist()
@@ -224,15 +224,15 @@ def frame_usage(
         The figure.
 
     Raises:
-        DynskipError: When matplotlib is missing, or there are not as many names as stages.
+        DynskipError: if matplotlib is missing, or there are not as many names as stages.
 
     Reference:
         Thesis Fig. 4.1.
     """
     if len(usage.stopped) != len(stage_names):
         raise DynskipError(
-            f"stage_names has {len(stage_names)} names, but the usage counts {len(usage.stopped)} stages; "
-            "take both from the same model."
+            f"stage_names has {len(stage_names)} names, but the usage counts {len(usage.stopped)} stages. "
+            "Take both from the same model."
         )
     theme = _DARK if dark else _LIGHT
     rows = [("used", usage.used, _USED)]
@@ -263,7 +263,7 @@ def stage_macs(
         The figure.
 
     Raises:
-        DynskipError: When matplotlib is missing, or `stopped_at` is empty or does not fit the table.
+        DynskipError: if matplotlib is missing, or `stopped_at` is empty or does not fit the table.
     """
     stages = len(lookup.per_stage)
     names = lookup.stage_names or tuple(f"stage {n}" for n in range(stages))
@@ -292,7 +292,7 @@ def _executed(lookup: FLOPsLookup, stopped_at: Tensor) -> Tensor:
     decisions = torch.atleast_2d(stopped_at.cpu())
     if decisions.ndim != 2 or decisions.numel() == 0:
         shape = tuple(stopped_at.shape)
-        raise DynskipError(f"stopped_at has shape {shape}, but must be (B, T) or (T,) and not empty.")
+        raise DynskipError(f"stopped_at has shape {shape}; expected (B, T) or (T,), not empty.")
     check_stopped_at(decisions, stages)
     depth = torch.arange(stages + 1)  # the last one is the head
     runs = (decisions[..., None] >= depth).sum(1).double()
@@ -354,7 +354,7 @@ def accuracy_compute(
         The figure; compute is in GMACs (10^9 multiply-adds) a video, accuracy in percent.
 
     Raises:
-        DynskipError: When matplotlib is missing, or there is nothing to draw.
+        DynskipError: if matplotlib is missing, or there is nothing to draw.
     """
     if not curves or not all(curves.values()):
         raise DynskipError(f"Every curve needs a point; got { ({name: len(c) for name, c in curves.items()}) }.")
@@ -408,7 +408,7 @@ def _canvas(width: float, height: float, theme: _Theme) -> tuple[Figure, Axes]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise DynskipError("Drawing needs matplotlib; install it: pip install 'dynskip[plot]'.") from error
+        raise DynskipError("Drawing needs matplotlib. Run `pip install 'dynskip[plot]'`.") from error
     figure = Figure(figsize=(width, height), dpi=150, facecolor=theme.background)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(0, height))
@@ -484,12 +484,12 @@ def _draw_legend(
 
 def _check_fallback(frame: int, length: int) -> None:
     if not -1 <= frame < length:
-        raise DynskipError(f"fallback_frame is {frame}, but must be from 0 to {length - 1}, or -1 if there is none.")
+        raise DynskipError(f"fallback_frame is {frame}; expected 0 to {length - 1}, or -1 if there is none.")
 
 
 def _check_length(name: str, values: Tensor, length: int) -> None:
     if values.shape != (length,):
-        raise DynskipError(f"{name} has shape {tuple(values.shape)}, but must be ({length},), one per frame.")
+        raise DynskipError(f"{name} has shape {tuple(values.shape)}; expected ({length},), one a frame.")
 
 
 def _edges(seconds: Tensor | NDArray[np.float64] | Sequence[float] | None, length: int) -> list[float]:

@@ -154,7 +154,11 @@ BAD_INPUT = {
     "no videos": (torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), r"scores has shape \(0, 2\)"),
     "scores dtype": (SCORES.long(), torch.tensor([0, 1]), "scores is torch.int64; expected floating point"),
     "nan": (torch.tensor([[0.1, 0.9], [NAN, 0.4]]), torch.tensor([0, 1]), "scores of row 1 contain NaN"),
-    "targets length": (SCORES, torch.tensor([0, 1, 1]), r"targets has shape \(3,\); expected, for scores \(2, 2\)"),
+    "targets length": (
+        SCORES,
+        torch.tensor([0, 1, 1]),
+        r"targets has shape \(3,\); expected class indices \(2,\) or multi-hot \(2, 2\)",
+    ),
     "targets classes": (SCORES, torch.ones(2, 3), r"or multi-hot \(2, 2\)"),
     "targets dtype": (
         SCORES,
@@ -165,7 +169,7 @@ BAD_INPUT = {
     "class too large": (
         SCORES,
         torch.tensor([0, 2]),
-        "targets holds 2, but with 2 classes it goes from 0 to 1",
+        "targets holds 2; expected 0 to 1 with 2 classes",
     ),
     "class negative": (SCORES, torch.tensor([0, -1]), "targets holds -1.*Leave out videos without a label"),
     "soft labels": (
@@ -221,7 +225,7 @@ def test_frame_usage_shares_sum_to_one(case: tuple[int, list[int]]) -> None:
         (
             torch.tensor([0, 3]),
             2,
-            r"stopped_at holds 3, but with 2 stages it goes from -1 \(unseen\) to 2 \(used\)",
+            r"stopped_at holds 3; expected -1 \(unseen\) to 2 \(used\) with 2 stages",
         ),
         (torch.tensor([0, -2]), 2, "stopped_at holds -2"),
         (torch.tensor([0]), 0, "num_stages=0 is out of range"),

@@ -200,16 +200,16 @@ def test_dark_changes_the_ground() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"frames": frames(3).float()}, r"frames is float32 of shape \(3, 12, 16, 3\), but must be uint8"),
+        ({"frames": frames(3).float()}, r"frames is float32 of shape \(3, 12, 16, 3\); expected uint8"),
         ({"frames": frames(3).permute(0, 3, 1, 2)}, r"uint8 of shape \(3, 3, 12, 16\).*\(T, H, W, 3\)"),
         ({"frames": frames(3)[:0], "stopped_at": []}, r"shape \(0, 12, 16, 3\).*with T >= 1"),
-        ({"stopped_at": [0, 1]}, r"stopped_at has shape \(2,\), but must be \(3,\), one per frame"),
+        ({"stopped_at": [0, 1]}, r"stopped_at has shape \(2,\); expected \(3,\), one a frame"),
         ({"stopped_at": [[0, 1, 2]]}, r"stopped_at has shape \(1, 3\)"),
-        ({"stopped_at": [0, 1, 4]}, "stopped_at holds 4, but with 3 stages"),
+        ({"stopped_at": [0, 1, 4]}, "stopped_at holds 4; expected .* with 3 stages"),
         ({"stage_names": ()}, "num_stages=0 is out of range"),
-        ({"fallback_frame": 3}, "fallback_frame is 3, but must be from 0 to 2, or -1"),
+        ({"fallback_frame": 3}, "fallback_frame is 3; expected 0 to 2, or -1"),
         ({"fallback_frame": -2}, "fallback_frame is -2"),
-        ({"seconds": [0.0, 1.0]}, r"seconds has shape \(2,\), but must be \(3,\), one per frame"),
+        ({"seconds": [0.0, 1.0]}, r"seconds has shape \(2,\); expected \(3,\), one a frame"),
         ({"seconds": [0.0, 1.0, 1.0]}, "seconds must be finite and rise"),
         ({"seconds": [0.0, 1.0, float("nan")]}, "seconds must be finite and rise"),
         ({"segments": [(2, 2)]}, "segment from 2 to 2 .* start < end"),
@@ -258,10 +258,10 @@ def test_text_timeline_of_a_model_with_many_stages() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"stopped_at": [[0, 1]]}, r"stopped_at has shape \(1, 2\), but must be \(T,\)"),
+        ({"stopped_at": [[0, 1]]}, r"stopped_at has shape \(1, 2\); expected \(T,\)"),
         ({"stopped_at": torch.empty(0, dtype=torch.long)}, r"shape \(0,\)"),
         ({"stopped_at": [0, 4]}, "stopped_at holds 4"),
-        ({"fallback_frame": 2}, "fallback_frame is 2, but must be from 0 to 1"),
+        ({"fallback_frame": 2}, "fallback_frame is 2; expected 0 to 1"),
     ],
 )
 def test_text_timeline_bad_input(change: dict[str, Any], message: str) -> None:
@@ -324,9 +324,9 @@ def test_nothing_sticks_out_of_a_picture_of_stages_or_overlaps(dark: bool) -> No
 @pytest.mark.parametrize(
     ("stopped_at", "message"),
     [
-        (torch.zeros(1, 2, 3, dtype=torch.long), r"stopped_at has shape \(1, 2, 3\), but must be"),
+        (torch.zeros(1, 2, 3, dtype=torch.long), r"stopped_at has shape \(1, 2, 3\); expected"),
         (torch.zeros(0, dtype=torch.long), r"shape \(0,\)"),
-        (torch.tensor([4]), "stopped_at holds 4, but with 3 stages"),
+        (torch.tensor([4]), "stopped_at holds 4; expected .* with 3 stages"),
     ],
 )
 def test_stage_macs_bad_input(stopped_at: torch.Tensor, message: str) -> None:
