@@ -38,6 +38,7 @@ import timm
 import torch
 from einops import rearrange
 from prepare_data import check_videos, is_clean, report_on, summary, write_report
+from safetensors import SafetensorError
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -460,6 +461,7 @@ class Trainer:
             self.unreadable += batch.errors
             self.run_step(batch)
             self.step += 1
+            self.world.check_launcher()  # before anything is written
             if self.count:
                 progress.set_postfix({k: f"{v / self.count:.3f}" for k, v in self.sums.items() if k in POSTFIX})
             if options.save_every and self.step % options.save_every == 0 and self.step < self.steps:
@@ -565,7 +567,13 @@ class FrozenTrainer(Trainer):
             raise DynskipError("--freeze-backbone trains in seconds an epoch: leave torchrun out.")
         clips = Clips(self.clips.items, self.config.classes, prep, False, options.seed, options.cache)
         file = self.out / "features" / "train.safetensors"
-        self.features = frozen_gates.encode(self.model, clips, file, options.workers)
+        try:
+            self.features = frozen_gates.encode(self.model, clips, file, options.workers)
+        except SafetensorError as error:  # a full disk
+            raise CheckpointError(
+                f"Could not write to {file.parent} ({error}). What is there is whole. Make room and start again: the "
+                "videos that are missing are then encoded."
+            ) from error
         self.targets = [clips.targets[position] for position in self.features.positions.tolist()]
         self.steps = math.ceil(len(self.features) / options.batch_size)
         if self.epoch == 0 and self.new_classifier:
@@ -900,7 +908,8 @@ def print_results(results: Sequence[Result], batch_size: int, device: str, stage
     )
     if stage_names:
         print(
-            "mAP: ActivityNet's, interpolated; plain mAP: AR-Net's. Precision and recall: used frames against segments."
+            "mAP: ActivityNet's, interpolated; plain mAP: not so, AR-Net's mmAP. Both count all labels of a video.\n"
+            "Precision and recall: used frames against the annotated segments."
         )
     fallbacks = results[-1].fallbacks
     if fallbacks:
@@ -1117,7 +1126,9 @@ def prepare_command(args: argparse.Namespace) -> int:
 def evaluate_command(args: argparse.Namespace) -> int:
     """Evaluate a checkpoint, or a backbone with published weights, on a data set."""
     items = load_items(args.data, args.annotations, args.format, args.classes)
-    split = args.split or held_out_split(items) or "test"
+    split = args.split or held_out_split(items)
+    if split is None:
+        raise DynskipError("The data has no videos to test on. Say with --split train if you mean those.")
     model, config = model_from(args, class_names(items, args.classes))
     clips = Clips(pick_split(items, split), config.classes, config.prep, training=False, seed=0, cache=args.cache)
     if args.budget is not None or args.max_loss is not None:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import re
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,11 +35,13 @@ class World:
         rank: number of this process.
         size: how many there are.
         device: where this one computes.
+        launcher: process id of what started this one.
     """
 
     rank: int = 0
     size: int = 1
     device: str = "cpu"
+    launcher: int = 0
 
     @classmethod
     def join(cls, device: str) -> World:
@@ -55,12 +58,20 @@ class World:
                 )
             device = f"cuda:{torch.cuda.current_device()}"  # see `choose_gpu`
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-        return cls(dist.get_rank(), size, device)
+        return cls(dist.get_rank(), size, device, os.getppid())
 
     @property
     def is_first(self) -> bool:
         """Whether this process writes files and speaks."""
         return self.rank == 0
+
+    def check_launcher(self) -> None:
+        """Stop if `torchrun` was killed: it starts processes in sessions of their own, so they outlive it.
+
+        They would go on writing to the folder of a run that somebody has long resumed.
+        """
+        if self.size > 1 and os.getppid() != self.launcher:
+            raise DynskipError("torchrun is gone, so this process stops, too.")
 
     def sum(self, values: Tensor) -> Tensor:
         """Add up a tensor over the processes, in place."""
@@ -231,11 +242,12 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())  # or a power cut could leave the new name without its content
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch's writer has no better name for a full disk
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         raise CheckpointError(
-            f"Could not write {path} ({str(error).splitlines()[0]}). What was there before is whole. Make room, then "
-            "continue with `train --resume`."
+            f"Could not write {path} ({str(error).splitlines()[0]}); {free / 1e6:.1f} MB were free on that disk. What "
+            "was there before is whole. Make room, then continue with `train --resume`."
         ) from error
 
 

@@ -255,6 +255,8 @@ def read_text(file: Path) -> str:
         return file.read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
     except FileNotFoundError:
         raise DynskipError(f"{file} does not exist. Give an annotation file or class list that does.") from None
+    except IsADirectoryError:
+        raise DynskipError(f"{file} is a folder. Give the annotation file or class list itself.") from None
     except UnicodeDecodeError as error:
         raise DynskipError(f"{file} is no text in UTF-8 ({error}). Save it as UTF-8.") from error
 
@@ -369,18 +371,20 @@ def read_activitynet(data: Path, annotations: Sequence[Path], names: dict[int, s
                 faults.append(f"{name}: has {keys}; expected 'subset' and 'annotations'")
                 continue
             unknown.update(set(entry) - KNOWN_KEYS)
-            if entry["subset"] not in SUBSETS:
+            if entry["subset"] not in list(SUBSETS):  # it may be anything, and not hashable
                 faults.append(f"{name}: unknown subset {entry['subset']!r}; expected one of {', '.join(SUBSETS)}")
                 continue
             try:
                 duration = entry.get("duration", entry.get("duration_second"))
                 duration = None if duration is None else float(duration)
                 segments = [
-                    Segment(float(a["segment"][0]), float(a["segment"][1]), str(a["label"]))
-                    for a in entry["annotations"]
+                    Segment(float(a["segment"][0]), float(a["segment"][1]), a["label"]) for a in entry["annotations"]
                 ]
             except (KeyError, TypeError, ValueError, IndexError) as error:
                 faults.append(f"{name}: its annotations need 'segment' [start, end] and 'label' ({error!r})")
+                continue
+            if unnamed := [s.label for s in segments if not (s.label and isinstance(s.label, str))]:
+                faults.append(f"{name}: label {unnamed[0]!r} is no name")
                 continue
             faults += [f"{name}: {fault}" for fault in segment_faults(segments, duration)]
             items += _segmented(folder.find(name), SUBSETS[entry["subset"]], segments, duration)
@@ -407,6 +411,8 @@ def _database(file: Path) -> dict[str, Any]:
         if not isinstance(database, dict):
             raise TypeError(f"'database' is a {type(database).__name__}")
         return database
+    except DynskipError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise DynskipError(
             f"{file} is no ActivityNet annotation file ({type(error).__name__}: {error}). Expected JSON whose "
@@ -515,7 +521,12 @@ def read_lists(data: Path, annotations: Sequence[Path], names: dict[int, str]) -
                 continue
             texts = tuple(dict.fromkeys(names.get(label, str(label)) for label in labels))
             items.append(Item(paths[tail], texts, splits[0], num_frames=num_frames))
-        refuse(file, faults, "Expected `path frames label`: a path, the number of its frames, and class numbers.")
+        refuse(
+            file,
+            faults,
+            "Expected `path frames label`: a path, the number of its frames, and class "
+            "numbers from 0, separated by one comma, semicolon or space each.",
+        )
     return items
 
 

@@ -277,6 +277,19 @@ def test_train_goes_on_where_it_was_stopped(data: Path, weights: Path, tmp_path:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_features_that_cannot_be_written_are_not_encoded_again(
+    data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "features"
+    (folder / "train.safetensors.writing").mkdir(parents=True)  # safetensors has one error for this and a full disk
+    assert train(data, weights, tmp_path, "--epochs", "1") == 2
+    assert f"Could not write to {folder} (" in capsys.readouterr().err
+    (folder / "train.safetensors.writing").rmdir()
+    monkeypatch.setattr(frozen_gates, "encode_batch", None)
+    assert train(data, weights, tmp_path, "--epochs", "1") == 0
+    assert [file.name for file in folder.iterdir()] == ["train.safetensors"]
+
+
 def test_train_needs_a_finished_backbone(
     data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

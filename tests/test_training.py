@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,10 @@ def frozen(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---------------------------------------------------------------------------------------------------- many processes
 
 
-def member(rank: int, size: int, port: int, log: Path, args: list[str], dies_in: int | None) -> None:
-    """What torchrun would run; killed in a step if asked."""
+def member(
+    rank: int, size: int, port: int, log: Path, args: list[str], dies_in: int | None, victim: int | None = None
+) -> None:
+    """What torchrun would run; it kills itself, or another process, in a step if asked."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
@@ -104,11 +107,21 @@ def member(rank: int, size: int, port: int, log: Path, args: list[str], dies_in:
 
         def deadly(self: torch.optim.SGD, *values: Any) -> Any:
             if next(count) == dies_in:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(victim or os.getpid(), signal.SIGKILL)
+                while os.getppid() == victim:
+                    time.sleep(0.01)
             return step(self, *values)
 
         torch.optim.SGD.step = deadly  # type: ignore[method-assign, assignment]
     sys.exit(example.main(args))
+
+
+def launch(port: int, log: Path, args: list[str]) -> None:
+    """Be the parent of two processes, as torchrun is, until one of them kills it in its second step."""
+    for rank in (0, 1):
+        if os.fork() == 0:
+            member(rank, 2, port, log, args, 2 if rank == 0 else None, os.getppid())
+    signal.pause()
 
 
 def free_port() -> int:
@@ -241,6 +254,20 @@ def test_killed_processes_go_on_exactly(data: Path, together: Path, tmp_path: Pa
     assert_same_run(out, together)
 
 
+def test_processes_end_when_torchrun_is_killed(data: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    torchrun = from_server().Process(target=launch, args=(free_port(), log, arguments(data, out)))
+    assert start_and_join([torchrun]) == [-signal.SIGKILL]
+    for rank in (0, 1):
+        deadline = time.monotonic() + 60
+        while "error in process" not in log.with_name(f"log{rank}").read_text():
+            assert time.monotonic() < deadline, f"process {rank} goes on"
+            time.sleep(0.1)
+    assert "error in process 0: torchrun is gone, so this process stops, too." in log.with_name("log0").read_text()
+    # The second step is lost: a resumed run may have begun with what the first one left.
+    assert (checkpoint(out)["epoch"], checkpoint(out)["step"]) == (-1, 1)
+
+
 # ---------------------------------------------------------------------------------------------------------- one process
 
 
@@ -290,7 +317,8 @@ def test_a_full_disk_costs_nothing(
     assert train(data, tmp_path, "--resume") == 2
     message = capsys.readouterr().err
     assert f"Could not write {tmp_path / 'last.pt'} (" in message
-    assert "What was there before is whole. Make room, then continue with `train --resume`." in message
+    assert "MB were free on that disk. What was there before is whole." in message
+    assert "Make room, then continue with `train --resume`." in message
     assert (tmp_path / "last.pt").read_bytes() == before
     assert train(data, tmp_path, "--resume") == 0
     assert_same_run(tmp_path, alone)

@@ -137,6 +137,10 @@ def test_activitynet_keeps_segments_and_finds_files_and_folders(
         ({"a": entry("training", (-1, 2, "x"))}, "segment -1 to 2 seconds (x) does not lie within the video"),
         ({"a": entry("training", (3, 2, "x"), duration=10)}, "segment 3 to 2 seconds (x)"),
         ({"a": entry("training", ("one", 2, "x"))}, "a: its annotations need 'segment' [start, end] and 'label'"),
+        ({"a": entry("training", (0, 1, None))}, "a: label None is no name"),  # type: ignore[arg-type]
+        ({"a": entry("training", (0, 1, ""))}, "a: label '' is no name"),
+        ({"a": entry("training", (0, 1, ["x"]))}, "a: label ['x'] is no name"),  # type: ignore[arg-type]
+        ({"a": {"subset": ["training"], "annotations": []}}, "a: unknown subset ['training']; expected one of"),
         ({"a": entry("training", (0, 1, "x")), "v_a": entry("validation", (0, 1, "x"))}, "occurs twice, in train and"),
         ({str(i): entry("nowhere") for i in range(9)}, "has 9 faults"),
         ({str(i): entry("nowhere") for i in range(9)}, "... and 4 more"),
@@ -151,7 +155,9 @@ def test_faults_of_annotations_are_named(database: dict[str, Any], message: str,
 def test_repeated_json_entries_are_not_lost_silently(tmp_path: Path) -> None:
     one = json.dumps(entry("training", (0, 1, "x")))
     (tmp_path / "anet.json").write_text(f'{{"database": {{"a": {one}, "a": {one}}}}}')
-    with pytest.raises(DynskipError, match="has 'a' more than once"):
+    with pytest.raises(
+        DynskipError, match=r"anet\.json has 'a' more than once\. Every video has one entry; merge them\.$"
+    ):
         video_data.load_items(tmp_path, [tmp_path / "anet.json"])
 
 
@@ -265,6 +271,7 @@ def test_missing_videos_of_lists_are_read_as_far_as_can_be_told(tmp_path: Path) 
     [
         ("train.txt", "a 60\n", None, "has 1 faults:\n  line 1: 'a 60'\nExpected `path frames label`"),
         ("train.txt", "a 60 5\nb 60 kick\n", None, "line 2: 'b 60 kick'"),
+        ("train.txt", "a  60  5\n", None, "separated by one comma, semicolon or space each."),
         ("train.txt", "a 60 2\n", "0,x\n1,y\n", "line 1: label 2 is not in the class list"),
         ("train.txt", "a 60 1\na 60 1\n", None, "occurs twice, in train. Every video belongs to one split"),
         ("list.txt", "a 60 1\n", None, "its name must tell the split: one of train, val, test"),
@@ -330,6 +337,11 @@ def test_a_video_belongs_to_one_split_once(splits: tuple[str, str], tmp_path: Pa
     (tmp_path / "labels.csv").write_text(f"path,label,split\n{rows}")
     with pytest.raises(DynskipError, match=r"a\.mp4 occurs twice, in train"):
         video_data.load_items(tmp_path)
+
+
+def test_a_folder_in_the_place_of_annotations(tmp_path: Path) -> None:
+    with pytest.raises(DynskipError, match=r"is a folder\. Give the annotation file or class list itself"):
+        video_data.load_items(tmp_path, [tmp_path])
 
 
 def test_formats_are_not_mixed(tmp_path: Path) -> None:
