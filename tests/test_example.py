@@ -133,6 +133,39 @@ def test_evaluate_prints_the_table(
     assert is_picture(picture)
 
 
+def test_evaluate_agrees_with_scikit_learn_on_held_back_videos_of_some_classes(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranking = pytest.importorskip("sklearn.metrics")
+    with (data / "labels.csv").open(newline="") as handle:
+        rows = [(data / r["path"], r["label"], "test") for r in csv.DictReader(handle) if r["label"] in CLASSES[::2]]
+    folder = write_labels(tmp_path, rows)
+    assert evaluate(folder, "--checkpoint", str(trained / "last.pt")) == 0
+    text = capsys.readouterr().out
+    assert f"{len(rows)} videos." in text
+    header = [cell.strip() for cell in next(line for line in text.splitlines() if line[:2] == "| ").split("|")][2:-1]
+    model, config = example.restore(trained / "last.pt")
+    clips = video_data.Clips(video_data.read_csv(folder), config.classes, config.prep, training=False, seed=0)
+    for outcome in example.run_modes(model, clips, 1, 0, "cpu"):
+        row = dict(zip(header, table_rows(text)[outcome.mode], strict=True))
+        labels = np.array([config.classes.index(label) for _, label, _ in rows])
+        scores = outcome.probabilities.double().numpy()
+        top1 = ranking.top_k_accuracy_score(labels, scores, k=1, labels=range(6))
+        top5 = ranking.top_k_accuracy_score(labels, scores, k=5, labels=range(6))
+        plain = np.mean([ranking.average_precision_score(labels == c, scores[:, c]) for c in sorted(set(labels))])
+        for name, value in (("top-1 %", top1), ("top-5 %", top5), ("plain mAP %", plain)):
+            assert row[name] == pytest.approx(100 * value, abs=0.051), name
+
+
+def test_evaluate_needs_videos_to_test_on(
+    video: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_labels(tmp_path, [(video, "high_kick", "train")])
+    assert evaluate(folder, "--checkpoint", str(trained / "last.pt")) == 2
+    assert "no videos to test on. Say with --split train" in capsys.readouterr().err
+    assert evaluate(folder, "--checkpoint", str(trained / "last.pt"), "--split", "train") == 0
+
+
 def test_evaluate_ends_early_at_a_low_threshold(data: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ending = ["--threshold", "1e-6", "--min-frames", "0", "--split", "train", "--batch-size", "5"]
     assert evaluate(data, "--checkpoint", str(trained / "last.pt"), *ending) == 0
