@@ -132,10 +132,11 @@ def test_the_wheel_alone_runs_the_quickstart(dist: Path, tmp_path: Path) -> None
 
     where = json.loads(run("-c", "import json, sysconfig; print(json.dumps(sysconfig.get_path('purelib')))"))
     (Path(where) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert blocks
     show = "import dynskip, importlib.util as u\nprint(dynskip.__file__)\nprint(u.find_spec('dynskip_onnx').origin)"
-    (tmp_path / "quickstart.py").write_text("\n".join(["import torch\ntorch.set_num_threads(1)", *blocks, show]))
-    *_, package, module = run("quickstart.py").splitlines()
-    assert Path(package).parent == Path(where) / "dynskip"
-    assert Path(module).parent == Path(where)
+    for page in ("README.md", "docs/quickstart.md"):
+        blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+        assert blocks
+        (tmp_path / "quickstart.py").write_text("\n".join(["import torch\ntorch.set_num_threads(1)", *blocks, show]))
+        *_, package, module = run("quickstart.py").splitlines()
+        assert Path(package).parent == Path(where) / "dynskip"
+        assert Path(module).parent == Path(where)
