@@ -3,8 +3,7 @@
     runner = load("folder")
     result = runner.clip(runner.normalise(frames))
 
-The three ways share one loop and give the same decisions; they differ only in how many frames it
-sees at once.
+The three ways share one loop and give the same decisions; they differ only in how many frames it sees at once.
 """
 
 from __future__ import annotations
