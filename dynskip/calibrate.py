@@ -143,7 +143,7 @@ def to_budget(
         DynskipError: if there are no videos, something does not fit, or the model cannot be as cheap.
     """
     if not (macs > 0 and math.isfinite(macs)):
-        raise DynskipError(f"The budget is {macs} MACs a video, but must be positive; 20 GMACs are written 20e9.")
+        raise DynskipError(f"The budget is {macs} MACs a video; expected a positive number. 20 GMACs are written 20e9.")
 
     def rank(point: CurvePoint) -> tuple[float, ...]:
         return (1, point.accuracy, -point.macs) if point.macs <= macs else (0, -point.macs)
@@ -182,7 +182,7 @@ def to_accuracy(
         DynskipError: if there are no videos, something does not fit, or no thresholds are as accurate.
     """
     if not 0 <= max_loss <= 1:
-        raise DynskipError(f"max_loss is {max_loss}, but must be from 0 to 1; 0.01 is one point of accuracy.")
+        raise DynskipError(f"max_loss is {max_loss}; expected 0 to 1. 0.01 is one point of accuracy.")
 
     def rank_against(dense: CurvePoint) -> Callable[[CurvePoint], tuple[float, ...]]:
         least = _least(dense, max_loss)

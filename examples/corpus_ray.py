@@ -1,7 +1,7 @@
 """Classify a corpus of videos of any size, on one machine or a cluster, with Ray Data.
 
     python examples/corpus_ray.py VIDEOS --out runs/corpus --checkpoint runs/mine/last.pt
-    python examples/corpus_ray.py paths.txt --out runs/corpus --backbone resnet50 --weights FILE --similarity 0.02
+    python examples/corpus_ray.py paths.txt --out runs/corpus --backbone resnet50 --weights FILE --similarity 0.003
 
 VIDEOS is a folder, searched with all its folders, or a text file with one path a line. CPU workers decode; each actor
 of a pool holds the model on its device and runs many videos at once (`model.serve_streams`). Ray keeps only so many

@@ -1410,7 +1410,7 @@ def add_source(add: Any) -> None:
         "--similarity",
         type=float,
         metavar="DISTANCE",
-        help="with --weights: gates without training, which stop frames this close to the last used one, such as 0.02",
+        help="with --weights: gates without training, which stop frames this close to the last used one, such as 0.003",
     )
     add_network(add)
     add_ending(add, None, None)

@@ -1,7 +1,7 @@
 """Watch a video or a camera with a model that skips, and write down what it saw and what every frame cost.
 
     python examples/stream_video.py clip.mp4 out.mp4 --checkpoint runs/mine/last.pt
-    python examples/stream_video.py clip.mp4 out.mp4 --backbone resnet50 --weights FILE --similarity 0.02
+    python examples/stream_video.py clip.mp4 out.mp4 --backbone resnet50 --weights FILE --similarity 0.003
     python examples/stream_video.py 0 out.mkv --checkpoint runs/mine/last.pt         (camera 0, until Ctrl-C)
     python examples/stream_video.py rtsp://HOST/live out.mkv --checkpoint runs/mine/last.pt
 

@@ -335,14 +335,14 @@ def test_a_point_without_early_ends_takes_the_terminator_away() -> None:
 @pytest.mark.parametrize("macs", [0.0, -1.0, math.nan, math.inf])
 def test_bad_budget(macs: float) -> None:
     model, video, targets = setup()
-    with pytest.raises(DynskipError, match="must be positive; 20 GMACs are written 20e9"):
+    with pytest.raises(DynskipError, match="a video; expected a positive number. 20 GMACs are written 20e9"):
         calibrate.to_budget(model, [(video, targets)], macs)
 
 
 @pytest.mark.parametrize("max_loss", [-0.01, 2.0, math.nan])
 def test_bad_loss(max_loss: float) -> None:
     model, video, targets = setup()
-    with pytest.raises(DynskipError, match=r"must be from 0 to 1; 0.01 is one point"):
+    with pytest.raises(DynskipError, match=r"expected 0 to 1. 0.01 is one point"):
         calibrate.to_accuracy(model, [(video, targets)], max_loss)
 
 
