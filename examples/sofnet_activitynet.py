@@ -907,10 +907,9 @@ def print_results(results: Sequence[Result], batch_size: int, device: str, stage
         f"ms: network only, {batch_size} video{'s' * (batch_size > 1)} at a time, {machine(device)}."
     )
     if stage_names:
-        print(
-            "mAP: ActivityNet's, interpolated; plain mAP: not so, AR-Net's mmAP. Both count all labels of a video.\n"
-            "Precision and recall: used frames against the annotated segments."
-        )
+        print("mAP: ActivityNet's, interpolated; plain mAP: not so, AR-Net's mmAP. Both count all labels of a video.")
+    if stage_names and any(result.relevance for result in results):
+        print("Precision and recall: used frames against the annotated segments.")
     fallbacks = results[-1].fallbacks
     if fallbacks:
         print(f"In {fallbacks} videos the gates used no frame; the furthest one was run to the end, its cost counted.")

@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +151,19 @@ def test_thresholds_within_a_budget_are_chosen_on_the_validation_part() -> None:
         return {"val": {"top1": val, "gmacs": gmacs}, "test": {"top1": test, "gmacs": 2 * gmacs}}
 
     curve = [point(0.5, 0.9, 1), point(0.7, 0.6, 2), point(0.7, 0.8, 3), point(0.9, 1.0, 5)]
-    assert ablation.within(curve, 4) == curve[1]
+    assert ablation.within(curve, 4) == curve[2]  # of two that are alike there, the costlier
     assert ablation.within(curve, 0.5) is None
+
+
+def test_the_curve_of_the_method_joins_the_runs_of_a_seed() -> None:
+    def result(seed: int, **settings: Any) -> dict[str, Any]:
+        run = asdict(ablation.Run("gates", seed=seed, **settings))
+        name = f"{seed} {settings.get('alpha', 0.9)}"
+        return {"run": run, "dense_gmacs": 40.0, "termination": [name], "modes": {"gates": "gates"}, "curve": [name]}
+
+    found = ablation.curves([result(1), result(0), result(0, alpha=0.7), result(0, irrelevance="late")])
+    assert found["SoF-Net"] == [(40.0, ["1 0.9", "gates"]), (40.0, ["0 0.9", "gates", "0 0.7", "gates"])]
+    assert found["SoF-Net, all thresholds"] == [(40.0, ["1 0.9"]), (40.0, ["0 0.9"])]
 
 
 def test_runs_have_names_of_their_own_and_can_be_listed(capsys: pytest.CaptureFixture[str]) -> None:
