@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--strides-in-1x1", action="store_true", help="for weights in Caffe's layout")
     parser.add_argument("--every", type=int, default=2, help="take every so manyth frame")
     parser.add_argument(
-        "--tune-every", type=int, default=6, help="choose the threshold on every so manyth training clip"
+        "--tune-every", type=int, default=3, help="choose the threshold on every so manyth training clip"
     )
     parser.add_argument("--wanted", type=float, default=0.97, help="share of them that has to keep its answer")
     parser.add_argument("--cache", type=Path, help="file to keep encoded clips in, for other runs on the same data")

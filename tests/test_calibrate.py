@@ -335,7 +335,7 @@ def test_a_point_without_early_ends_takes_the_terminator_away() -> None:
 @pytest.mark.parametrize("macs", [0.0, -1.0, math.nan, math.inf])
 def test_bad_budget(macs: float) -> None:
     model, video, targets = setup()
-    with pytest.raises(DynskipError, match="a video; expected a positive number. 20 GMACs are written 20e9"):
+    with pytest.raises(DynskipError, match=r"a video; expected a positive number. 20 GMACs are written 20e9"):
         calibrate.to_budget(model, [(video, targets)], macs)
 
 
