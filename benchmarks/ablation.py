@@ -319,7 +319,8 @@ def pairs(args: argparse.Namespace) -> Iterator[str]:
     yield "| irrelevant, % right | res1 | res2 | res3 | res4 | res5 |"
     yield "|---|" + "---:|" * 5
     for pair in itertools.combinations(class_names(read_csv(args.data)), 2):
-        accuracies = [found["val"] for found in probe(load(args.data, args.weights, args.cache, 168, pair, 0).parts)]
+        parts = load(args.data, args.weights, args.cache, Run.size, pair, SEEDS[0]).parts
+        accuracies = [found["val"] for found in probe(parts)]
         yield f"| {', '.join(pair)} | " + " | ".join(f"{100 * value:.1f}" for value in accuracies) + " |"
 
 
@@ -555,13 +556,13 @@ def report(results: Sequence[dict[str, Any]]) -> str:
         "GMACs are 10^9 multiply-adds."
     ]
     for size in sorted({result["run"]["size"] for result in results}):
-        blocks += [f"### {size} x {size}", section(results, size=size)]
+        blocks += [f"### {size} x {size}", section(results, THESIS.get(size, []), size=size)]
     chosen = [(name, select(results, **settings), mode) for name, settings, mode in CHOICES]
     blocks += ["### Choices", table([row(name, runs, mode) for name, runs, mode in chosen if runs])]
     blocks += ["### At equal cost", budget_table(results), "### Where frames end", usage_table(results)]
     blocks += ["### What a linear probe of each stage knows of relevance", probe_table(results)]
     if select(results, kind="baselines", **LATE):
-        blocks += ["### Irrelevant frames that are recognised late", section(results, **LATE)]
+        blocks += ["### Irrelevant frames that are recognised late", section(results, [], **LATE)]
         blocks += [budget_table(results, **LATE), probe_table(results, **LATE)]
     blocks += [
         ", ".join(f"{key} {value}" for key, value in json.loads(machine).items()) for machine in sorted(machines)
@@ -569,15 +570,13 @@ def report(results: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(blocks)
 
 
-def section(results: Sequence[dict[str, Any]], **settings: Any) -> str:
-    """Lay out the thesis' rows at one size on one composed set."""
-    theirs = THESIS.get(settings.get("size", Run.size), [])
-    theirs = [*theirs, *[""] * (len(ROWS) - len(theirs))] if "irrelevance" not in settings else [""] * len(ROWS)
+def section(results: Sequence[dict[str, Any]], theirs: Sequence[str], **settings: Any) -> str:
+    """Lay out the thesis' rows at one size on one composed set, beside the thesis' figures."""
     found = [(name, select(results, **own, **settings), mode) for name, own, mode in ROWS]
     return table(
         [
             row(name, runs, mode, thesis)
-            for (name, runs, mode), thesis in zip(found, theirs, strict=True)
+            for (name, runs, mode), thesis in zip(found, [*theirs, *[""] * len(found)], strict=False)
             if runs and mode in runs[0]["modes"]
         ]
     )
