@@ -103,11 +103,12 @@ class _Video:
 
     states: list[list[Array]]
     logit_sum: Array
+    last: Array  # logits of the last used frame
     pending: list[_Frame] = field(default_factory=list)
     stopped_at: list[int] = field(default_factory=list)
     frame_logits: list[Array | None] = field(default_factory=list)
     gate_logits: list[list[Array]] = field(default_factory=list)
-    used: int = 0
+    counted: int = 0  # logits in the sum: used frames and those that repeat one
     ended: bool = False
     macs: float = 0.0
     executed: float = 0.0
@@ -116,8 +117,8 @@ class _Video:
 
     @property
     def running(self) -> Array:
-        """`(K,)` mean logits of the used frames; NaN before the first."""
-        return self.logit_sum / self.used if self.used else np.full_like(self.logit_sum, np.nan)
+        """`(K,)` mean logits so far; NaN before the first used frame."""
+        return self.logit_sum / self.counted if self.counted else np.full_like(self.logit_sum, np.nan)
 
 
 def load(folder: str | Path, *, threads: int = 0, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Runner:
@@ -172,6 +173,7 @@ class Runner:
         self._shape = tuple(manifest["input"]["shape"])
         self._advance_all = {"used": False, "reached": True}[manifest["state_update"]]
         self._termination = manifest["termination"]
+        self._repeats = [stage["gate"]["repeats_last"] for stage in self._stages]
         self._margins = [_margin(stage["gate"]["forward_threshold"]) for stage in self._stages]
         self._stage_macs = np.array([stage["macs"] for stage in self._stages])
         self._gate_macs = np.array([stage["gate"]["macs"] for stage in self._stages])
@@ -278,7 +280,8 @@ class Runner:
             [np.full(state["shape"], state["value"], np.float32) for state in stage["gate"]["initial_state"]]
             for stage in self._stages
         ]
-        return _Video(states, np.zeros(self.manifest["num_classes"], np.float32))
+        zeros = np.zeros(self.manifest["num_classes"], np.float32)
+        return _Video(states, zeros, zeros)
 
     def _advance(self, videos: list[_Video], steps: Sequence[Sequence[Array]]) -> None:
         """Take frames of some videos as far as their gates let them: `steps` holds one image a video each."""
@@ -353,14 +356,16 @@ class Runner:
         video.frame_logits.append(frame.logits if used else None)
         video.macs += (self._stage_macs + self._gate_macs)[: n + 1].sum() + (self._head["macs"] if used else 0.0)
         if used:
-            video.logit_sum = video.logit_sum + frame.logits
-            video.used += 1
-            video.best = None
+            assert frame.logits is not None
+            video.last, video.best = frame.logits, None
             if not self._advance_all:
                 video.states = frame.states
-        elif not video.used and (score := n + _nearness(frame.gate_logits[n])) > video.best_score:
+        if used or (video.counted and self._repeats[n]):
+            video.logit_sum = video.logit_sum + video.last
+            video.counted += 1
+        elif not video.counted and (score := n + _nearness(frame.gate_logits[n])) > video.best_score:
             video.best_score, video.best = score, (len(video.stopped_at) - 1, frame)
-        if self._termination and video.used and len(video.stopped_at) > self._termination["min_frames"]:
+        if self._termination and video.counted and len(video.stopped_at) > self._termination["min_frames"]:
             video.ended = bool(_softmax(video.running).max() > self._termination["threshold"])
 
     def _finish(self, video: _Video, frames: int) -> Result:

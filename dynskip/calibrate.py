@@ -378,6 +378,12 @@ class _Replay:
         """What ends videos, if anything does."""
         return _terminator(self.model)
 
+    @property
+    def _repeats(self) -> tuple[bool, ...]:
+        model: Any = self.model  # one that ends videos is a StopOrForward
+        repeats: tuple[bool, ...] = model.repeats
+        return repeats
+
     def read(self, forward_threshold: tuple[float, ...]) -> list[SkipOutput]:
         """Gate all videos, to their ends."""
         model: Any = self.model
@@ -410,7 +416,8 @@ class _Replay:
             stopped_at = end_videos(terminator, probabilities, output.stopped_at)
             fallback = fallback_frames(stopped_at, stopped_at == output.num_stages, output.gate_logits)
             lookup = self.model.lookup_for(encoded.image_size)
-            ended.append(masked_output(stopped_at, output.gate_logits, encoded.frame_logits, fallback, lookup))
+            repeats = self._repeats
+            ended.append(masked_output(stopped_at, output.gate_logits, encoded.frame_logits, fallback, lookup, repeats))
         return self.at(ended, forward_threshold, termination_threshold)
 
     def points(
@@ -421,7 +428,7 @@ class _Replay:
         if terminator is None or termination_thresholds == ():
             return [self.at(outputs, forward_threshold, None)]
         running = [
-            running_probabilities(output.used, encoded.frame_logits)
+            running_probabilities(output.stopped_at, encoded.frame_logits, self._repeats)
             for output, (encoded, _) in zip(outputs, self.videos, strict=True)
         ]
         if termination_thresholds is None:

@@ -4,6 +4,9 @@ A gate is any `nn.Module` with `initial_state(batch) -> state` and `forward(pool
 is a tuple of tensors with the batch in dimension 0; its first tensor is the gate's hidden representation, which an
 `InnerClassifier` may read (`hidden_features` wide). The wrapper, not the gate, decides which rows keep a new state.
 
+A gate with `repeats_last = True` stops frames that show what the last used frame showed: they count as that frame once
+more in the video's mean. Frames that other gates stop do not count.
+
 A gate may also have `embed(pooled) -> (B, E)`, its work that no state has a part in, and `step(embedded, state)`, the
 rest; `forward` is then one after the other. Stored videos have whole batches of frames embedded, each once.
 """
@@ -224,6 +227,10 @@ class SimilarityGate(nn.Module):
     `threshold`; the first frame has nothing before it and counts as 1. The forward probability is
     `distance / (distance + threshold)`.
 
+    A frame that it stops counts as the last used one once more in the video's mean (`repeats_last`): a shot that stands
+    still weighs as much as it lasts. With `state_update="reached"` the gate compares with the last frame that reached
+    it, and stopped frames do not count.
+
     Its hidden representation is the frame's pooled features.
 
     Args:
@@ -235,6 +242,7 @@ class SimilarityGate(nn.Module):
     """
 
     origin: Tensor
+    repeats_last = True
 
     def __init__(self, in_features: int, threshold: float = 0.01) -> None:
         super().__init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,8 @@ class SkipOutput:
     """What a pass over videos decided, predicted and cost. What was not evaluated is masked, never invented.
 
     Attributes:
-        logits: `(B, K)` logits of each video: the mean over its used frames (Eq. 3.6).
+        logits: `(B, K)` logits of each video: the mean over its used frames (Eq. 3.6), each as often as gates with
+            `repeats_last` say that it is shown.
         forward: `(B, T, N)` decisions, 1 forward and 0 stop; straight-through in training, 0 where a gate was not
             evaluated.
         used: `(B, T)` boolean, frames that passed every gate.
@@ -113,6 +115,7 @@ def masked_output(
     frame_logits: Tensor,
     fallback_frame: Tensor,
     lookup: FLOPsLookup,
+    repeats: Sequence[bool],
     inner_logits: Tensor | None = None,
 ) -> SkipOutput:
     """Make the output of a skipping pass; whatever the tensors hold that the decisions did not ask for is masked."""
@@ -120,7 +123,7 @@ def masked_output(
     evaluated, used = depth <= stopped_at[..., None], stopped_at == gate_logits.shape[2]
     answered = answered_by(used, fallback_frame)
     return SkipOutput(
-        logits=mean_where(answered, frame_logits),
+        logits=mean_where(answered, frame_logits, times_counted(stopped_at, repeats)),
         forward=(depth < stopped_at[..., None]).to(gate_logits.dtype),
         used=used,
         stopped_at=stopped_at,
@@ -156,18 +159,42 @@ def answered_by(used: Tensor, fallback_frame: Tensor) -> Tensor:
     return used | (frames == fallback_frame[:, None])
 
 
-def mean_where(mask: Tensor, frame_logits: Tensor) -> Tensor:
-    """Average the logits of each video's marked frames."""
-    total = torch.where(mask[..., None], frame_logits, 0.0).sum(1, dtype=sum_dtype(frame_logits.dtype))
-    return (total / mask.sum(1, keepdim=True)).to(frame_logits.dtype)
+def counted_as(stopped_at: Tensor, repeats: Sequence[bool]) -> Tensor:
+    """Say which frame's logits each frame adds to its video's mean, `(B, T)`; -1 for none.
+
+    Args:
+        stopped_at: `(B, T)` what became of each frame.
+        repeats: for each of `N` gates, whether frames that it stops count as the last used one.
+    """
+    frames = torch.arange(stopped_at.shape[1], device=stopped_at.device)
+    last_used = torch.where(stopped_at == len(repeats), frames, -1).cummax(1).values
+    counts = torch.tensor([False, *repeats, True], device=stopped_at.device)  # unseen, each gate, used
+    return torch.where(counts[stopped_at + 1], last_used, -1)
 
 
-def running_probabilities(used: Tensor, frame_logits: Tensor) -> Tensor:
-    """Predict each video after each of its frames, from the used ones so far: `(B, T, K)`, NaN before the first."""
-    logits = torch.where(used[..., None], frame_logits, 0.0).to(sum_dtype(frame_logits.dtype))
+def times_counted(stopped_at: Tensor, repeats: Sequence[bool]) -> Tensor:
+    """Say how often each frame's logits count in its video's mean, `(B, T)`; 1 for frames that nothing repeats."""
+    source = counted_as(stopped_at, repeats)
+    counts = torch.zeros_like(stopped_at).scatter_add(1, source.clamp(min=0), (source >= 0).long())
+    return counts.clamp(min=1)
+
+
+def mean_where(mask: Tensor, frame_logits: Tensor, times: Tensor | None = None) -> Tensor:
+    """Average the logits of each video's marked frames, each counted once or so many times."""
+    weights = mask.long() if times is None else mask * times
+    wide = frame_logits.to(sum_dtype(frame_logits.dtype))
+    total = torch.where(mask[..., None], wide * weights[..., None], 0.0).sum(1)
+    return (total / weights.sum(1, keepdim=True)).to(frame_logits.dtype)
+
+
+def running_probabilities(stopped_at: Tensor, frame_logits: Tensor, repeats: Sequence[bool]) -> Tensor:
+    """Predict each video after each of its frames, from those so far: `(B, T, K)`, NaN before the first used one."""
+    source = counted_as(stopped_at, repeats)
+    added = frame_logits.gather(1, source.clamp(min=0)[..., None].expand(-1, -1, frame_logits.shape[-1]))
+    added = torch.where(source[..., None] >= 0, added, 0.0).to(sum_dtype(frame_logits.dtype))
     # Added one by one, as frames arrive: a cumulative sum rounds differently.
-    total = torch.stack(list(itertools.accumulate(logits.unbind(1))), 1)
-    return (total / used.cumsum(1)[..., None]).softmax(-1)
+    total = torch.stack(list(itertools.accumulate(added.unbind(1))), 1)
+    return (total / (source >= 0).cumsum(1)[..., None]).softmax(-1)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

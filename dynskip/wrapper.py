@@ -17,7 +17,15 @@ from dynskip.backbone import StagedBackbone
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
 from dynskip.gates import FORWARD, STOP, GateState, in_two
-from dynskip.output import EncodedVideo, SkipOutput, answered_by, fallback_frames, masked_output, running_probabilities
+from dynskip.output import (
+    EncodedVideo,
+    SkipOutput,
+    answered_by,
+    fallback_frames,
+    masked_output,
+    running_probabilities,
+    times_counted,
+)
 from dynskip.runtime.clip import Usage, run_clip
 from dynskip.runtime.online import Session
 from dynskip.runtime.streams import FrameResult, VideoResult, aserve, serve
@@ -196,6 +204,14 @@ class StopOrForward(nn.Module):
         """
         return aserve(self, sources, max_streams, batch_size)
 
+    @property
+    def repeats(self) -> tuple[bool, ...]:
+        """For each gate, whether a frame that it stops counts as the last used one in the video's mean.
+
+        So it is where the gate has `repeats_last`, and compares frames with the last used one (`state_update="used"`).
+        """
+        return tuple(self.state_update == "used" and getattr(gate, "repeats_last", False) for gate in self.gates)
+
     def lookup_for(self, image_size: tuple[int, int]) -> FLOPsLookup:
         """Return the cost table for frames of a size.
 
@@ -331,15 +347,19 @@ class StopOrForward(nn.Module):
         stopped_at = evaluated.sum(-1) - 1 + used.long()
         if not self.training and self.terminator is not None:
             # Frames after a video's end were decided on in vain: nothing that counts depends on them.
-            stopped_at = end_videos(self.terminator, running_probabilities(used, frame_logits), stopped_at)
+            running = running_probabilities(stopped_at, frame_logits, self.repeats)
+            stopped_at = end_videos(self.terminator, running, stopped_at)
             used = stopped_at == stages
         fallback_frame = fallback_frames(stopped_at, used, gate_logits)
         lookup = self.lookup_for(encoded.image_size)
         if not self.training:
-            return masked_output(stopped_at, gate_logits, frame_logits, fallback_frame, lookup, inner_logits)
+            return masked_output(
+                stopped_at, gate_logits, frame_logits, fallback_frame, lookup, self.repeats, inner_logits
+            )
         answered = answered_by(used, fallback_frame)
         # Straight-through: the product of the gates carries their gradient, a fallback frame counts as given.
         weights = forward.prod(-1) + (answered & ~used).to(forward.dtype)
+        weights = weights * times_counted(stopped_at, self.repeats)
         return SkipOutput(
             logits=(weights[..., None] * frame_logits).sum(1) / weights.sum(1, keepdim=True),
             forward=forward,

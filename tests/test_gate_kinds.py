@@ -111,8 +111,84 @@ def test_mixed_gates_decide_alike_in_every_runtime(
         torch.testing.assert_close(results[b].logits, masked.logits[b])
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    shown=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    others=st.lists(st.sampled_from(["fixed", "policy", "similarity"]), max_size=2),
+    seed=st.integers(0, 5000),
+    window=st.integers(1, 5),
+    saved_at=st.integers(0, 15),
+)
+def test_a_video_of_repeats_gets_the_answer_of_all_its_frames(
+    shown: list[int], others: list[str], seed: int, window: int, saved_at: int
+) -> None:
+    """Each frame is shown several times; what repeats the last used one has to weigh as much as it lasts."""
+    model = gated(["similarity", *others], seed)
+    for gate in model.gates:
+        if isinstance(gate, SimilarityGate):
+            gate.threshold = 1e-6  # equal frames alone
+        elif isinstance(gate, PolicyGate):
+            torch.nn.init.constant_(gate.decide.bias[FORWARD:], 1e3)  # lets everything through
+    frames = toy_video(1, len(shown), seed)[0]
+    video = frames.repeat_interleave(torch.tensor(shown), 0)[None]
+    expected = model(video, dense=True).logits
+    output = model.run_clip(video, window)
+    assert output.used.sum() == len(shown)
+    torch.testing.assert_close(output.logits, expected)
+    torch.testing.assert_close(model.decide(model.encode(video)).logits, expected)
+    torch.testing.assert_close(model.train()(video, sample=False).logits, expected)
+    model.eval()
+    session = model.stream()
+    for t, frame in enumerate(video[0]):
+        if t == saved_at:
+            state = session.state_dict()
+            session = model.stream()
+            session.load_state_dict(state)
+        step = session(frame)
+        torch.testing.assert_close(step.logits, model.encode(video[:, : t + 1]).frame_logits.mean(1))
+    torch.testing.assert_close(session.result().logits, expected)
+    (result,) = [e for e in model.serve_streams([video[0]]) if isinstance(e, VideoResult)]
+    torch.testing.assert_close(result.logits, expected[0])
+    assert (result.used, result.seen) == (len(shown), sum(shown))
+
+
+def test_only_frames_that_repeat_the_last_used_one_count_again() -> None:
+    model = gated(["similarity", "policy"], seed=2)
+    model.gates[0].threshold = 1e-6
+    stopped, a, b = toy_video(1, 3, seed=3)[0]
+    model.gates[1] = StopsLike(model.encode(stopped[None, None]).pooled[1][0])
+    output = model(torch.stack([stopped, a, b, b, stopped, b])[None])
+    assert output.stopped_at[0].tolist() == [1, 2, 2, 0, 1, 0]
+    torch.testing.assert_close(output.logits, model.encode(torch.stack([a, b, b, b])[None]).frame_logits.mean(1))
+
+
+class StopsLike(nn.Module):
+    """Stop frames whose features are these."""
+
+    features: Tensor
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("features", features)
+
+    def initial_state(self, batch: int) -> GateState:
+        return ()
+
+    def forward(self, pooled: Tensor, state: GateState) -> tuple[Tensor, GateState]:
+        other = (pooled - self.features).abs().amax(1) > 1e-6
+        return torch.stack([~other, other], 1).to(pooled.dtype), state
+
+
+def test_repeats_do_not_count_where_the_gate_compares_with_frames_that_were_not_used() -> None:
+    model = gated(["similarity"], state_update="reached")
+    model.gates[0].threshold = 1e-6
+    a, b = toy_video(1, 2, seed=3)[0]
+    output = model(torch.stack([a, a, a, b])[None])
+    torch.testing.assert_close(output.logits, model.encode(torch.stack([a, b])[None]).frame_logits.mean(1))
+
+
 def test_gates_decide_alike_exported_and_optimised(tmp_path: Path) -> None:
-    names = ("random", "unsure", "similarity", "fixed")
+    names = ("random", "similarity", "unsure", "fixed")
     dynskip_onnx = pytest.importorskip("dynskip_onnx")
     backbone = stage_model(toy_network(3, 4).float(), input_size=(3, SIZE, SIZE))
     gates = [build(*pair, seed=n).float() for n, pair in enumerate(zip(names, backbone.num_features, strict=True))]
@@ -122,7 +198,9 @@ def test_gates_decide_alike_exported_and_optimised(tmp_path: Path) -> None:
     assert len(expected.stopped_at.unique()) > 2
     runner = dynskip_onnx.load(model.export(tmp_path / "model", SIZE))
     for row, clip in enumerate(video.numpy()):
-        assert runner.clip(clip, window=3).stopped_at.tolist() == expected.stopped_at[row].tolist()
+        result = runner.clip(clip, window=3)
+        assert result.stopped_at.tolist() == expected.stopped_at[row].tolist()
+        torch.testing.assert_close(torch.from_numpy(result.logits), expected.logits[row])
     fast, agreement = model.optimize(video, compile=False)
     assert agreement.decisions == 1.0
     assert_same(fast(video), expected, skip=["logits", "frame_logits", "gate_logits"])

@@ -52,7 +52,9 @@ class Progress:
 
     Attributes:
         states: for each gate the state that decides on the row's next frame.
-        logit_sum: `(B, K)` sum of the logits of used frames.
+        logit_sum: `(B, K)` sum of the logits that the mean is made of.
+        counted: `(B,)` number of them.
+        last: `(B, K)` logits of the last used frame, which frames that repeat it add once more.
         used: `(B,)` frames used.
         seen: `(B,)` frames looked at.
         ended: `(B,)` boolean, videos that the terminator has ended.
@@ -73,18 +75,22 @@ class Progress:
             self.states: list[GateState] = [tuple(s.clone() for s in g.initial_state(batch)) for g in model.gates]
             self._proposed: list[GateState] = [tuple(s.clone() for s in state) for state in self.states]
             self.logit_sum = weight.new_zeros(batch, model.backbone.num_classes, dtype=sum_dtype(weight.dtype))
+            self.last = torch.zeros_like(self.logit_sum)
             self.used = torch.zeros(batch, dtype=torch.long, device=weight.device)
-            self.seen = torch.zeros_like(self.used)
+            self.counted, self.seen = torch.zeros_like(self.used), torch.zeros_like(self.used)
             self.ended = torch.zeros_like(self.used, dtype=torch.bool)
         self.furthest: list[Furthest | None] = [None] * batch
         self.answered = [False] * batch
+        # By `stopped_at`: whether a frame counts as the last used one. Without such gates nothing is spent on it.
+        repeats = (*model.repeats, False)
+        self._repeats = torch.tensor(repeats, device=weight.device) if any(repeats) else None
 
     def reset(self, rows: Tensor) -> None:
         """Put rows back to before their first frame."""
         for n, gate in enumerate(self.model.gates):
             self.store(n, rows, gate.initial_state(len(rows)))
-        self.logit_sum[rows] = 0
-        self.used[rows] = self.seen[rows] = 0
+        self.logit_sum[rows] = self.last[rows] = 0
+        self.used[rows] = self.counted[rows] = self.seen[rows] = 0
         self.ended[rows] = False
         for row in rows.tolist():
             self.furthest[row], self.answered[row] = None, False
@@ -120,20 +126,27 @@ class Progress:
             for state, proposed in zip(self.states, self._proposed, strict=True):
                 _write(state, rows, tuple(p[rows] for p in proposed))
 
-    def advance(self, rows: Tensor, used: Tensor, logits: Tensor) -> None:
+    def advance(self, rows: Tensor, stopped_at: Tensor, logits: Tensor) -> None:
         """Count a frame of each of some rows, and end videos.
 
         Args:
             rows: `(M,)` rows, none twice.
-            used: the rows among them whose frame was used.
+            stopped_at: `(M,)` what became of their frames.
             logits: the used frames' logits.
         """
         self.seen[rows] += 1
+        used = rows[stopped_at == len(self.states)]
         if len(used):
             self.logit_sum[used] += logits
+            self.last[used] = logits.to(self.last.dtype)
             self.used[used] += 1
+            self.counted[used] += 1
             for row in used.tolist():
                 self.furthest[row], self.answered[row] = None, True
+        if self._repeats is not None:
+            again = rows[self._repeats[stopped_at] & (self.counted[rows] > 0)]
+            self.logit_sum[again] += self.last[again]
+            self.counted[again] += 1
         if self.model.terminator is not None:
             self.ended[rows] = self.model.terminator(self.running(rows).softmax(-1), self.seen[rows])
 
@@ -142,8 +155,8 @@ class Progress:
         return torch.full(shape, math.nan, dtype=self.dtype, device=self.device)
 
     def running(self, rows: Rows = slice(None)) -> Tensor:
-        """Return the mean logits of the rows' used frames; NaN where there are none."""
-        return self.logit_sum[rows] / self.used[rows, None]
+        """Return the rows' mean logits so far; NaN where no frame was used."""
+        return self.logit_sum[rows] / self.counted[rows, None]
 
     def remember(
         self,

@@ -188,6 +188,7 @@ class _Clip:
             self.frame_logits.unflatten(0, shape),
             fallback_frame,
             self.lookup,
+            self.model.repeats,
         )
         head = torch.tensor([self.lookup.head], dtype=torch.float64)
         embeds = self.lookup.gates - self.lookup.steps
@@ -280,7 +281,8 @@ class _Clip:
                 break
             self._remember([f for f in frames if stopped_at[f] < self.stages], stopped_at, features)
             hits = [f for f in frames if stopped_at[f] == self.stages]
-            self.progress.advance(self._videos(frames), self._videos(hits), self.frame_logits[hits])
+            ends = torch.tensor([stopped_at[f] for f in frames], device=self.video.device)
+            self.progress.advance(self._videos(frames), ends, self.frame_logits[hits])
             ended = self.progress.ended.tolist() if self.model.terminator is not None else [False] * self.batch
             for f in frames:
                 b, t = divmod(f, self.frames)

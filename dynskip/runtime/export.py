@@ -111,6 +111,7 @@ def _write_stages(model: StopOrForward, writer: _Writer, size: tuple[int, int]) 
                 "gate": {
                     "file": writer.name(f"gate_{n}"),
                     "forward_threshold": model.forward_threshold[n],
+                    "repeats_last": model.repeats[n],
                     "initial_state": [_fill(s, n) for s in gate.initial_state(1)],
                 },
             }

@@ -129,7 +129,7 @@ class Session:
         if len(rows):
             used, logits = self._run(rows, frames if len(rows) == self.batch else frames[rows], stopped_at, gate_logits)
             frame_logits[used] = logits.to(progress.dtype)
-            progress.advance(rows, used, frame_logits[used])
+            progress.advance(rows, stopped_at[rows], frame_logits[used])
         macs = self._costs[stopped_at + 1]
         self._macs += macs
         running = progress.running().to(progress.dtype)
@@ -252,8 +252,8 @@ class Session:
 
     def _tensors(self) -> dict[str, Tensor]:
         progress = self._progress
-        named = {"macs": self._macs, "logit_sum": progress.logit_sum, "used": progress.used}
-        named |= {"seen": progress.seen, "ended": progress.ended}
+        named = {"macs": self._macs, "logit_sum": progress.logit_sum, "last": progress.last, "used": progress.used}
+        named |= {"counted": progress.counted, "seen": progress.seen, "ended": progress.ended}
         for n, gate in enumerate(progress.states):
             named |= {f"gate {n} state {i}": tensor for i, tensor in enumerate(gate)}
         return named

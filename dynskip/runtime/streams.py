@@ -284,11 +284,10 @@ class Scheduler:
     def _frames_done(self, streams: list[Stream], stopped_at: int, logits: Tensor | None) -> list[Event]:
         """Move streams on after a frame of each; `logits` are those of used frames."""
         slots = torch.tensor([stream.slot for stream in streams])
-        if logits is None:
-            self._progress.advance(slots, slots[:0], self._progress.logit_sum[:0])
-        else:
+        if logits is not None:
             self._progress.commit(slots)
-            self._progress.advance(slots, slots, logits)
+        ends = torch.full_like(slots, stopped_at)
+        self._progress.advance(slots, ends, self._progress.last[:0] if logits is None else logits)
         running = self._progress.running(slots).to(self._progress.dtype)
         events: list[Event] = []
         for i, (stream, ended) in enumerate(zip(streams, self._progress.ended[slots].tolist(), strict=True)):
