@@ -427,7 +427,7 @@ def stage_model(
         **timm_kwargs: for a model name, passed to `timm.create_model` (`pretrained`, `num_classes`, ...).
 
     Returns:
-        The staged backbone, verified: the whole run equals the original model, and any rows of a batch run alone
+        The staged backbone. It is verified that its run equals the original model, and that rows of a batch run alone
         equal the rows of the whole run.
 
     Raises:

@@ -176,7 +176,7 @@ def to_accuracy(
         metric: as in `to_budget`.
 
     Returns:
-        The choice and the curve. The model is left as it is: `apply` the result.
+        The choice and the curve. The model is left as it is; `apply` the result.
 
     Raises:
         DynskipError: if there are no videos, something does not fit, or no thresholds are as accurate.

@@ -55,7 +55,7 @@ def inner_classification_loss(inner_logits: Tensor, forward: Tensor, targets: Te
         targets: `(B,)` class indices.
 
     Returns:
-        Scalar: mean over videos of each video's mean over its forwarded gates; 0 for a video with none.
+        Scalar, the mean over videos of each video's mean over its forwarded gates; 0 for a video with none.
 
     Raises:
         DynskipError: if the targets do not fit the logits.
@@ -150,7 +150,7 @@ def budget_loss(forward: Tensor, costs: Tensor, head: float, budget: float) -> T
         budget: cost a frame may have on average, in the same unit.
 
     Returns:
-        Scalar in that unit: mean over all videos and frames of the batch, less the budget, if that is positive.
+        Scalar in that unit, the mean over all videos and frames of the batch, less the budget, if that is positive.
 
     Reference:
         After Verelst and Tuytelaars, "Dynamic convolutions", CVPR 2020, whose hinges bound the cost of single blocks.

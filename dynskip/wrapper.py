@@ -151,7 +151,7 @@ class StopOrForward(nn.Module):
             batch: number of videos; a frame of each arrives at a time.
 
         Returns:
-            The session: call it with every frame.
+            The session, to be called with every frame.
 
         Raises:
             DynskipError: if the batch is not positive, or the model is in training mode.
@@ -175,7 +175,7 @@ class StopOrForward(nn.Module):
             batch_size: most frames in one stage run.
 
         Returns:
-            An iterator of events: a `FrameResult` for every frame, a `VideoResult` for every stream.
+            An iterator of events, a `FrameResult` for every frame, a `VideoResult` for every stream.
 
         Raises:
             DynskipError: if a number is not positive, or the model is in training mode.

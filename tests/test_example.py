@@ -24,6 +24,7 @@ av = pytest.importorskip("av")
 for needed in ("matplotlib", "safetensors", "tqdm"):
     pytest.importorskip(needed)
 
+import evaluation  # noqa: E402
 import sofnet_activitynet as example  # noqa: E402
 import stick_figures  # noqa: E402
 import training  # noqa: E402
@@ -122,7 +123,7 @@ def test_evaluate_prints_the_table(
     assert evaluate(data, "--checkpoint", str(trained / "last.pt"), "--usage", str(picture)) == 0
     text = capsys.readouterr().out
     rows = table_rows(text)
-    assert list(rows) == list(example.MODES)
+    assert list(rows) == list(evaluation.MODES)
     model, _ = example.restore(trained / "last.pt")
     dense = model.lookup_for((32, 32)).dense / 1e9
     assert rows["dense"][2:7] == pytest.approx([dense, FRAMES * dense, 100, 0, 0], rel=1e-3)
@@ -146,7 +147,7 @@ def test_evaluate_agrees_with_scikit_learn_on_held_back_videos_of_some_classes(
     header = [cell.strip() for cell in next(line for line in text.splitlines() if line[:2] == "| ").split("|")][2:-1]
     model, config = example.restore(trained / "last.pt")
     clips = video_data.Clips(video_data.read_csv(folder), config.classes, config.prep, training=False, seed=0)
-    for outcome in example.run_modes(model, clips, 1, 0, "cpu"):
+    for outcome in evaluation.run_modes(model, clips, 1, 0, "cpu"):
         row = dict(zip(header, table_rows(text)[outcome.mode], strict=True))
         labels = np.array([config.classes.index(label) for _, label, _ in rows])
         scores = outcome.probabilities.double().numpy()
@@ -184,7 +185,7 @@ def test_evaluate_writes_a_line_a_video(
     text = capsys.readouterr().out
     header = [cell.strip() for cell in next(line for line in text.splitlines() if line[:2] == "| ").split("|")][2:-1]
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert len(lines) == len(example.MODES) * 6
+    assert len(lines) == len(evaluation.MODES) * 6
     stages = len(example.restore(trained / "last.pt")[0].backbone.stage_names)
     with (data / "segments.csv").open(newline="") as handle:
         segments = {row["path"]: (int(row["start"]), int(row["end"])) for row in csv.DictReader(handle)}
@@ -231,8 +232,8 @@ def test_evaluate_within_a_budget(
     assert chosen
     rows = table_rows(text)
     # On the validation split itself, the model does exactly what was promised.
-    assert rows[example.MODES[2]][0] == float(chosen[1])
-    assert rows[example.MODES[2]][3] == float(chosen[2]) <= 0.6 * dense
+    assert rows[evaluation.MODES[2]][0] == float(chosen[1])
+    assert rows[evaluation.MODES[2]][3] == float(chosen[2]) <= 0.6 * dense
     assert "the same videos" in text
     assert is_picture(picture)
     with picture.with_suffix(".csv").open(newline="") as handle:
@@ -345,7 +346,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     arguments = ["demo", "--out", str(tmp_path), *MACHINE]
     assert example.main(arguments) == 0
     rows = table_rows(capsys.readouterr().out)
-    assert list(rows) == list(example.MODES) == list(table_rows((tmp_path / "table.md").read_text()))
+    assert list(rows) == list(evaluation.MODES) == list(table_rows((tmp_path / "table.md").read_text()))
     assert rows["dense"][4] == 100
     pictures = {"frame_usage.png", *(f"timeline_{label}.png" for label in CLASSES)}
     assert {path.name for path in tmp_path.glob("*.png")} == pictures
@@ -578,7 +579,7 @@ def test_any_label_of_a_video_counts_as_right(video: Path) -> None:
         classifier.weight.zero_()
         classifier.bias[CLASSES.index("high_kick")] = 9  # the second label of the video
     clips = video_data.Clips(items, CLASSES, PREP, training=False, seed=0)
-    (dense,) = example.evaluate(model, clips, 1, 0, "cpu", example.MODES[:1])
+    (dense,) = evaluation.evaluate(model, clips, 1, 0, "cpu", evaluation.MODES[:1])
     assert dense.top1 == 1
 
 

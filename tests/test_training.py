@@ -21,6 +21,7 @@ from torch.utils.data import get_worker_info
 for needed in ("av", "matplotlib", "safetensors", "tqdm"):
     pytest.importorskip(needed)
 
+import evaluation  # noqa: E402
 import sofnet_activitynet as example  # noqa: E402
 import training  # noqa: E402
 import video_data  # noqa: E402
@@ -221,7 +222,7 @@ def test_two_processes_train_as_one(alone: Path, together: Path) -> None:
     report = json.loads((together / "report.json").read_text())
     assert report["last_session"]["processes"] == 2
     assert report["steps"] == 6
-    assert {row["name"] for row in report["results"]} == set(example.MODES)
+    assert {row["name"] for row in report["results"]} == set(evaluation.MODES)
     text = together.with_suffix(".log1").read_text()
     assert text == ""  # the second process is silent
 
@@ -400,5 +401,5 @@ def test_report(alone: Path) -> None:
     assert report["training"]["batch_size"] == 5
     assert report["last_epoch"] == log_of(alone)[-1]
     assert report["last_session"]["steps"] == 6
-    assert [row["name"] for row in report["results"]] == list(example.MODES)
+    assert [row["name"] for row in report["results"]] == list(evaluation.MODES)
     assert all(0 <= row["top1"] <= 1 for row in report["results"])
