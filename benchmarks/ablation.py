@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +46,7 @@ from dynskip import (  # noqa: E402
     EarlyTerminator,
     EncodedVideo,
     FixedGate,
+    SelfSupervisionLoss,
     SimilarityGate,
     SkipOutput,
     SoFLoss,
@@ -56,6 +57,7 @@ from dynskip import (  # noqa: E402
     sofnet,
     stage_model,
 )
+from dynskip.losses import self_supervision_targets  # noqa: E402
 from dynskip.sofnet import Recipe  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "ablation"
@@ -80,13 +82,10 @@ class Run:
     size: int = 168
     irrelevance: Literal["early", "late"] = "early"
     temporal: Literal["lstm"] | None = "lstm"
-    guidance: bool = True
+    beta: float | None = 0.9  # inner classification against self-supervision; None is without guidance
+    supervise_last: bool = False
     state_update: Literal["used", "reached"] = "used"
-    detach_inner: bool = False
     alpha: float = 0.9
-    normalize: bool = False
-    forward_bias: float = 0.0
-    lr: float = 1e-3
     seed: int = 0
 
     @property
@@ -95,11 +94,9 @@ class Run:
         parts = [str(self.size)] + ["late"] * (self.irrelevance == "late")
         if self.kind == "baselines":
             return "-".join([*parts, f"baselines-seed{self.seed}"])
-        parts += [self.temporal or "fc", "guided" if self.guidance else "plain"]
-        parts += ["reached"] * (self.state_update == "reached") + ["detached"] * (self.guidance and self.detach_inner)
-        parts += [f"alpha{self.alpha}"] * (self.alpha != Run.alpha) + ["normalized"] * self.normalize
-        parts += [f"bias{self.forward_bias:g}"] * (self.forward_bias != Run.forward_bias)
-        parts += [f"lr{self.lr:g}"] * (self.lr != Run.lr)
+        parts += [self.temporal or "fc", "plain" if self.beta is None else "guided"]
+        parts += [f"beta{self.beta}"] * (self.beta not in (None, Run.beta)) + ["last"] * self.supervise_last
+        parts += ["reached"] * (self.state_update == "reached") + [f"alpha{self.alpha}"] * (self.alpha != Run.alpha)
         return "-".join([*parts, f"seed{self.seed}"])
 
 
@@ -108,9 +105,12 @@ VARIANTS: list[dict[str, Any]] = [
     {"kind": "baselines"},
     {},
     {"temporal": None},
-    {"guidance": False},
-    {"temporal": None, "guidance": False},
+    {"beta": None},
+    {"temporal": None, "beta": None},
     {"alpha": 0.7},
+    {"beta": None, "alpha": 0.7},
+    {"beta": 1.0},
+    {"supervise_last": True},
     {"state_update": "reached"},
     {"irrelevance": "late", "kind": "baselines"},
     {"irrelevance": "late"},
@@ -120,8 +120,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"size": 224},
 ]
 PLAN = [Run(**{"kind": "gates", **variant, "seed": seed}) for variant in VARIANTS for seed in SEEDS]
-# The curve of SoF-Net is made of these runs, each with several thresholds.
-SWEPT: tuple[dict[str, Any], ...] = ({}, {"alpha": 0.7})
+ALPHAS = (0.9, 0.7)  # the curve of SoF-Net is made of runs with these, each with several termination thresholds
 
 
 # ------------------------------------------------------------------------------------------------------------ data
@@ -245,39 +244,50 @@ def run_gates(run: Run, data: Data, model: StopOrForward) -> dict[str, Any]:
     """Train gates; measure them at the arg-max and with early termination, and calibrate the whole method."""
     parts = data.parts
     lookup = model.lookup_for((run.size, run.size))
-    criterion = SoFLoss(lookup, run.alpha, 0.9 if run.guidance else None, run.normalize)
-    recipe = replace(RECIPE, lr=run.lr)
-    optimizer = frozen_gates.gate_optimizer(model, recipe)
-    for epoch in range(recipe.epochs):
+    criterion = SoFLoss(lookup, run.alpha, run.beta)
+    if criterion.guidance is not None:
+        criterion.guidance.self_supervision = SelfSupervisionLoss(run.supervise_last)
+    optimizer = frozen_gates.gate_optimizer(model, RECIPE)
+    for epoch in range(RECIPE.epochs):
         train = data.training(epoch)
         logged = frozen_gates.gate_epoch(
-            model, train.features, train.targets, criterion, optimizer, recipe, epoch, seed=run.seed
+            model, train.features, train.targets, criterion, optimizer, RECIPE, epoch, seed=run.seed
         )
-        common.progress(f"epoch {epoch + 1}/{recipe.epochs} {logged['total']:.3f}", end="")
+        common.progress(f"epoch {epoch + 1}/{RECIPE.epochs} {logged['total']:.3f}", end="")
     common.progress("")
-    results: dict[str, Any] = {"last_epoch": logged, "modes": {}}
+    results: dict[str, Any] = {"last_epoch": logged}
+    if run.beta is not None:
+        results["asked_for"] = asked_for(model, parts["val"])
     model.terminator = None
-    results["modes"]["gates"] = {split: measure(model, parts[split]) for split in ("val", "test")}
-    model.terminator = EarlyTerminator(THRESHOLD, MIN_FRAMES)
-    results["modes"]["termination"] = {split: measure(model, parts[split]) for split in ("val", "test")}
-    common_ground: dict[str, Any] = {"size": run.size, "irrelevance": run.irrelevance, "seed": run.seed}
-    if run not in [Run("gates", **swept, **common_ground) for swept in SWEPT]:
-        return results
+    results["modes"] = {"gates": {split: measure(model, parts[split]) for split in ("val", "test")}}
     sweep: list[dict[str, Any]] = []
     for rho in RHOS:
         model.terminator = EarlyTerminator(rho, MIN_FRAMES)
         sweep.append({"rho": rho, **{split: measure(model, parts[split]) for split in ("val", "test")}})
     results["termination"] = sweep
+    results["modes"]["termination"] = sweep[RHOS.index(THRESHOLD)]
     affordable = [step for step in sweep if step["val"]["gmacs"] <= BUDGET * lookup.dense * STEPS / 1e9]
     results["modes"]["budget"] = affordable[-1] if affordable else sweep[0]
     if run != Run("gates", seed=run.seed):
         return results
+    model.terminator = EarlyTerminator(THRESHOLD, MIN_FRAMES)
     calibration = calibrate.to_accuracy(model, parts["val"].batches(model), 0.0)
     results["curve"] = replayed(model, calibration.curve, parts)
     calibration.apply(model)
     results["modes"]["calibrated"] = {split: measure(model, parts[split]) for split in ("val", "test")}
     results["calibrated_thresholds"] = asdict(calibration.point)
     return results
+
+
+@torch.no_grad()
+def asked_for(model: StopOrForward, part: Part) -> dict[str, list[float]]:
+    """Say how often self-supervision would have a gate forward, on relevant and on other frames, gate by gate."""
+    output = model.train().decide(part.features.rows(model, slice(None)), sample=False)
+    model.eval()
+    assert output.inner_logits is not None
+    labels = self_supervision_targets(output.inner_logits, part.targets, output.frame_logits)
+    frames = {"relevant": part.relevant, "irrelevant": ~part.relevant}
+    return {name: labels[marked].mean(0).tolist() for name, marked in frames.items()}
 
 
 def run_baselines(run: Run, data: Data, model: StopOrForward) -> dict[str, Any]:
@@ -378,9 +388,9 @@ def perform(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         network(args.weights, len(classes)),
         hidden=HIDDEN,
         temporal=run.temporal,
-        guidance=run.guidance,
-        detach_inner=run.detach_inner,
-        forward_bias=run.forward_bias,
+        guidance=run.beta is not None,
+        detach_inner=False,
+        forward_bias=0.0,
         state_update=run.state_update,
     )
     model.backbone.requires_grad_(False)
@@ -392,7 +402,7 @@ def perform(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     }
     return {
         "run": asdict(run),
-        "recipe": {**asdict(RECIPE), "lr": run.lr, "head_decay": HEAD_DECAY, "hidden": HIDDEN},
+        "recipe": {**asdict(RECIPE), "head_decay": HEAD_DECAY, "hidden": HIDDEN},
         "composed": {"irrelevant": IRRELEVANT[run.irrelevance], "copies": COPIES, "val_share": VAL_SHARE},
         "command": f"python benchmarks/ablation.py --data DIR --weights FILE --cache DIR --only {run.name}",
         "machine": common.machine("cpu"),
@@ -417,8 +427,6 @@ def committed(folder: Path = RESULTS) -> list[dict[str, Any]]:
 def select(results: Sequence[dict[str, Any]], **settings: Any) -> list[dict[str, Any]]:
     """Return the runs with these settings, and otherwise the defaults, one a seed."""
     wanted = asdict(Run(**{"kind": "gates", **settings}))
-    if wanted["kind"] == "gates" and not wanted["guidance"]:
-        wanted["detach_inner"] = Run.detach_inner  # nothing to detach
     return [result for result in results if {**result["run"], "seed": 0} == {**wanted, "seed": 0}]
 
 
@@ -462,8 +470,8 @@ def table(rows: Sequence[str]) -> str:
 LATE = {"irrelevance": "late"}
 ROWS: list[tuple[str, dict[str, Any], str]] = [
     ("dense TSN", {"kind": "baselines"}, "dense"),
-    ("gates, FC", {"temporal": None, "guidance": False}, "gates"),
-    ("gates, LSTM", {"guidance": False}, "gates"),
+    ("gates, FC", {"temporal": None, "beta": None}, "gates"),
+    ("gates, LSTM", {"beta": None}, "gates"),
     ("gates, FC + guidance", {"temporal": None}, "gates"),
     ("gates, LSTM + guidance", {}, "gates"),
     ("+ early termination at 0.999", {}, "termination"),
@@ -472,6 +480,9 @@ ROWS: list[tuple[str, dict[str, Any], str]] = [
 ]
 CHOICES: list[tuple[str, dict[str, Any], str]] = [
     ("LSTM + guidance as above", {}, "gates"),
+    ("guidance without self-supervision (beta 1)", {"beta": 1.0}, "gates"),
+    ("self-supervision of the last gate, too", {"supervise_last": True}, "gates"),
+    ("the same, with early termination at 0.999", {"supervise_last": True}, "termination"),
     ("alpha 0.7: efficiency counts three times as much", {"alpha": 0.7}, "gates"),
     ("the same, with early termination at 0.999", {"alpha": 0.7}, "termination"),
     ("state rule `reached`", {"state_update": "reached"}, "gates"),
@@ -492,17 +503,49 @@ def within(curve: Sequence[dict[str, Any]], budget: float) -> dict[str, Any] | N
 def curves(results: Sequence[dict[str, Any]], **settings: Any) -> dict[str, list[tuple[float, list[dict[str, Any]]]]]:
     """Collect every method's curves on one composed set: its dense cost and one curve a seed."""
     collected: dict[str, list[tuple[float, Any]]] = {}
-    swept = [run for variant in SWEPT for run in select(results, **variant, **settings)]
+    if by_threshold := swept(results, **settings):
+        collected["SoF-Net"] = by_threshold
     for result in select(results, **settings):
-        same_seed = [run for run in swept if run["run"]["seed"] == result["run"]["seed"]]
-        by_threshold = [point for run in same_seed for point in (*run["termination"], run["modes"]["gates"])]
-        collected.setdefault("SoF-Net", []).append((result["dense_gmacs"], by_threshold))
         if "curve" in result:
             collected.setdefault("SoF-Net, all thresholds", []).append((result["dense_gmacs"], result["curve"]))
     for result in select(results, kind="baselines", **settings):
         for name, curve in result["curves"].items():
             collected.setdefault(name, []).append((result["dense_gmacs"], curve))
     return collected
+
+
+def swept(results: Sequence[dict[str, Any]], **settings: Any) -> list[tuple[float, list[dict[str, Any]]]]:
+    """Collect each seed's dense cost and points of gates with several `ALPHAS` and termination thresholds."""
+    seeds: dict[int, tuple[float, list[dict[str, Any]]]] = {}
+    for alpha in ALPHAS:
+        for result in select(results, alpha=alpha, **settings):
+            _, points = seeds.setdefault(result["run"]["seed"], (result["dense_gmacs"], []))
+            points += [*result["termination"], result["modes"]["gates"]]
+    return list(seeds.values())
+
+
+def guidance_table(results: Sequence[dict[str, Any]]) -> str:
+    """Compare LSTM gates with and without guidance at equal cost, in top-1 and mAP."""
+    lines = ["| top-1 %, mAP % within | " + " | ".join(f"{budget:.0%} of dense" for budget in BUDGETS[1:]) + " |"]
+    lines.append("|---|" + "---:|" * len(BUDGETS[1:]))
+    for name, beta in (("LSTM + guidance", 0.9), ("LSTM", None)):
+        cells = []
+        for budget in BUDGETS[1:]:
+            runs = swept(results, beta=beta)
+            tests = [p["test"] for dense, curve in runs if (p := within(curve, budget * dense)) is not None]
+            both = [spread([test[key] for test in tests], 100) for key in ("top1", "mean_ap")] if tests else []
+            cells.append(", ".join(both) if len(tests) == len(runs) else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def asked_table(results: Sequence[dict[str, Any]]) -> str:
+    """Show how often self-supervision asks gates to forward."""
+    lines = ["| asked to forward, % of frames | res1 | res2 | res3 | res4 | res5 |", "|---|" + "---:|" * 5]
+    for name in ("relevant", "irrelevant"):
+        cells = [spread([result["asked_for"][name][n] for result in select(results)], 100) for n in range(5)]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def budget_table(results: Sequence[dict[str, Any]], **settings: Any) -> str:
@@ -559,6 +602,8 @@ def report(results: Sequence[dict[str, Any]]) -> str:
         blocks += [f"### {size} x {size}", section(results, THESIS.get(size, []), size=size)]
     chosen = [(name, select(results, **settings), mode) for name, settings, mode in CHOICES]
     blocks += ["### Choices", table([row(name, runs, mode) for name, runs, mode in chosen if runs])]
+    blocks += ["### Guidance at equal cost, and what its self-supervision asks for"]
+    blocks += [guidance_table(results), asked_table(results)]
     blocks += ["### At equal cost", budget_table(results), "### Where frames end", usage_table(results)]
     blocks += ["### What a linear probe of each stage knows of relevance", probe_table(results)]
     if select(results, kind="baselines", **LATE):

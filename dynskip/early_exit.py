@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from dynskip._check import check_images
 from dynskip.backbone import StagedBackbone
+from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
 from dynskip.gates import FixedGate, GateState
 from dynskip.output import EncodedVideo, SkipOutput
@@ -34,6 +36,8 @@ class EarlyExit(nn.Module):
 
     Attributes:
         temperature: as in `StopOrForward`.
+        class_names: as in `StopOrForward`.
+        preprocessing: as in `StopOrForward`.
 
     Raises:
         DynskipError: if the parts do not fit one another; the message names the part.
@@ -55,10 +59,22 @@ class EarlyExit(nn.Module):
         self.backbone = backbone
         self.exits: Any = nn.ModuleList(_Exit(*parts) for parts in zip(gates, classifiers, strict=False))
         self.temperature = 1.0
+        self.class_names: Sequence[str] | None = None
+        self.preprocessing: Mapping[str, Any] | None = None
         self.forward_threshold = check_thresholds(forward_threshold, backbone.num_stages)
         asked = [None if _never_stops(gate) else each for gate, each in zip(gates, classifiers, strict=False)]
         check_parts(backbone, gates, asked if len(classifiers) == len(gates) else classifiers)
         self._measured: dict[tuple[int, int], FLOPsLookup] = {}
+
+    @property
+    def gates(self) -> tuple[Any, ...]:
+        """The gates, one after each stage."""
+        return tuple(part.gate for part in self.exits)
+
+    @property
+    def inner(self) -> tuple[nn.Module, ...]:
+        """The inner classifiers; identities where gates have their own."""
+        return tuple(part.inner for part in self.exits)
 
     def forward(self, images: Tensor, *, sample: bool | None = None) -> SkipOutput:
         """Classify images.
@@ -79,8 +95,7 @@ class EarlyExit(nn.Module):
         """Describe the model stage by stage; see `StopOrForward.summary`. A gate's cost includes its classifier's."""
         lookup = self.lookup_for(as_size(image_size) or self.backbone.input_size[1:])
         title = f"EarlyExit around {type(self.backbone.model).__name__}"
-        gates = [part.gate for part in self.exits]
-        return stage_table(title, self.backbone, gates, lookup, self.forward_threshold)
+        return stage_table(title, self.backbone, self.gates, lookup, self.forward_threshold)
 
     def extra_repr(self) -> str:
         """Show what an image costs where that has been counted."""
@@ -147,6 +162,55 @@ class EarlyExit(nn.Module):
         if image_size not in self._measured:
             self._measured[image_size] = FLOPsLookup.measure(self.backbone, image_size, self.exits)
         return self._measured[image_size]
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
+        """Write the model as a folder that rebuilds it elsewhere; see `dynskip.hub.save_pretrained`.
+
+        Args:
+            folder: new or empty folder to write to.
+            **options: `results`, `name`.
+
+        Returns:
+            The folder.
+        """
+        from dynskip.hub import save_pretrained
+
+        return save_pretrained(self, folder, **options)
+
+    @staticmethod
+    def from_pretrained(source: str | Path, **options: Any) -> EarlyExit:
+        """Load what `save_pretrained` or `push_to_hub` wrote; see `dynskip.hub.from_pretrained`.
+
+        Args:
+            source: a folder, or the name of a repository on the Hugging Face Hub.
+            **options: `classes`, `revision`, `api`.
+
+        Returns:
+            The model, in eval mode.
+
+        Raises:
+            DynskipError: if the model is a `StopOrForward`, or cannot be loaded.
+        """
+        from dynskip.hub import from_pretrained
+
+        model = from_pretrained(source, **options)
+        if not isinstance(model, EarlyExit):
+            raise DynskipError(f"{source} holds a StopOrForward. Load it with StopOrForward.from_pretrained.")
+        return model
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Save the model as a repository on the Hugging Face Hub; see `dynskip.hub.push_to_hub`.
+
+        Args:
+            repo_id: name of the repository, `"user/model"`.
+            **options: `results`, `private`, `commit_message`, `api`.
+
+        Returns:
+            URL of the commit.
+        """
+        from dynskip.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
 
     @torch.no_grad()
     def _skip(self, images: Tensor, sample: bool) -> SkipOutput:

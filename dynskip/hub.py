@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import timm
 import torch
@@ -24,9 +24,12 @@ from torch import Tensor, nn
 import dynskip
 from dynskip._fx import in_mode
 from dynskip.backbone import StagedBackbone, stage_model
+from dynskip.early_exit import EarlyExit
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
 from dynskip.wrapper import StopOrForward
+
+Wrapped: TypeAlias = StopOrForward | EarlyExit
 
 FORMAT, VERSION = "dynskip", 1  # of config.json; raise the version when readers have to change
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -37,7 +40,7 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 
 
 def save_pretrained(
-    model: StopOrForward, folder: str | Path, *, results: Sequence[Mapping[str, object]] = (), name: str | None = None
+    model: Wrapped, folder: str | Path, *, results: Sequence[Mapping[str, object]] = (), name: str | None = None
 ) -> Path:
     """Write a model as a folder: configuration, weights and a model card.
 
@@ -93,7 +96,7 @@ def from_pretrained(
     classes: Iterable[type[nn.Module]] = (),
     revision: str | None = None,
     api: Any = None,
-) -> StopOrForward:
+) -> Wrapped:
     """Load a model that `save_pretrained` or `push_to_hub` wrote.
 
     Nothing is unpickled, and no code comes from the folder: parts that are not dynskip's own are built from the classes
@@ -129,7 +132,7 @@ def from_pretrained(
 
 
 def push_to_hub(
-    model: StopOrForward,
+    model: Wrapped,
     repo_id: str,
     *,
     results: Sequence[Mapping[str, object]] = (),
@@ -196,20 +199,30 @@ def _download(source: str, revision: str | None, api: Any) -> Path:
 # ----------------------------------------------------------------------------------------------- models as plain values
 
 
-def _describe_model(model: StopOrForward) -> dict[str, Any]:
-    backbone, lookup = model.backbone, model._given_lookup
-    return {
+def _describe_model(model: Wrapped) -> dict[str, Any]:
+    description = {
         "format": FORMAT,
         "version": VERSION,
         "made_with": {"dynskip": dynskip.__version__, "timm": timm.__version__, "torch": str(torch.__version__)},
+        "wrapper": "EarlyExit" if isinstance(model, EarlyExit) else "StopOrForward",
         "dtype": _dtype(model),
-        "backbone": _describe_backbone(backbone),
+        "backbone": _describe_backbone(model.backbone),
         "gates": [_describe_part(gate, f"Gate {n}") for n, gate in enumerate(model.gates)],
         "inner": model.inner and [_describe_part(part, f"Inner classifier {n}") for n, part in enumerate(model.inner)],
-        "terminator": model.terminator and _describe_part(model.terminator, "The terminator"),
         "forward_threshold": list(model.forward_threshold),
-        "state_update": model.state_update,
         "temperature": model.temperature,
+        "class_names": _class_names(model),
+        "preprocessing": _preprocessing(model),
+    }
+    return description if isinstance(model, EarlyExit) else description | _describe_rules(model)
+
+
+def _describe_rules(model: StopOrForward) -> dict[str, Any]:
+    """Describe what videos have and images have not."""
+    lookup = model._given_lookup
+    return {
+        "terminator": model.terminator and _describe_part(model.terminator, "The terminator"),
+        "state_update": model.state_update,
         "lookup": lookup
         and {
             "per_stage": lookup.per_stage.tolist(),
@@ -219,8 +232,6 @@ def _describe_model(model: StopOrForward) -> dict[str, Any]:
             "image_size": lookup.image_size,
             "unit": lookup.unit,
         },
-        "class_names": _class_names(model),
-        "preprocessing": _preprocessing(model),
     }
 
 
@@ -286,7 +297,7 @@ def _plain(value: Any, what: str) -> Any:
     )
 
 
-def _class_names(model: StopOrForward) -> list[str] | None:
+def _class_names(model: Wrapped) -> list[str] | None:
     names, classes = model.class_names, model.backbone.num_classes
     if names is None:
         return None
@@ -295,7 +306,7 @@ def _class_names(model: StopOrForward) -> list[str] | None:
     return list(names)
 
 
-def _preprocessing(model: StopOrForward) -> Any:
+def _preprocessing(model: Wrapped) -> Any:
     known = inspect.signature(timm.data.create_transform).parameters
     given = model.preprocessing
     if given is not None and not (isinstance(given, Mapping) and set(given) <= set(known)):
@@ -306,8 +317,8 @@ def _preprocessing(model: StopOrForward) -> Any:
     return _plain(given, "`preprocessing`")
 
 
-def _classes(model: StopOrForward) -> list[type[nn.Module]]:
-    parts = [model.backbone.classifier, model.terminator, model.inner, model.gates]
+def _classes(model: Wrapped) -> list[type[nn.Module]]:
+    parts = [model.backbone.classifier, getattr(model, "terminator", None), *(model.inner or ()), *model.gates]
     return [type(module) for part in parts if part is not None for module in part.modules()]
 
 
@@ -335,7 +346,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 # --------------------------------------------------------------------------------------------- models from plain values
 
 
-def _rebuild(config: Any, weights: bytes, classes: Iterable[type[nn.Module]]) -> StopOrForward:
+def _rebuild(config: Any, weights: bytes, classes: Iterable[type[nn.Module]]) -> Wrapped:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise DynskipError(
             f"{CONFIG} was not written by dynskip's `save_pretrained`. Plain timm models go to `stage_model`, by name."
@@ -377,19 +388,18 @@ def _rebuild(config: Any, weights: bytes, classes: Iterable[type[nn.Module]]) ->
     return model.eval()
 
 
-def _build(config: dict[str, Any], classes: dict[str, type[nn.Module]]) -> StopOrForward:
-    dtype = _DTYPES[config["dtype"]]
-    backbone = _build_backbone(config["backbone"], classes).to(dtype)
-    lookup, inner, terminator = config["lookup"], config["inner"], config["terminator"]
-    model = StopOrForward(
-        backbone,
-        gates=[_build_part(part, classes).to(dtype) for part in config["gates"]],
-        inner=inner and [_build_part(part, classes).to(dtype) for part in inner],
-        terminator=terminator and _build_part(terminator, classes),
-        lookup=lookup and FLOPsLookup(**{**lookup, "image_size": lookup["image_size"] and tuple(lookup["image_size"])}),
-        state_update=config["state_update"],
-        forward_threshold=config["forward_threshold"],
-    )
+def _build(config: dict[str, Any], classes: dict[str, type[nn.Module]]) -> Wrapped:
+    dtype, inner = _DTYPES[config["dtype"]], config["inner"]
+    parts: dict[str, Any] = {
+        "backbone": _build_backbone(config["backbone"], classes).to(dtype),
+        "gates": [_build_part(part, classes).to(dtype) for part in config["gates"]],
+        "inner": inner and [_build_part(part, classes).to(dtype) for part in inner],
+        "forward_threshold": config["forward_threshold"],
+    }
+    if config["wrapper"] == "EarlyExit":
+        model: Wrapped = EarlyExit(**parts)
+    else:
+        model = StopOrForward(**parts, **_build_rules(config, classes))
     model.temperature = float(config["temperature"])
     names, preprocessing = config["class_names"], config["preprocessing"]
     model.class_names = names and tuple(names)
@@ -398,6 +408,16 @@ def _build(config: dict[str, Any], classes: dict[str, type[nn.Module]]) -> StopO
     }
     _class_names(model), _preprocessing(model)  # refuse here what would not be saved
     return model
+
+
+def _build_rules(config: dict[str, Any], classes: dict[str, type[nn.Module]]) -> dict[str, Any]:
+    lookup, terminator = config["lookup"], config["terminator"]
+    return {
+        "terminator": terminator and _build_part(terminator, classes),
+        "lookup": lookup
+        and FLOPsLookup(**{**lookup, "image_size": lookup["image_size"] and tuple(lookup["image_size"])}),
+        "state_update": config["state_update"],
+    }
 
 
 def _build_backbone(description: dict[str, Any], classes: dict[str, type[nn.Module]]) -> StagedBackbone:
@@ -442,7 +462,7 @@ def _revive(value: Any, classes: dict[str, type[nn.Module]]) -> Any:
     return [_revive(item, classes) for item in value] if isinstance(value, list) else value
 
 
-def _load(model: StopOrForward, tensors: dict[str, Tensor]) -> None:
+def _load(model: Wrapped, tensors: dict[str, Tensor]) -> None:
     own = model.state_dict()
     missing, foreign = [k for k in own if k not in tensors], [k for k in tensors if k not in own]
     wrong = [k for k in own if k in tensors and (own[k].shape, own[k].dtype) != (tensors[k].shape, tensors[k].dtype)]
@@ -457,7 +477,7 @@ def _load(model: StopOrForward, tensors: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def _compare(model: StopOrForward, twin: StopOrForward) -> None:
+def _compare(model: Wrapped, twin: Wrapped) -> None:
     """Refuse a model that answers otherwise than what its configuration rebuilds, such as one with changed strides."""
     weight = next(model.parameters())
     twin = twin.to(weight.device)
@@ -469,9 +489,11 @@ def _compare(model: StopOrForward, twin: StopOrForward) -> None:
             for i, each in enumerate((model, twin)):
                 torch.manual_seed(0)
                 carries[i] = each.backbone.run(n, carries[i])
-                pooled, gate = each.backbone.pool(n, carries[i]), each.gates[n]
+                pooled = each.backbone.pool(n, carries[i])
+                gate = each.exits[n] if isinstance(each, EarlyExit) else each.gates[n]
                 logits, state = gate(pooled, gate.initial_state(2))
-                answers.append((pooled, logits, *state, *gate(pooled.flip(0), state)[0]))
+                again = () if isinstance(each, EarlyExit) else gate(pooled.flip(0), state)[0]
+                answers.append((pooled, logits, *state, *again))
             _refuse_difference(f"stage {name!r} and its gate", *answers)
         _refuse_difference("the head", *[(e.backbone.head(c),) for e, c in zip((model, twin), carries, strict=True)])
 
@@ -492,8 +514,8 @@ def _refuse_difference(what: str, ours: tuple[Tensor, ...], theirs: tuple[Tensor
 # ------------------------------------------------------------------------------------------------------- the model card
 
 
-def _card(model: StopOrForward, results: Sequence[Mapping[str, object]], name: str) -> str:
-    backbone, terminator = model.backbone, model.terminator
+def _card(model: Wrapped, results: Sequence[Mapping[str, object]], name: str) -> str:
+    backbone, images = model.backbone, isinstance(model, EarlyExit)
     preprocessing = model.preprocessing or {}
     size = tuple(preprocessing.get("input_size", backbone.input_size))[-2:]
     classes = f"{backbone.num_classes} classes"
@@ -502,23 +524,17 @@ def _card(model: StopOrForward, results: Sequence[Mapping[str, object]], name: s
         classes += f": {shown}"
     facts = [
         f"Backbone: `{backbone.origin['name']}` of timm, {backbone.num_stages} stages, {classes}."  # type: ignore[index]
-        f" Gates: {', '.join(dict.fromkeys(type(gate).__name__ for gate in model.gates))}; their memory advances on"
-        f" {model.state_update} frames.",
-        "Every frame of a video is read."
-        if terminator is None
-        else f"Videos end early: {type(terminator).__name__}({getattr(terminator, 'extra_repr', str)()}).",
+        f" Gates: {', '.join(dict.fromkeys(type(gate).__name__ for gate in model.gates))}.",
+        *([] if isinstance(model, EarlyExit) else _rules(model)),
         f"Made with dynskip {dynskip.__version__}, timm {timm.__version__}, torch {torch.__version__}.",
     ]
     if preprocessing:
         facts.append(f"Preprocessing: {', '.join(f'{key} {value}' for key, value in preprocessing.items())}.")
     sections = [
-        _FRONT_MATTER,
-        f"# {name}\n\nA video classifier that spends less compute on frames that do not deserve it: after each stage a "
-        "gate decides, frame by frame, to stop or to go forward.\n\n" + "\n".join(f"- {fact}" for fact in facts),
-        f"## Use\n\n```python\nfrom dynskip import StopOrForward\n\nmodel = StopOrForward.from_pretrained({name!r})\n"
-        "output = model(video)  # (B, T, C, H, W), normalised\nprint(output.probabilities, output.stopped_at, "
-        "output.macs)\n```",
-        f"## Cost of a frame\n\n{_costs(model._given_lookup or model.lookup_for(size), model)}",
+        _FRONT_MATTER.format(task="image-classification" if images else "video-classification"),
+        f"# {name}\n\n{_WHAT_IT_IS[images]}\n\n" + "\n".join(f"- {fact}" for fact in facts),
+        f"## Use\n\n{_use(type(model).__name__, name, images)}",
+        f"## Cost of {'an image' if images else 'a frame'}\n\n{_costs(model, size)}",
     ]
     if results:
         columns = list(dict.fromkeys(str(key) for row in results for key in row))
@@ -526,14 +542,35 @@ def _card(model: StopOrForward, results: Sequence[Mapping[str, object]], name: s
     return "\n\n".join(sections) + "\n"
 
 
+def _rules(model: StopOrForward) -> list[str]:
+    terminator = model.terminator
+    ends = "Every frame of a video is read."
+    if terminator is not None:
+        ends = f"Videos end early: {type(terminator).__name__}({getattr(terminator, 'extra_repr', str)()})."
+    return [f"The gates' memory advances on {model.state_update} frames.", ends]
+
+
+def _use(cls: str, name: str, images: bool) -> str:
+    call = "model(images)  # (B, C, H, W), normalised" if images else "model(video)  # (B, T, C, H, W), normalised"
+    lines = [f"from dynskip import {cls}", "", f"model = {cls}.from_pretrained({name!r})", f"output = {call}"]
+    lines.append("print(output.probabilities, output.stopped_at, output.macs)")
+    return "\n".join(["```python", *lines, "```"])
+
+
+_WHAT_IT_IS = (
+    "A video classifier that spends less compute on frames that do not deserve it: after each stage a gate decides, "
+    "frame by frame, to stop or to go forward.",
+    "An image classifier with exits: after each stage a gate decides, image by image, to answer here or to go forward.",
+)
 _FRONT_MATTER = """---
 library_name: dynskip
-pipeline_tag: video-classification
+pipeline_tag: {task}
 tags: [dynskip, timm, dynamic-inference, early-exit]
 ---"""
 
 
-def _costs(lookup: FLOPsLookup, model: StopOrForward) -> str:
+def _costs(model: Wrapped, size: tuple[int, int]) -> str:
+    lookup = getattr(model, "_given_lookup", None) or model.lookup_for(size)
     scale, unit = (1e6, "MMACs") if lookup.unit == "MACs" else (1.0, lookup.unit)
     names = [*model.backbone.stage_names, "head"]
     parts = [*lookup.per_stage.tolist(), lookup.head]

@@ -448,10 +448,16 @@ class StopOrForward(nn.Module):
 
         Returns:
             The model, in eval mode.
+
+        Raises:
+            DynskipError: if the model is an `EarlyExit`, or cannot be loaded.
         """
         from dynskip.hub import from_pretrained
 
-        return from_pretrained(source, **options)
+        model = from_pretrained(source, **options)
+        if not isinstance(model, StopOrForward):
+            raise DynskipError(f"{source} holds an EarlyExit. Load it with EarlyExit.from_pretrained.")
+        return model
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Save the model as a repository on the Hugging Face Hub; see `dynskip.hub.push_to_hub`.

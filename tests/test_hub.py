@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 import dynskip
 from dynskip import (
+    ConfidenceGate,
     DynskipError,
+    EarlyExit,
     EarlyTerminator,
     FixedGate,
     FLOPsLookup,
@@ -55,10 +57,11 @@ def video(frames: int = 5, seed: int = 0) -> Tensor:
     return randn(2, frames, *SIZE, seed=seed).float() + randn(2, frames, 3, 1, 1, seed=seed + 1).float()
 
 
-def answer(model: StopOrForward) -> SkipOutput:
+def answer(model: StopOrForward | EarlyExit) -> SkipOutput:
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        return model(video())  # type: ignore[no-any-return]
+        output: SkipOutput = model(video().flatten(0, 1) if isinstance(model, EarlyExit) else video())
+        return output
 
 
 def round_trip(model: StopOrForward, folder: Path, **kwargs: Any) -> StopOrForward:
@@ -103,7 +106,21 @@ def full() -> StopOrForward:
     return model
 
 
-MODELS: dict[str, Callable[[], StopOrForward]] = {
+def exits() -> EarlyExit:
+    """Build an image classifier with no exit after the first stage, and then one of each kind."""
+    staged = backbone(num_stages=3)
+    _, second, third = staged.num_features
+    gates: list[nn.Module] = [FixedGate(), ConfidenceGate(second, 4, 0.7), PolicyGate(third, 6, None, 0.0)]
+    inner: list[nn.Module] = [nn.Identity(), nn.Identity(), InnerClassifier(6, 4, detach=False)]
+    for n, part in enumerate((*gates, *inner)):
+        randomise(part, seed=n, scale=2.0)
+    model = EarlyExit(staged, gates, inner, forward_threshold=(0.5, 0.4, 0.6)).eval()
+    model.class_names, model.temperature = ["run", "jump", "throw", "swim"], 2.5
+    return model
+
+
+MODELS: dict[str, Callable[[], StopOrForward | EarlyExit]] = {
+    "exits": exits,
     "full": full,
     "plain": lambda: wrap(backbone()),
     "sofnet": lambda: sofnet("test_resnet", 4, hidden=8, input_size=SIZE, threshold=0.6).eval(),
@@ -127,9 +144,9 @@ torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from test_hub import answer, MODELS
 from pathlib import Path
-from dynskip import StopOrForward
+from dynskip.hub import from_pretrained
 from helpers import fields_of
-answers = {name: fields_of(answer(StopOrForward.from_pretrained(Path(sys.argv[2]) / name))) for name in MODELS}
+answers = {name: fields_of(answer(from_pretrained(Path(sys.argv[2]) / name))) for name in MODELS}
 torch.save(answers, Path(sys.argv[2]) / "answers.pt")
 """
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
@@ -166,6 +183,30 @@ def test_every_choice_comes_back(tmp_path: Path) -> None:
     assert_same(answer(again), answer(model), exact=True)
     config, config_again = ((tmp_path / n / "config.json").read_text() for n in ("model", "again"))
     assert config == config_again
+
+
+def test_exits_come_back(saved: Path, tmp_path: Path) -> None:
+    model = exits()
+    folder = model.save_pretrained(tmp_path / "exits")
+    back = EarlyExit.from_pretrained(folder)
+    assert_same(answer(back), answer(model), exact=True)
+    assert back.forward_threshold == (0.5, 0.4, 0.6)
+    assert (back.temperature, back.class_names) == (2.5, ("run", "jump", "throw", "swim"))
+    card = (folder / "README.md").read_text()
+    assert "pipeline_tag: image-classification" in card
+    assert f"EarlyExit.from_pretrained({'exits'!r})" in card
+    with pytest.raises(DynskipError, match=r"holds an EarlyExit. Load it with EarlyExit\.from_pretrained"):
+        StopOrForward.from_pretrained(folder)
+    with pytest.raises(DynskipError, match="holds a StopOrForward"):
+        EarlyExit.from_pretrained(saved)
+
+
+def test_exits_that_cannot_be_rebuilt_are_not_saved(tmp_path: Path) -> None:
+    model = exits()
+    model.exits[2].inner = nn.Sequential(nn.Linear(6, 4))
+    with pytest.raises(DynskipError, match="Inner classifier 2 is a Sequential"):
+        model.save_pretrained(tmp_path / "exits")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
