@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynskip._check import check_images
+from dynskip._pretrained import Pretrained
 from dynskip.backbone import StagedBackbone
-from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
 from dynskip.gates import FixedGate, GateState
 from dynskip.output import EncodedVideo, SkipOutput
@@ -21,7 +20,7 @@ from dynskip.summary import as_size, one_frame, stage_table
 from dynskip.wrapper import check_encoded, check_parts, check_thresholds, draw, encode_images
 
 
-class EarlyExit(nn.Module):
+class EarlyExit(Pretrained, nn.Module):
     """Put exits into an image classifier: an image that a gate stops is answered by the inner classifier there.
 
     A batch of images counts as videos of one frame (`T = 1`), and outputs are those of `StopOrForward`; only what
@@ -162,55 +161,6 @@ class EarlyExit(nn.Module):
         if image_size not in self._measured:
             self._measured[image_size] = FLOPsLookup.measure(self.backbone, image_size, self.exits)
         return self._measured[image_size]
-
-    def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
-        """Write the model as a folder that rebuilds it elsewhere; see `dynskip.hub.save_pretrained`.
-
-        Args:
-            folder: new or empty folder to write to.
-            **options: `results`, `name`.
-
-        Returns:
-            The folder.
-        """
-        from dynskip.hub import save_pretrained
-
-        return save_pretrained(self, folder, **options)
-
-    @staticmethod
-    def from_pretrained(source: str | Path, **options: Any) -> EarlyExit:
-        """Load what `save_pretrained` or `push_to_hub` wrote; see `dynskip.hub.from_pretrained`.
-
-        Args:
-            source: a folder, or the name of a repository on the Hugging Face Hub.
-            **options: `classes`, `revision`, `api`.
-
-        Returns:
-            The model, in eval mode.
-
-        Raises:
-            DynskipError: if the model is a `StopOrForward`, or cannot be loaded.
-        """
-        from dynskip.hub import from_pretrained
-
-        model = from_pretrained(source, **options)
-        if not isinstance(model, EarlyExit):
-            raise DynskipError(f"{source} holds a StopOrForward. Load it with StopOrForward.from_pretrained.")
-        return model
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Save the model as a repository on the Hugging Face Hub; see `dynskip.hub.push_to_hub`.
-
-        Args:
-            repo_id: name of the repository, `"user/model"`.
-            **options: `results`, `private`, `commit_message`, `api`.
-
-        Returns:
-            URL of the commit.
-        """
-        from dynskip.hub import push_to_hub
-
-        return push_to_hub(self, repo_id, **options)
 
     @torch.no_grad()
     def _skip(self, images: Tensor, sample: bool) -> SkipOutput:

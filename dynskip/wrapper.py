@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dynskip._check import check_video
 from dynskip._fx import in_mode
+from dynskip._pretrained import Pretrained
 from dynskip.backbone import StagedBackbone
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from dynskip.runtime.optimize import Agreement
 
 
-class StopOrForward(nn.Module):
+class StopOrForward(Pretrained, nn.Module):
     """Put gates around a backbone: after each stage, a gate decides frame by frame to stop or to go forward.
 
     `train()` runs every stage and gate on every frame and masks, so that gradients reach all decisions. `eval()` runs
@@ -423,55 +424,6 @@ class StopOrForward(nn.Module):
         from dynskip.runtime.export import export
 
         return export(self, folder, image_size, **options)
-
-    def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
-        """Write the model as a folder that rebuilds it elsewhere; see `dynskip.hub.save_pretrained`.
-
-        Args:
-            folder: new or empty folder to write to.
-            **options: `results`, `name`.
-
-        Returns:
-            The folder.
-        """
-        from dynskip.hub import save_pretrained
-
-        return save_pretrained(self, folder, **options)
-
-    @staticmethod
-    def from_pretrained(source: str | Path, **options: Any) -> StopOrForward:
-        """Load what `save_pretrained` or `push_to_hub` wrote; see `dynskip.hub.from_pretrained`.
-
-        Args:
-            source: a folder, or the name of a repository on the Hugging Face Hub.
-            **options: `classes`, `revision`, `api`.
-
-        Returns:
-            The model, in eval mode.
-
-        Raises:
-            DynskipError: if the model is an `EarlyExit`, or cannot be loaded.
-        """
-        from dynskip.hub import from_pretrained
-
-        model = from_pretrained(source, **options)
-        if not isinstance(model, StopOrForward):
-            raise DynskipError(f"{source} holds an EarlyExit. Load it with EarlyExit.from_pretrained.")
-        return model
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Save the model as a repository on the Hugging Face Hub; see `dynskip.hub.push_to_hub`.
-
-        Args:
-            repo_id: name of the repository, `"user/model"`.
-            **options: `results`, `private`, `commit_message`, `api`.
-
-        Returns:
-            URL of the commit.
-        """
-        from dynskip.hub import push_to_hub
-
-        return push_to_hub(self, repo_id, **options)
 
 
 def encode_images(backbone: StagedBackbone, images: Tensor) -> tuple[list[Tensor], Tensor]:

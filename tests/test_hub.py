@@ -195,9 +195,9 @@ def test_exits_come_back(saved: Path, tmp_path: Path) -> None:
     card = (folder / "README.md").read_text()
     assert "pipeline_tag: image-classification" in card
     assert f"EarlyExit.from_pretrained({'exits'!r})" in card
-    with pytest.raises(DynskipError, match=r"holds an EarlyExit. Load it with EarlyExit\.from_pretrained"):
+    with pytest.raises(DynskipError, match=r"of class EarlyExit\. Load it with EarlyExit\.from_pretrained"):
         StopOrForward.from_pretrained(folder)
-    with pytest.raises(DynskipError, match="holds a StopOrForward"):
+    with pytest.raises(DynskipError, match="of class StopOrForward"):
         EarlyExit.from_pretrained(saved)
 
 
