@@ -101,6 +101,7 @@ class Run:
 
 
 SEEDS = (0, 1, 2)
+MORE_SEEDS = (*SEEDS, 3, 4, 5, 6, 7)  # for guidance, whose effect is smaller than what sets differ by
 VARIANTS: list[dict[str, Any]] = [
     {"kind": "baselines"},
     {},
@@ -120,7 +121,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"size": 224},
 ]
 PLAN = [Run(**{"kind": "gates", **variant, "seed": seed}) for variant in VARIANTS for seed in SEEDS]
-ALPHAS = (0.9, 0.7)  # the curve of SoF-Net is made of runs with these, each with several termination thresholds
+PLAN += [Run("gates", beta=beta, seed=seed) for beta in (Run.beta, None) for seed in MORE_SEEDS if seed not in SEEDS]
+# Trainings whose curves are drawn, over their termination thresholds.
+SWEPT: dict[str, dict[str, Any]] = {"SoF-Net": {}, "SoF-Net, alpha 0.7": {"alpha": 0.7}}
 
 
 # ------------------------------------------------------------------------------------------------------------ data
@@ -176,7 +179,7 @@ def relevant_frames(compositions: Sequence[Composition]) -> Tensor:
     return relevant
 
 
-@lru_cache(maxsize=len(SEEDS))
+@lru_cache(maxsize=3)
 def load(data: Path, weights: Path, folder: Path, size: int, irrelevant: tuple[str, ...], seed: int) -> Data:
     """Return the parts train, val and test of a composed set; clips are encoded if need be.
 
@@ -424,10 +427,10 @@ def committed(folder: Path = RESULTS) -> list[dict[str, Any]]:
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
-def select(results: Sequence[dict[str, Any]], **settings: Any) -> list[dict[str, Any]]:
+def select(results: Sequence[dict[str, Any]], seeds: Sequence[int] = SEEDS, **settings: Any) -> list[dict[str, Any]]:
     """Return the runs with these settings, and otherwise the defaults, one a seed."""
-    wanted = asdict(Run(**{"kind": "gates", **settings}))
-    return [result for result in results if {**result["run"], "seed": 0} == {**wanted, "seed": 0}]
+    wanted = [asdict(Run(**{"kind": "gates", **settings, "seed": seed})) for seed in seeds]
+    return [result for result in results if result["run"] in wanted]
 
 
 def spread(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
@@ -467,7 +470,7 @@ def table(rows: Sequence[str]) -> str:
     return "\n".join([COLUMNS, "|---|" + "---:|" * 8, *rows])
 
 
-LATE = {"irrelevance": "late"}
+LATE: dict[str, Any] = {"irrelevance": "late"}
 ROWS: list[tuple[str, dict[str, Any], str]] = [
     ("dense TSN", {"kind": "baselines"}, "dense"),
     ("gates, FC", {"temporal": None, "beta": None}, "gates"),
@@ -485,6 +488,7 @@ CHOICES: list[tuple[str, dict[str, Any], str]] = [
     ("the same, with early termination at 0.999", {"supervise_last": True}, "termination"),
     ("alpha 0.7: efficiency counts three times as much", {"alpha": 0.7}, "gates"),
     ("the same, with early termination at 0.999", {"alpha": 0.7}, "termination"),
+    ("alpha 0.7 without guidance", {"alpha": 0.7, "beta": None}, "gates"),
     ("state rule `reached`", {"state_update": "reached"}, "gates"),
     ("the same, with early termination at 0.999", {"state_update": "reached"}, "termination"),
 ]
@@ -503,8 +507,10 @@ def within(curve: Sequence[dict[str, Any]], budget: float) -> dict[str, Any] | N
 def curves(results: Sequence[dict[str, Any]], **settings: Any) -> dict[str, list[tuple[float, list[dict[str, Any]]]]]:
     """Collect every method's curves on one composed set: its dense cost and one curve a seed."""
     collected: dict[str, list[tuple[float, Any]]] = {}
-    if by_threshold := swept(results, **settings):
-        collected["SoF-Net"] = by_threshold
+    for name, own in SWEPT.items():
+        for result in select(results, **own, **settings):
+            by_threshold = [*result["termination"], result["modes"]["gates"]]
+            collected.setdefault(name, []).append((result["dense_gmacs"], by_threshold))
     for result in select(results, **settings):
         if "curve" in result:
             collected.setdefault("SoF-Net, all thresholds", []).append((result["dense_gmacs"], result["curve"]))
@@ -514,29 +520,24 @@ def curves(results: Sequence[dict[str, Any]], **settings: Any) -> dict[str, list
     return collected
 
 
-def swept(results: Sequence[dict[str, Any]], **settings: Any) -> list[tuple[float, list[dict[str, Any]]]]:
-    """Collect each seed's dense cost and points of gates with several `ALPHAS` and termination thresholds."""
-    seeds: dict[int, tuple[float, list[dict[str, Any]]]] = {}
-    for alpha in ALPHAS:
-        for result in select(results, alpha=alpha, **settings):
-            _, points = seeds.setdefault(result["run"]["seed"], (result["dense_gmacs"], []))
-            points += [*result["termination"], result["modes"]["gates"]]
-    return list(seeds.values())
-
-
 def guidance_table(results: Sequence[dict[str, Any]]) -> str:
-    """Compare LSTM gates with and without guidance at equal cost, in top-1 and mAP."""
-    lines = ["| top-1 %, mAP % within | " + " | ".join(f"{budget:.0%} of dense" for budget in BUDGETS[1:]) + " |"]
-    lines.append("|---|" + "---:|" * len(BUDGETS[1:]))
-    for name, beta in (("LSTM + guidance", 0.9), ("LSTM", None)):
-        cells = []
-        for budget in BUDGETS[1:]:
-            runs = swept(results, beta=beta)
-            tests = [p["test"] for dense, curve in runs if (p := within(curve, budget * dense)) is not None]
-            both = [spread([test[key] for test in tests], 100) for key in ("top1", "mean_ap")] if tests else []
-            cells.append(", ".join(both) if len(tests) == len(runs) else "")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    """Compare LSTM gates with and without guidance on the same sets, and at like cost seed by seed."""
+    runs = {beta: {r["run"]["seed"]: r for r in select(results, MORE_SEEDS, beta=beta)} for beta in (Run.beta, None)}
+    seeds = sorted(runs[Run.beta].keys() & runs[None].keys())
+    lines = [f"| {len(seeds)} seeds | of dense % | top-1 % | mAP % | recall % |", "|---|" + "---:|" * 4]
+    found: dict[tuple[float | None, str], list[list[float]]] = {}
+    for beta, name in ((Run.beta, "LSTM + guidance"), (None, "LSTM")):
+        for mode, ending in (("gates", ""), ("termination", ", early termination at 0.999")):
+            tests = [(runs[beta][seed]["modes"][mode]["test"], runs[beta][seed]["dense_gmacs"]) for seed in seeds]
+            rows = [[t["gmacs"] / dense, t["top1"], t["mean_ap"], t["recall"]] for t, dense in tests]
+            found[beta, mode] = rows
+            lines.append(
+                f"| {name}{ending} | " + " | ".join(spread(column, 100) for column in zip(*rows, strict=True)) + " |"
+            )
+    pairs = zip(found[Run.beta, "termination"], found[None, "gates"], strict=True)
+    less = [[a - b for a, b in zip(*pair, strict=True)] for pair in pairs]
+    cells = [spread(column, 100) for column in zip(*less, strict=True)]
+    return "\n".join([*lines, "| the second row less the third, on the same set | " + " | ".join(cells) + " |"])
 
 
 def asked_table(results: Sequence[dict[str, Any]]) -> str:
@@ -602,7 +603,7 @@ def report(results: Sequence[dict[str, Any]]) -> str:
         blocks += [f"### {size} x {size}", section(results, THESIS.get(size, []), size=size)]
     chosen = [(name, select(results, **settings), mode) for name, settings, mode in CHOICES]
     blocks += ["### Choices", table([row(name, runs, mode) for name, runs, mode in chosen if runs])]
-    blocks += ["### Guidance at equal cost, and what its self-supervision asks for"]
+    blocks += ["### Guidance at like cost, and what its self-supervision asks for"]
     blocks += [guidance_table(results), asked_table(results)]
     blocks += ["### At equal cost", budget_table(results), "### Where frames end", usage_table(results)]
     blocks += ["### What a linear probe of each stage knows of relevance", probe_table(results)]
@@ -628,7 +629,7 @@ def section(results: Sequence[dict[str, Any]], theirs: Sequence[str], **settings
 
 
 DRAWN = (
-    "SoF-Net",
+    *SWEPT,
     "SoF-Net, all thresholds",
     "confidence gates, early termination",
     "similarity gates, early termination",

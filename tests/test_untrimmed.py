@@ -155,14 +155,15 @@ def test_thresholds_within_a_budget_are_chosen_on_the_validation_part() -> None:
     assert ablation.within(curve, 0.5) is None
 
 
-def test_the_curve_of_the_method_joins_the_runs_of_a_seed() -> None:
+def test_each_training_has_a_curve_and_each_set_its_own() -> None:
     def result(seed: int, **settings: Any) -> dict[str, Any]:
         run = asdict(ablation.Run("gates", seed=seed, **settings))
         name = f"{seed} {settings.get('alpha', 0.9)}"
         return {"run": run, "dense_gmacs": 40.0, "termination": [name], "modes": {"gates": "gates"}, "curve": [name]}
 
     found = ablation.curves([result(1), result(0), result(0, alpha=0.7), result(0, irrelevance="late")])
-    assert found["SoF-Net"] == [(40.0, ["1 0.9", "gates"]), (40.0, ["0 0.9", "gates", "0 0.7", "gates"])]
+    assert found["SoF-Net"] == [(40.0, ["1 0.9", "gates"]), (40.0, ["0 0.9", "gates"])]
+    assert found["SoF-Net, alpha 0.7"] == [(40.0, ["0 0.7", "gates"])]
     assert found["SoF-Net, all thresholds"] == [(40.0, ["1 0.9"]), (40.0, ["0 0.9"])]
 
 
