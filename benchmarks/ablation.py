@@ -101,7 +101,12 @@ class Run:
 
 
 SEEDS = (0, 1, 2)
-MORE_SEEDS = (*SEEDS, 3, 4, 5, 6, 7)  # for guidance, whose effect is smaller than what sets differ by
+MORE_SEEDS = (*SEEDS, 3, 4, 5, 6, 7)  # for memory and guidance, whose effects are smaller than what sets differ by
+PAIRED: dict[str, dict[str, Any]] = {
+    "LSTM + guidance": {},
+    "LSTM": {"beta": None},
+    "FC + guidance": {"temporal": None},
+}
 VARIANTS: list[dict[str, Any]] = [
     {"kind": "baselines"},
     {},
@@ -121,7 +126,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"size": 224},
 ]
 PLAN = [Run(**{"kind": "gates", **variant, "seed": seed}) for variant in VARIANTS for seed in SEEDS]
-PLAN += [Run("gates", beta=beta, seed=seed) for beta in (Run.beta, None) for seed in MORE_SEEDS if seed not in SEEDS]
+PLAN += [Run("gates", **own, seed=seed) for own in PAIRED.values() for seed in MORE_SEEDS if seed not in SEEDS]
 # Trainings whose curves are drawn, over their termination thresholds.
 SWEPT: dict[str, dict[str, Any]] = {"SoF-Net": {}, "SoF-Net, alpha 0.7": {"alpha": 0.7}}
 
@@ -520,24 +525,24 @@ def curves(results: Sequence[dict[str, Any]], **settings: Any) -> dict[str, list
     return collected
 
 
-def guidance_table(results: Sequence[dict[str, Any]]) -> str:
-    """Compare LSTM gates with and without guidance on the same sets, and at like cost seed by seed."""
-    runs = {beta: {r["run"]["seed"]: r for r in select(results, MORE_SEEDS, beta=beta)} for beta in (Run.beta, None)}
-    seeds = sorted(runs[Run.beta].keys() & runs[None].keys())
-    lines = [f"| {len(seeds)} seeds | of dense % | top-1 % | mAP % | recall % |", "|---|" + "---:|" * 4]
-    found: dict[tuple[float | None, str], list[list[float]]] = {}
-    for beta, name in ((Run.beta, "LSTM + guidance"), (None, "LSTM")):
-        for mode, ending in (("gates", ""), ("termination", ", early termination at 0.999")):
-            tests = [(runs[beta][seed]["modes"][mode]["test"], runs[beta][seed]["dense_gmacs"]) for seed in seeds]
-            rows = [[t["gmacs"] / dense, t["top1"], t["mean_ap"], t["recall"]] for t, dense in tests]
-            found[beta, mode] = rows
-            lines.append(
-                f"| {name}{ending} | " + " | ".join(spread(column, 100) for column in zip(*rows, strict=True)) + " |"
-            )
-    pairs = zip(found[Run.beta, "termination"], found[None, "gates"], strict=True)
-    less = [[a - b for a, b in zip(*pair, strict=True)] for pair in pairs]
-    cells = [spread(column, 100) for column in zip(*less, strict=True)]
-    return "\n".join([*lines, "| the second row less the third, on the same set | " + " | ".join(cells) + " |"])
+def paired_table(results: Sequence[dict[str, Any]]) -> str:
+    """Say what guidance and memory add, with and without early termination, and seed by seed on the same sets."""
+    rows = [(name, own, mode) for name, own in PAIRED.items() for mode in ("gates", "termination")]
+    measured = []
+    for _, own, mode in rows:
+        runs = select(results, MORE_SEEDS, **own)
+        tests = [(run["modes"][mode]["test"], run["dense_gmacs"]) for run in runs]
+        measured.append([(t["gmacs"] / dense, t["top1"], t["mean_ap"], t["recall"]) for t, dense in tests])
+    lines = [f"| {len(measured[0])} seeds | of dense % | top-1 % | mAP % | recall % |", "|---|" + "---:|" * 4]
+    endings = {"gates": "", "termination": ", early termination at 0.999"}
+    named = [(name + endings[mode], values) for (name, _, mode), values in zip(rows, measured, strict=True)]
+    for a, b in ((1, 2), (1, 5)):
+        pairs = zip(measured[a], measured[b], strict=True)
+        difference = [tuple(x - y for x, y in zip(*pair, strict=True)) for pair in pairs]
+        named.append((f"row {a + 1} less row {b + 1}, on the same set", difference))
+    for name, values in named:
+        lines.append(f"| {name} | " + " | ".join(spread(column, 100) for column in zip(*values, strict=True)) + " |")
+    return "\n".join(lines)
 
 
 def asked_table(results: Sequence[dict[str, Any]]) -> str:
@@ -603,8 +608,8 @@ def report(results: Sequence[dict[str, Any]]) -> str:
         blocks += [f"### {size} x {size}", section(results, THESIS.get(size, []), size=size)]
     chosen = [(name, select(results, **settings), mode) for name, settings, mode in CHOICES]
     blocks += ["### Choices", table([row(name, runs, mode) for name, runs, mode in chosen if runs])]
-    blocks += ["### Guidance at like cost, and what its self-supervision asks for"]
-    blocks += [guidance_table(results), asked_table(results)]
+    blocks += ["### Guidance and memory on the same sets, and what self-supervision asks for"]
+    blocks += [paired_table(results), asked_table(results)]
     blocks += ["### At equal cost", budget_table(results), "### Where frames end", usage_table(results)]
     blocks += ["### What a linear probe of each stage knows of relevance", probe_table(results)]
     if select(results, kind="baselines", **LATE):
