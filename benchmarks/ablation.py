@@ -634,7 +634,7 @@ def section(results: Sequence[dict[str, Any]], theirs: Sequence[str], **settings
 
 
 DRAWN = (
-    *SWEPT,
+    "SoF-Net",
     "SoF-Net, all thresholds",
     "confidence gates, early termination",
     "similarity gates, early termination",
