@@ -127,7 +127,7 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 PLAN = [Run(**{"kind": "gates", **variant, "seed": seed}) for variant in VARIANTS for seed in SEEDS]
 PLAN += [Run("gates", **own, seed=seed) for own in PAIRED.values() for seed in MORE_SEEDS if seed not in SEEDS]
-# Trainings whose curves are drawn, over their termination thresholds.
+# Trainings that have a curve, over their termination thresholds.
 SWEPT: dict[str, dict[str, Any]] = {"SoF-Net": {}, "SoF-Net, alpha 0.7": {"alpha": 0.7}}
 
 
