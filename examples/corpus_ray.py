@@ -37,7 +37,7 @@ try:
     import pyarrow.parquet as pq
     import ray
 except ImportError as error:
-    raise SystemExit(f"error: this needs Ray Data ({error}); install it: pip install 'dynskip[examples,ray]'") from None
+    raise SystemExit(f"error: This needs Ray Data ({error}). Run `pip install 'dynskip[examples,ray]'`.") from None
 
 COLUMNS = pa.schema(
     [

@@ -325,7 +325,7 @@ def _check(root: Path, train_per_class: int, test_per_class: int, seed: int, siz
     if root.exists() and not root.is_dir():
         raise DynskipError(f"{root} is a file, expected a folder to write videos into; name another path.")
     if importlib.util.find_spec("av") is None:
-        raise DynskipError("Rendering videos needs PyAV, which is missing; run: pip install 'dynskip[video]'")
+        raise DynskipError("Rendering videos needs PyAV. Run `pip install 'dynskip[video]'`.")
 
 
 def _write_csv(path: Path, rows: Iterable[tuple[object, ...]]) -> None:
