@@ -623,7 +623,7 @@ def open_tensorboard(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise DynskipError("--tensorboard needs the package tensorboard. Run `pip install 'dynskip[train]'`.") from error
+        raise DynskipError("--tensorboard needs tensorboard. Run `pip install 'dynskip[train]'`.") from error
     return SummaryWriter(str(folder), purge_step=step)
 
 
