@@ -184,7 +184,7 @@ def relevant_frames(compositions: Sequence[Composition]) -> Tensor:
     return relevant
 
 
-@lru_cache(maxsize=3)
+@lru_cache(maxsize=len(SEEDS))
 def load(data: Path, weights: Path, folder: Path, size: int, irrelevant: tuple[str, ...], seed: int) -> Data:
     """Return the parts train, val and test of a composed set; clips are encoded if need be.
 
@@ -526,30 +526,37 @@ def curves(results: Sequence[dict[str, Any]], **settings: Any) -> dict[str, list
 
 
 def paired_table(results: Sequence[dict[str, Any]]) -> str:
-    """Say what guidance and memory add, with and without early termination, and seed by seed on the same sets."""
-    rows = [(name, own, mode) for name, own in PAIRED.items() for mode in ("gates", "termination")]
-    measured = []
-    for _, own, mode in rows:
-        runs = select(results, MORE_SEEDS, **own)
-        tests = [(run["modes"][mode]["test"], run["dense_gmacs"]) for run in runs]
-        measured.append([(t["gmacs"] / dense, t["top1"], t["mean_ap"], t["recall"]) for t, dense in tests])
-    lines = [f"| {len(measured[0])} seeds | of dense % | top-1 % | mAP % | recall % |", "|---|" + "---:|" * 4]
-    endings = {"gates": "", "termination": ", early termination at 0.999"}
-    named = [(name + endings[mode], values) for (name, _, mode), values in zip(rows, measured, strict=True)]
+    """Say what guidance and memory add, seed by seed on the same sets; nothing where no seed has all of the runs."""
+    runs = {name: {r["run"]["seed"]: r for r in select(results, MORE_SEEDS, **own)} for name, own in PAIRED.items()}
+    seeds = [seed for seed in MORE_SEEDS if all(seed in by_seed for by_seed in runs.values())]
+    if not seeds:
+        return ""
+    named: list[tuple[str, list[tuple[float, ...]]]] = []
+    for name, by_seed in runs.items():
+        for mode, ending in (("gates", ""), ("termination", ", early termination at 0.999")):
+            tests = [(by_seed[seed]["modes"][mode]["test"], by_seed[seed]["dense_gmacs"]) for seed in seeds]
+            values: list[tuple[float, ...]] = [
+                (t["gmacs"] / dense, t["top1"], t["mean_ap"], t["recall"]) for t, dense in tests
+            ]
+            named.append((name + ending, values))
     for a, b in ((1, 2), (1, 5)):
-        pairs = zip(measured[a], measured[b], strict=True)
+        pairs = zip(named[a][1], named[b][1], strict=True)
         difference = [tuple(x - y for x, y in zip(*pair, strict=True)) for pair in pairs]
         named.append((f"row {a + 1} less row {b + 1}, on the same set", difference))
+    lines = [f"| {len(seeds)} seeds | of dense % | top-1 % | mAP % | recall % |", "|---|" + "---:|" * 4]
     for name, values in named:
         lines.append(f"| {name} | " + " | ".join(spread(column, 100) for column in zip(*values, strict=True)) + " |")
     return "\n".join(lines)
 
 
 def asked_table(results: Sequence[dict[str, Any]]) -> str:
-    """Show how often self-supervision asks gates to forward."""
+    """Show how often self-supervision asks gates to forward; nothing where no run says so."""
+    asked = [result["asked_for"] for result in select(results)]
+    if not asked:
+        return ""
     lines = ["| asked to forward, % of frames | res1 | res2 | res3 | res4 | res5 |", "|---|" + "---:|" * 5]
     for name in ("relevant", "irrelevant"):
-        cells = [spread([result["asked_for"][name][n] for result in select(results)], 100) for n in range(5)]
+        cells = [spread([shares[name][n] for shares in asked], 100) for n in range(5)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -608,8 +615,8 @@ def report(results: Sequence[dict[str, Any]]) -> str:
         blocks += [f"### {size} x {size}", section(results, THESIS.get(size, []), size=size)]
     chosen = [(name, select(results, **settings), mode) for name, settings, mode in CHOICES]
     blocks += ["### Choices", table([row(name, runs, mode) for name, runs, mode in chosen if runs])]
-    blocks += ["### Guidance and memory on the same sets, and what self-supervision asks for"]
-    blocks += [paired_table(results), asked_table(results)]
+    if found := [text for text in (paired_table(results), asked_table(results)) if text]:
+        blocks += ["### Guidance and memory on the same sets, and what self-supervision asks for", *found]
     blocks += ["### At equal cost", budget_table(results), "### Where frames end", usage_table(results)]
     blocks += ["### What a linear probe of each stage knows of relevance", probe_table(results)]
     if select(results, kind="baselines", **LATE):

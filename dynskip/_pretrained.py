@@ -13,7 +13,7 @@ from dynskip.errors import DynskipError
 class Pretrained:
     """A model that `dynskip.hub` can write down and rebuild."""
 
-    def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
+    def save_pretrained(self: Any, folder: str | Path, **options: Any) -> Path:
         """Write the model as a folder that rebuilds it elsewhere; see `dynskip.hub.save_pretrained`.
 
         Args:
@@ -25,8 +25,7 @@ class Pretrained:
         """
         from dynskip.hub import save_pretrained
 
-        model: Any = self
-        return save_pretrained(model, folder, **options)
+        return save_pretrained(self, folder, **options)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> Self:
@@ -50,7 +49,7 @@ class Pretrained:
             raise DynskipError(f"{source} holds a model of class {other}. Load it with {other}.from_pretrained.")
         return model
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+    def push_to_hub(self: Any, repo_id: str, **options: Any) -> str:
         """Save the model as a repository on the Hugging Face Hub; see `dynskip.hub.push_to_hub`.
 
         Args:
@@ -62,5 +61,4 @@ class Pretrained:
         """
         from dynskip.hub import push_to_hub
 
-        model: Any = self
-        return push_to_hub(model, repo_id, **options)
+        return push_to_hub(self, repo_id, **options)

@@ -367,6 +367,7 @@ class _Replay:
 
     def __init__(self, model: Gated, batches: Batches, metric: Metric) -> None:
         self.model, self.metric = model, metric
+        self.repeats: tuple[bool, ...] = getattr(model, "repeats", ())  # images have none
         self.videos = encode(model, batches)
         targets = [target.cpu() for _, target in self.videos]
         if len({target.shape[1:] for target in targets}) > 1:
@@ -377,12 +378,6 @@ class _Replay:
     def terminator(self) -> EarlyTerminator | None:
         """What ends videos, if anything does."""
         return _terminator(self.model)
-
-    @property
-    def _repeats(self) -> tuple[bool, ...]:
-        model: Any = self.model  # one that ends videos is a StopOrForward
-        repeats: tuple[bool, ...] = model.repeats
-        return repeats
 
     def read(self, forward_threshold: tuple[float, ...]) -> list[SkipOutput]:
         """Gate all videos, to their ends."""
@@ -416,8 +411,9 @@ class _Replay:
             stopped_at = end_videos(terminator, probabilities, output.stopped_at)
             fallback = fallback_frames(stopped_at, stopped_at == output.num_stages, output.gate_logits)
             lookup = self.model.lookup_for(encoded.image_size)
-            repeats = self._repeats
-            ended.append(masked_output(stopped_at, output.gate_logits, encoded.frame_logits, fallback, lookup, repeats))
+            ended.append(
+                masked_output(stopped_at, output.gate_logits, encoded.frame_logits, fallback, lookup, self.repeats)
+            )
         return self.at(ended, forward_threshold, termination_threshold)
 
     def points(
@@ -428,7 +424,7 @@ class _Replay:
         if terminator is None or termination_thresholds == ():
             return [self.at(outputs, forward_threshold, None)]
         running = [
-            running_probabilities(output.stopped_at, encoded.frame_logits, self._repeats)
+            running_probabilities(output.stopped_at, encoded.frame_logits, self.repeats)
             for output, (encoded, _) in zip(outputs, self.videos, strict=True)
         ]
         if termination_thresholds is None:

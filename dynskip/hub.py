@@ -204,7 +204,7 @@ def _describe_model(model: Wrapped) -> dict[str, Any]:
         "format": FORMAT,
         "version": VERSION,
         "made_with": {"dynskip": dynskip.__version__, "timm": timm.__version__, "torch": str(torch.__version__)},
-        "wrapper": "EarlyExit" if isinstance(model, EarlyExit) else "StopOrForward",
+        "wrapper": _wrapper(model),
         "dtype": _dtype(model),
         "backbone": _describe_backbone(model.backbone),
         "gates": [_describe_part(gate, f"Gate {n}") for n, gate in enumerate(model.gates)],
@@ -215,6 +215,10 @@ def _describe_model(model: Wrapped) -> dict[str, Any]:
         "preprocessing": _preprocessing(model),
     }
     return description if isinstance(model, EarlyExit) else description | _describe_rules(model)
+
+
+def _wrapper(model: Wrapped) -> str:
+    return "EarlyExit" if isinstance(model, EarlyExit) else "StopOrForward"
 
 
 def _describe_rules(model: StopOrForward) -> dict[str, Any]:
@@ -533,7 +537,7 @@ def _card(model: Wrapped, results: Sequence[Mapping[str, object]], name: str) ->
     sections = [
         _FRONT_MATTER.format(task="image-classification" if images else "video-classification"),
         f"# {name}\n\n{_WHAT_IT_IS[images]}\n\n" + "\n".join(f"- {fact}" for fact in facts),
-        f"## Use\n\n{_use(type(model).__name__, name, images)}",
+        f"## Use\n\n{_use(_wrapper(model), name, images)}",
         f"## Cost of {'an image' if images else 'a frame'}\n\n{_costs(model, size)}",
     ]
     if results:

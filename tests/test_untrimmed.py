@@ -136,6 +136,14 @@ def test_the_report_is_that_of_the_committed_results(capsys: pytest.CaptureFixtu
     assert printed.strip() in (Path(__file__).parents[1] / "docs" / "results.md").read_text(encoding="utf-8")
 
 
+def test_a_report_of_some_of_the_runs_leaves_out_what_they_do_not_show() -> None:
+    results = ablation.committed()
+    assert "| 2 seeds |" in ablation.report(
+        [r for r in results if r["run"]["beta"] is not None or r["run"]["seed"] < 2]
+    )
+    assert " seeds |" not in ablation.report([r for r in results if r["run"]["beta"] is not None])
+
+
 def test_a_table_row_is_mean_and_deviation_of_its_runs() -> None:
     def result(top1: float) -> dict[str, Any]:
         measured = {"mean_ap": 0.5, "top1": top1, "gmacs": 10.0, "used": 0.5, "precision": 0.75, "recall": 1.0}

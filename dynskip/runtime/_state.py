@@ -54,7 +54,8 @@ class Progress:
         states: for each gate the state that decides on the row's next frame.
         logit_sum: `(B, K)` sum of the logits that the mean is made of.
         counted: `(B,)` number of them.
-        last: `(B, K)` logits of the last used frame, which frames that repeat it add once more.
+        last: `(B, K)` logits of the last used frame, which frames that repeat it add once more; zeros where no gate
+            has such frames.
         used: `(B,)` frames used.
         seen: `(B,)` frames looked at.
         ended: `(B,)` boolean, videos that the terminator has ended.
@@ -138,12 +139,12 @@ class Progress:
         used = rows[stopped_at == len(self.states)]
         if len(used):
             self.logit_sum[used] += logits
-            self.last[used] = logits.to(self.last.dtype)
             self.used[used] += 1
             self.counted[used] += 1
             for row in used.tolist():
                 self.furthest[row], self.answered[row] = None, True
         if self._repeats is not None:
+            self.last[used] = logits.to(self.last.dtype)
             again = rows[self._repeats[stopped_at] & (self.counted[rows] > 0)]
             self.logit_sum[again] += self.last[again]
             self.counted[again] += 1
