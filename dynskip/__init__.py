@@ -8,6 +8,7 @@ from dynskip.gates import (
     ConfidenceGate,
     EntropyGate,
     FixedGate,
+    Gate,
     LinearGate,
     PairwiseGate,
     PolicyGate,
@@ -29,9 +30,10 @@ from dynskip.losses import (
     TargetRateLoss,
     UsageUniformityLoss,
 )
-from dynskip.output import UNSEEN, EncodedVideo, SkipOutput
-from dynskip.runtime.online import FrameStep, Prediction, Session
-from dynskip.runtime.streams import FrameResult, VideoResult
+from dynskip.output import EncodedVideo, FrameResult, SkipOutput, VideoResult
+from dynskip.rules import UNSEEN
+from dynskip.runtime.clip import LookAhead
+from dynskip.runtime.online import Session
 from dynskip.sofnet import sofnet
 from dynskip.terminate import EarlyTerminator
 from dynskip.wrapper import StopOrForward
@@ -54,15 +56,15 @@ __all__ = [
     "FLOPsLookup",
     "FixedGate",
     "FrameResult",
-    "FrameStep",
+    "Gate",
     "InnerClassificationLoss",
     "InnerClassifier",
     "LinearGate",
+    "LookAhead",
     "LossParts",
     "PairwiseGate",
     "PolicyGate",
     "PolicyGuidanceLoss",
-    "Prediction",
     "RandomGate",
     "SelfSupervisionLoss",
     "Session",

@@ -2,17 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dynskip.backbone import StagedBackbone
 from dynskip.errors import DynskipError
 
+if TYPE_CHECKING:
+    from dynskip.backbone import StagedBackbone
 
-def check_video(video: Any, backbone: StagedBackbone) -> None:
-    """Refuse what is no batch `(B, T, C, H, W)` of normalised videos for this backbone."""
+
+class Checked(nn.Module):
+    """A module whose settings are checked whenever they are set, at construction and later."""
+
+    def check_setting(self, name: str, value: Any) -> Any:
+        """Refuse a value that makes no sense, or return what is to be kept in its place.
+
+        Args:
+            name: the attribute that is being set.
+            value: its new value.
+        """
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, self.check_setting(name, value))
+
+
+def check_positive(value: Any, name: str) -> float:
+    """Refuse what is no finite positive number."""
+    if not (isinstance(value, int | float) and 0 < value < float("inf")):
+        raise DynskipError(
+            f"{name}={value} has to be a finite positive number. A schedule that runs over its end gives others."
+        )
+    return value
+
+
+def check_eval(model: Any, what: str) -> None:
+    """Refuse to skip with a part in training mode: its answers depend on their neighbours and move statistics."""
+    for part in (model.backbone, *model.gates, getattr(model, "terminator", None)):
+        for name, module in part.named_modules() if part is not None else ():
+            if module.training:
+                where = f"{type(part).__name__}{'.' * bool(name)}{name}"
+                raise DynskipError(
+                    f"{what} runs a model in evaluation mode, and {where} is in training mode; call `model.eval()` "
+                    "first."
+                )
+
+
+def check_video(video: Any, backbone: StagedBackbone) -> Tensor:
+    """Return a batch `(B, T, C, H, W)` of normalised videos on the backbone's device; refuse what is none."""
     channels = backbone.input_size[0]
     _check_floating(video, "video")
     if video.ndim != 5 or video.shape[2] != channels:
@@ -29,10 +68,14 @@ def check_video(video: Any, backbone: StagedBackbone) -> None:
             f"The video has NaN or infinite values in {len(bad)} frames, the first being frame {bad[0][1]} of "
             f"video {bad[0][0]}. Check decoding and normalisation."
         )
+    return to_device_of(backbone, video)
 
 
-def check_frames(frames: Any, backbone: StagedBackbone, batch: int) -> None:
-    """Refuse what is not one normalised frame for each of `batch` videos, `(B, C, H, W)`."""
+def check_frames(frames: Any, backbone: StagedBackbone, batch: int) -> Tensor:
+    """Return one normalised frame for each of `batch` videos, `(B, C, H, W)`, on the backbone's device.
+
+    Whether a frame on a GPU is finite is not looked at, since that would wait for it: see `refuse_not_finite`.
+    """
     channels = backbone.input_size[0]
     _check_floating(frames, "frame")
     if frames.ndim != 4 or frames.shape[:2] != (batch, channels) or 0 in frames.shape:
@@ -40,14 +83,26 @@ def check_frames(frames: Any, backbone: StagedBackbone, batch: int) -> None:
         got = tuple(frames.shape[1:] if batch == 1 and frames.ndim > 1 and len(frames) == 1 else frames.shape)
         raise DynskipError(f"A frame must have shape {wanted}; got {got}. Keep channels before height and width.")
     _check_dtype(frames, backbone, "frame")
-    if not _all_finite(frames):
-        bad = (~frames.isfinite()).flatten(1).any(-1).nonzero().flatten().tolist()
-        where = "" if batch == 1 else f" of videos {bad}"
+    if frames.device.type == "cpu" and not _all_finite(frames):
+        refuse_not_finite((~frames.isfinite()).flatten(1).any(-1).nonzero().flatten().tolist(), batch)
+    return to_device_of(backbone, frames)
+
+
+def refuse_not_finite(videos: list[int], batch: int) -> None:
+    """Refuse frames of which some have NaN or infinite values."""
+    if videos:
+        where = "" if batch == 1 else f" of videos {videos}"
         raise DynskipError(f"The frame{where} has NaN or infinite values. Check decoding and normalisation.")
 
 
-def check_images(images: Any, backbone: StagedBackbone) -> None:
-    """Refuse what is no batch `(B, C, H, W)` of normalised images for this backbone."""
+def to_device_of(module: nn.Module, value: Tensor) -> Tensor:
+    """Move a tensor to where a module's parameters are."""
+    parameter = next(module.parameters(), None)
+    return value if parameter is None or parameter.device == value.device else value.to(parameter.device)
+
+
+def check_images(images: Any, backbone: StagedBackbone) -> Tensor:
+    """Return a batch `(B, C, H, W)` of normalised images on the backbone's device; refuse what is none."""
     channels = backbone.input_size[0]
     _check_floating(images, "image batch")
     if images.ndim != 4 or images.shape[1] != channels or 0 in images.shape:
@@ -63,6 +118,7 @@ def check_images(images: Any, backbone: StagedBackbone) -> None:
             f"The image batch has NaN or infinite values in {len(bad)} images, the first being image {bad[0]}. Check "
             "decoding and normalisation."
         )
+    return to_device_of(backbone, images)
 
 
 def _check_floating(value: Any, name: str) -> None:

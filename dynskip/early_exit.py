@@ -10,17 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynskip._check import check_images
+from dynskip import rules
+from dynskip._check import Checked, check_eval, check_images
 from dynskip._pretrained import Pretrained
 from dynskip.backbone import StagedBackbone
+from dynskip.engine import Engine
+from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
-from dynskip.gates import FixedGate, GateState
-from dynskip.output import EncodedVideo, SkipOutput
+from dynskip.gates import FixedGate, Gate, GateState
+from dynskip.output import EncodedVideo, SkipOutput, masked_output
 from dynskip.summary import as_size, one_frame, stage_table
-from dynskip.wrapper import check_encoded, check_parts, check_thresholds, draw, encode_images
+from dynskip.wrapper import check_encoded, check_parts, check_wrapper_setting, encode_images
 
 
-class EarlyExit(Pretrained, nn.Module):
+class EarlyExit(Pretrained, Checked):
     """Put exits into an image classifier: an image that a gate stops is answered by the inner classifier there.
 
     A batch of images counts as videos of one frame (`T = 1`), and outputs are those of `StopOrForward`; only what
@@ -46,6 +49,8 @@ class EarlyExit(Pretrained, nn.Module):
         Huang et al., "Multi-scale dense networks for resource efficient image classification", ICLR 2018.
     """
 
+    task = "image-classification"
+
     def __init__(
         self,
         backbone: StagedBackbone,
@@ -54,16 +59,35 @@ class EarlyExit(Pretrained, nn.Module):
         forward_threshold: float | Sequence[float] = 0.5,
     ) -> None:
         super().__init__()
+        if backbone.num_classes < 2:
+            raise DynskipError(
+                "The model has one output, and the softmax of one logit is 1 whatever it says. Give it two outputs, "
+                "one for each answer."
+            )
         classifiers = inner if inner is not None else [nn.Identity() for _ in gates]
         self.backbone = backbone
-        self.exits: Any = nn.ModuleList(_Exit(*parts) for parts in zip(gates, classifiers, strict=False))
+        parts = zip(gates, classifiers, strict=False)
+        self.exits: Any = nn.ModuleList(_Exit(*pair, backbone.num_classes) for pair in parts)
         self.temperature = 1.0
         self.class_names: Sequence[str] | None = None
         self.preprocessing: Mapping[str, Any] | None = None
-        self.forward_threshold = check_thresholds(forward_threshold, backbone.num_stages)
+        self.forward_threshold: Any = forward_threshold  # kept as a tuple, one a gate
         asked = [None if _never_stops(gate) else each for gate, each in zip(gates, classifiers, strict=False)]
         check_parts(backbone, gates, asked if len(classifiers) == len(gates) else classifiers)
         self._measured: dict[tuple[int, int], FLOPsLookup] = {}
+
+    # What videos have, and images have not.
+    state_update = "used"
+    terminator = None
+
+    @property
+    def repeats(self) -> tuple[bool, ...]:
+        """For each gate, that no image counts as another one."""
+        return (False,) * self.backbone.num_stages
+
+    def check_setting(self, name: str, value: Any) -> Any:
+        """Refuse settings that make no sense; see `StopOrForward`."""
+        return check_wrapper_setting(self, name, value)
 
     @property
     def gates(self) -> tuple[Any, ...]:
@@ -112,7 +136,9 @@ class EarlyExit(Pretrained, nn.Module):
         Raises:
             DynskipError: as `forward`.
         """
-        check_images(images, self.backbone)
+        if not self.training:
+            check_eval(self, "`encode`")
+        images = check_images(images, self.backbone)
         pooled, logits = encode_images(self.backbone, images)
         return EncodedVideo(tuple(x[:, None] for x in pooled), logits[:, None], (images.shape[2], images.shape[3]))
 
@@ -132,19 +158,27 @@ class EarlyExit(Pretrained, nn.Module):
         """
         check_encoded(encoded, self.backbone, frames=1)
         sample = self.training if sample is None else sample
-        asked = [self._ask(n, pooled[:, 0], sample) for n, pooled in enumerate(encoded.pooled)]
-        gate_logits, inner_logits, forward = (torch.stack(parts, 1) for parts in zip(*asked, strict=True))
+        bounds = rules.bounds(self.forward_threshold).tolist()
+        asked = [part(pooled[:, 0], ()) for part, pooled in zip(self.exits, encoded.pooled, strict=True)]
+        gate_logits = torch.stack([logits for logits, _ in asked], 1)
+        inner_logits = torch.stack([answer for _, (answer,) in asked], 1)
+        forward = [
+            torch.ones_like(logits[:, 0])
+            if part.never_stops
+            else rules.draw(logits, bound, self.temperature, sample, self.training)
+            for part, bound, (logits, _) in zip(self.exits, bounds, asked, strict=True)
+        ]
         final = encoded.frame_logits[:, 0]
-        passed = forward.cumprod(1)
-        stopped_at = (passed.detach() > 0.5).sum(1)
+        passed = torch.stack(forward, 1).cumprod(1)
+        stopped_at = rules.stopped(torch.stack(forward, 1).detach() > 0.5)
         output = self._output(stopped_at, gate_logits, inner_logits, final, encoded.image_size)
         if not self.training:
             return output
         # Where each image leaves, as shares of 0 and 1 that carry the gates' gradients; the last is the head's.
         shares = F.pad(passed, (1, 0), value=1.0) - F.pad(passed, (0, 1))
-        answers = torch.cat([inner_logits.nan_to_num(), final[:, None]], 1)
+        answers = torch.cat([inner_logits, final[:, None]], 1)
         output.logits = (shares[..., None] * answers).sum(1)
-        output.forward, output.gate_logits = forward[:, None], gate_logits[:, None]
+        output.forward, output.gate_logits = torch.stack(forward, 1)[:, None], gate_logits[:, None]
         output.inner_logits, output.frame_logits = inner_logits[:, None], encoded.frame_logits
         output.evaluated = torch.ones_like(output.evaluated)
         return output
@@ -164,75 +198,67 @@ class EarlyExit(Pretrained, nn.Module):
 
     @torch.no_grad()
     def _skip(self, images: Tensor, sample: bool) -> SkipOutput:
-        check_images(images, self.backbone)
-        batch, stages, classes = len(images), self.backbone.num_stages, self.backbone.num_classes
-        stopped_at = torch.full((batch,), stages, device=images.device)
-        gate_logits = images.new_full((batch, stages, 2), math.nan)
-        inner_logits = images.new_full((batch, stages, classes), math.nan)
-        final = images.new_full((batch, classes), math.nan)
-        alive = torch.arange(batch, device=images.device)
-        carry = self.backbone.start(images)
+        check_eval(self, "EarlyExit")
+        images = check_images(images, self.backbone)
+        batch, stages = len(images), self.backbone.num_stages
+        engine = Engine(self, batch, sample=sample, gates=self.exits)
+        engine.answered = [True] * batch  # an exit answers for what it stops: nothing has to be kept to go on with
+        rows = alive = torch.arange(batch)
+        engine.load(rows, images, torch.zeros_like(rows))
         for n in range(stages):
-            carry = self.backbone.run(n, carry)
-            logits, answer, forward = self._ask(n, self.backbone.pool(n, carry), sample)
-            gate_logits[alive, n], inner_logits[alive, n] = logits.to(images.dtype), answer.to(images.dtype)
-            keep = forward > 0.5
-            stopped_at[alive[~keep]] = n
-            alive = alive[keep]
+            engine.run(n, n, alive)
+            alive = alive[engine.ask(n, n, alive)]
             if not len(alive):
                 break
-            carry = carry if keep.all() else carry.select(keep)
         else:
-            final[alive] = self.backbone.head(carry).to(images.dtype)
-        return self._output(stopped_at, gate_logits, inner_logits, final, (images.shape[2], images.shape[3]))
-
-    def _ask(self, stage: int, pooled: Tensor, sample: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Return `(B, 2)` logits of a gate, `(B, K)` logits of its classifier and `(B,)` decisions."""
-        part = self.exits[stage]
-        logits, state = part.gate(pooled, part.gate.initial_state(len(pooled)))
-        if part.never_stops:
-            nothing = pooled.new_full((len(pooled), self.backbone.num_classes), math.nan)
-            return logits, nothing, pooled.new_ones(len(pooled))
-        decisions = draw(logits, self.forward_threshold[stage], self.temperature, sample, self.training)
-        return logits, part.inner(state[0]), decisions
+            engine.run(stages, stages, alive)
+        stopped_at = engine.decide(rows).stopped_at.squeeze(1)
+        inner_logits = torch.stack([answer for (answer,) in engine.proposed], 1)
+        size = (images.shape[2], images.shape[3])
+        return self._output(stopped_at, engine.gate_logits, inner_logits, engine.frame_logits, size)
 
     def _output(
         self, stopped_at: Tensor, gate_logits: Tensor, inner_logits: Tensor, final: Tensor, size: tuple[int, int]
     ) -> SkipOutput:
         """Make the output of a skipping pass; what the decisions did not ask for is masked."""
-        stages = self.backbone.num_stages
-        depth = torch.arange(stages, device=stopped_at.device)
-        evaluated, used = depth <= stopped_at[:, None], stopped_at == stages
+        never = torch.tensor([part.never_stops for part in self.exits])
         answers = torch.cat([inner_logits, final[:, None]], 1)
-        return SkipOutput(
-            logits=answers[torch.arange(len(final), device=final.device), stopped_at],
-            forward=(depth < stopped_at[:, None]).to(gate_logits.dtype)[:, None],
-            used=used[:, None],
-            stopped_at=stopped_at[:, None],
-            frame_logits=final.masked_fill(~used[:, None], math.nan)[:, None],
-            gate_logits=gate_logits.masked_fill(~evaluated[..., None], math.nan)[:, None],
-            inner_logits=inner_logits.masked_fill(~evaluated[..., None], math.nan)[:, None],
-            macs=self.lookup_for(size).by_outcome.to(stopped_at.device)[stopped_at + 1],
+        output = masked_output(
+            stopped_at[:, None],
+            gate_logits[:, None],
+            final[:, None],
+            self.lookup_for(size),
+            self.repeats,
             fallback_frame=torch.full_like(stopped_at, -1),
-            evaluated=evaluated[:, None],
+            inner_logits=inner_logits[:, None].masked_fill(
+                never.to(final.device, non_blocking=True)[:, None], math.nan
+            ),
+            logits=answers.gather(1, stopped_at[:, None, None].expand(-1, 1, answers.shape[-1])).squeeze(1),
         )
+        return output
 
 
-class _Exit(nn.Module):
-    """A gate and the classifier that answers for what it stops; a gate in itself, so that both are counted as one."""
+class _Exit(Gate):
+    """A gate and the classifier that answers for what it stops; a gate in itself, whose state is the answer."""
 
-    def __init__(self, gate: nn.Module, inner: nn.Module) -> None:
+    has_memory = False
+
+    def __init__(self, gate: nn.Module, inner: nn.Module, num_classes: int) -> None:
         super().__init__()
         self.gate: Any = gate
         self.inner = inner
         self.never_stops = _never_stops(gate)
+        self.num_classes = num_classes
 
     def initial_state(self, batch: int) -> GateState:
-        return self.gate.initial_state(batch)  # type: ignore[no-any-return]
+        weight = next((tensor for tensor in (*self.parameters(), *self.buffers())), torch.empty(0))
+        return (weight.new_zeros(batch, self.num_classes),)
 
     def forward(self, pooled: Tensor, state: GateState) -> tuple[Tensor, GateState]:
-        logits, state = self.gate(pooled, state)
-        return (logits, state) if self.never_stops else (logits, (self.inner(state[0]),))
+        logits, hidden = self.gate(pooled, self.gate.initial_state(len(pooled)))
+        if self.never_stops:
+            return logits, (pooled.new_zeros(len(pooled), self.num_classes),)
+        return logits, (self.inner(hidden[0]),)
 
 
 def _never_stops(gate: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dynskip.backbone import StagedBackbone
 from dynskip.errors import DynskipError
-from dynskip.gates import in_two
+from dynskip.gates import parts_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -27,8 +27,10 @@ class FLOPsLookup:
         per_stage: cost of each stage, the gates not included.
         head: cost of what follows the last stage.
         gates: cost of each gate; none by default.
-        steps: the part of each gate's cost that asking it again about a frame takes (see `dynskip.gates`), by default
-            all of it; matters for `speculative_macs` alone.
+        steps: the part of each gate's cost that asking it again about a frame takes (its `step`), by default all of it;
+            matters for `speculative_macs` alone.
+        shared: the part of each step that is done once a video where the gate looks at several frames of it, by default
+            nothing; matters for `speculative_macs` alone.
         stage_names: names of the stages, checked against the backbone's where given.
         image_size: `(H, W)` that the table holds for; `None` for any.
         unit: what is counted; `"MACs"` are multiply-adds.
@@ -47,6 +49,7 @@ class FLOPsLookup:
         gates: Sequence[float] | None = None,
         *,
         steps: Sequence[float] | None = None,
+        shared: Sequence[float] | None = None,
         stage_names: Sequence[str] | None = None,
         image_size: tuple[int, int] | None = None,
         unit: str = "MACs",
@@ -56,19 +59,23 @@ class FLOPsLookup:
         if gates is not None:
             self.gates = torch.tensor(list(gates), dtype=torch.float64)
         self.steps = self.gates if steps is None else torch.tensor(list(steps), dtype=torch.float64)
+        self.shared = torch.zeros_like(self.steps)
+        if shared is not None:
+            self.shared = torch.tensor(list(shared), dtype=torch.float64)
         self.head = float(head)
         self.stage_names = tuple(stage_names) if stage_names is not None else None
         self.image_size = image_size
         self.unit = unit
         stages = len(self.per_stage)
         named = stages if self.stage_names is None else len(self.stage_names)
-        lengths = {stages, len(self.gates), len(self.steps), named}
+        lengths = {stages, len(self.gates), len(self.steps), len(self.shared), named}
         if stages == 0 or len(lengths) > 1:
             raise DynskipError(
                 f"A cost table needs one entry a stage: got {stages} stages, {len(self.gates)} gates, "
-                f"{len(self.steps)} steps and stage names {self.stage_names}."
+                f"{len(self.steps)} steps, {len(self.shared)} shared parts and stage names {self.stage_names}."
             )
-        costs = torch.cat([self.per_stage, self.gates, self.steps, torch.tensor([self.head], dtype=torch.float64)])
+        head_cost = torch.tensor([self.head], dtype=torch.float64)
+        costs = torch.cat([self.per_stage, self.gates, self.steps, self.shared, head_cost])
         if not torch.isfinite(costs).all() or (costs < 0).any():
             raise DynskipError(f"Costs must be finite and not negative; got {costs.tolist()}.")
 
@@ -99,17 +106,20 @@ class FLOPsLookup:
         staged = _on_meta(backbone)
         dtype = next((p.dtype for p in staged.parameters() if p.is_floating_point()), torch.float32)
         carry = staged.start(torch.empty(1, backbone.input_size[0], height, width, dtype=dtype, device="meta"))
-        stage_macs, gate_macs, step_macs = [], [], []
+        stage_macs, gate_macs, step_macs, shared_macs = [], [], [], []
         for n in range(backbone.num_stages):
             macs, carry = _count(staged.run, n, carry)
             stage_macs.append(macs)
-            embed_macs = macs = 0
+            embed_macs = macs = shared = 0
             if gates:
                 gate: Any = _on_meta(gates[n])
-                embed, step = in_two(gate)
                 try:
-                    embed_macs, embedded = _count(embed, staged.pool(n, carry))
-                    macs, _ = _count(step, embedded, gate.initial_state(1))
+                    parts = parts_of(gate)
+                    embed_macs, embedded = _count(parts.embed, staged.pool(n, carry))
+                    macs, _ = _count(parts.step, embedded, gate.initial_state(1))
+                    if parts.broadcasts:
+                        twice, _ = _count(parts.step, embedded[:, None].expand(-1, 2, -1), gate.initial_state(1))
+                        shared = 2 * macs - twice
                 except Exception as error:
                     raise DynskipError(
                         f"Gate {n} ({type(gate).__name__}) cannot run after stage {backbone.stage_names[n]!r}: "
@@ -117,12 +127,14 @@ class FLOPsLookup:
                     ) from error
             gate_macs.append(embed_macs + macs)
             step_macs.append(macs)
+            shared_macs.append(shared)
         head_macs, _ = _count(staged.head, carry)
         return cls(
             stage_macs,
             head_macs,
             gate_macs,
             steps=step_macs,
+            shared=shared_macs,
             stage_names=backbone.stage_names,
             image_size=(height, width),
         )
@@ -165,23 +177,23 @@ class FLOPsLookup:
             return 1.0, self.unit
         return (1e9, "GMACs") if self.total >= 1e8 else (1e6, "MMACs")
 
-    def cost(self, stopped_at: Tensor, used: Tensor) -> Tensor:
+    def cost(self, stopped_at: Tensor, fallback_frame: Tensor) -> Tensor:
         """Add up what was executed.
-
-        A video of which no frame was used has had its furthest frame run to the end; that is counted, too.
 
         Args:
             stopped_at: `(B, T)` index of the gate that stopped each frame, `N` for used ones, -1 for unseen ones.
-            used: `(B, T)` boolean, true for frames that passed every gate.
+            fallback_frame: `(B,)` the frame of each video that was run to the end although a gate stopped it; -1 for
+                none.
 
         Returns:
             `(B,)` float64 executed cost a video, gates and head included.
         """
-        costs = self.by_outcome.to(stopped_at.device)[stopped_at + 1].sum(1)
-        furthest = stopped_at.amax(1)
-        fallback = ~used.any(1) & (furthest >= 0)
-        completion = self.completion.to(stopped_at.device)[furthest.clamp(0, len(self.per_stage) - 1)]
-        return costs + torch.where(fallback, completion, 0.0)
+        by_outcome, completion = (
+            table.to(stopped_at.device, non_blocking=True) for table in (self.by_outcome, self.completion)
+        )
+        gate = stopped_at.gather(1, fallback_frame.clamp(min=0)[:, None]).squeeze(1)
+        extra = completion[gate.clamp(0, len(self.per_stage) - 1)]
+        return by_outcome[stopped_at + 1].sum(1) + torch.where(fallback_frame >= 0, extra, 0.0)
 
     def __repr__(self) -> str:
         """Show the table; MACs in thousands of millions, of small models in millions."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
-from dynskip.output import UNSEEN
+from dynskip.rules import UNSEEN
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def top_k_accuracy(scores: Tensor, targets: Tensor, k: int = 1) -> float:
     the lower class index counts as better. Videos without any label are left out.
 
     Args:
-        scores: `(B, K)`, higher is better; logits and probabilities give the same result.
+        scores: `(B, K)` with K at least 2, higher is better; logits and probabilities give the same result.
         targets: `(B,)` class indices, or `(B, K)` multi-hot.
         k: How many classes may be guessed, 1 to K.
 
@@ -285,6 +285,11 @@ def _hits(scores: Tensor, targets: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Count the labels among the `k` best classes, and all labels, of each video that has any."""
     scores, positives = _checked(scores, targets)
     num_classes = scores.shape[1]
+    if num_classes == 1:
+        raise DynskipError(
+            "scores has one column, and a single class is always the best one, whatever its score. Give the model two "
+            'outputs, one of them for "no" (num_classes=2), or rank the videos with mean_average_precision.'
+        )
     if not 1 <= k <= num_classes:
         raise DynskipError(f"k={k} is out of range; expected 1 to the number of classes, {num_classes}.")
     best = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]

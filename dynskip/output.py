@@ -1,28 +1,98 @@
-"""What a pass over videos decided, predicted and cost, and the rules by which a prediction follows from decisions."""
+"""What a pass over videos gives: what became of a frame, what a video's answer is, and a batch of both.
+
+A quantity has one name, wherever it is found: `used` is a frame's, `frames_used` a video's; `macs` are a video's,
+`frame_macs` a frame's; `logits` are a video's answer, `running_logits` the one so far, `frame_logits` a frame's.
+"""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dynskip import rules
 from dynskip.flops import FLOPsLookup
-from dynskip.gates import FORWARD, STOP
 
-UNSEEN = -1  # `stopped_at` of a frame that was never looked at, because the video had ended
+
+@dataclass
+class FrameResult:
+    """What became of a frame: of one of a stream, or of one of each of a session's `B` videos.
+
+    Shapes are those of a session; what a stream hands out has no `B`, and numbers in the place of `(B,)` tensors.
+
+    Attributes:
+        stopped_at: `(B,)` index of the gate that stopped the frame; `N` for used frames, -1 where the video had ended
+            before and the frame was not looked at.
+        used: `(B,)` boolean, frames that passed every gate.
+        gate_logits: `(B, N, 2)` logits (stop, forward), NaN where not evaluated.
+        frame_logits: `(B, K)` logits of the frame, NaN unless used.
+        running_logits: `(B, K)` running prediction of the video, NaN before the first used frame.
+        ended: `(B,)` boolean, videos that need no more frames.
+        frame_macs: `(B,)` float64 executed for this frame, in the cost table's unit.
+        key: name of the stream; `None` in sessions.
+        frame: the frame's number in its stream; `None` in sessions.
+    """
+
+    stopped_at: Any
+    used: Any
+    gate_logits: Tensor
+    frame_logits: Tensor
+    running_logits: Tensor
+    ended: Any
+    frame_macs: Any
+    key: Hashable = None
+    frame: int | None = None
+
+    @property
+    def running_probabilities(self) -> Tensor:
+        """`(B, K)` running class probabilities, NaN before the first used frame."""
+        return self.running_logits.softmax(-1)
+
+
+@dataclass
+class VideoResult:
+    """What a video's answer is: of a stream, or of each of a session's `B` videos.
+
+    Shapes are those of a session; what a stream hands out has no `B`, and numbers in the place of `(B,)` tensors.
+
+    Attributes:
+        logits: `(B, K)` mean over the used frames, or the fallback frame's; NaN where neither exists.
+        frames_used: `(B,)` number of frames used.
+        frames_seen: `(B,)` number of frames looked at.
+        fallback_frame: `(B,)` where no frame was used, the frame that was run to the end in their place; else -1.
+        macs: `(B,)` float64 executed cost of the video, the fallback included.
+        speculative_macs: `(B,)` float64 what was executed beyond `macs`, ahead of decisions that then went otherwise.
+        key: name of the stream; `None` in sessions.
+        error: why the stream failed; `None` where it came to its end. The other fields tell how far it had got.
+    """
+
+    logits: Tensor
+    frames_used: Any
+    frames_seen: Any
+    fallback_frame: Any
+    macs: Any
+    speculative_macs: Any
+    key: Hashable = None
+    error: Exception | None = None
+
+    @property
+    def probabilities(self) -> Tensor:
+        """`(B, K)` class probabilities."""
+        return self.logits.softmax(-1)
 
 
 @dataclass
 class SkipOutput:
     """What a pass over videos decided, predicted and cost. What was not evaluated is masked, never invented.
 
+    Classes are exclusive: `probabilities` are a softmax, and so are those that end videos.
+
     Attributes:
         logits: `(B, K)` logits of each video: the mean over its used frames (Eq. 3.6), each as often as gates with
-            `repeats_last` say that it is shown.
+            `repeats_last` say that it is shown. In eval, frames whose logits are not finite do not count.
         forward: `(B, T, N)` decisions, 1 forward and 0 stop; straight-through in training, 0 where a gate was not
             evaluated.
         used: `(B, T)` boolean, frames that passed every gate.
@@ -34,8 +104,8 @@ class SkipOutput:
         macs: `(B,)` float64 executed cost of each video in the lookup's unit (MACs), gates and head included.
         fallback_frame: `(B,)` where no frame was used, the frame that was run to the end in their place; else -1.
         evaluated: `(B, T, N)` boolean, gates that ran: all of them in training, those a frame reached in eval.
-        speculative_macs: `(B,)` float64 what was executed beyond `macs` to run several frames at a time: frames looked
-            at ahead of decisions that then went otherwise. Zero unless stored videos are really skipped.
+        speculative_macs: `(B,)` float64 what was executed beyond `macs` to run several frames or stages at a time,
+            ahead of decisions that then went otherwise. Zero unless stored videos are really skipped.
     """
 
     logits: Tensor
@@ -82,7 +152,7 @@ class SkipOutput:
     @property
     def seen(self) -> Tensor:
         """`(B, T)` boolean, frames that were looked at."""
-        return self.stopped_at != UNSEEN
+        return self.stopped_at != rules.UNSEEN
 
 
 @dataclass
@@ -113,90 +183,44 @@ def masked_output(
     stopped_at: Tensor,
     gate_logits: Tensor,
     frame_logits: Tensor,
-    fallback_frame: Tensor,
     lookup: FLOPsLookup,
     repeats: Sequence[bool],
+    *,
+    fallback_frame: Tensor | None = None,
     inner_logits: Tensor | None = None,
+    logits: Tensor | None = None,
 ) -> SkipOutput:
-    """Make the output of a skipping pass; whatever the tensors hold that the decisions did not ask for is masked."""
-    depth = torch.arange(gate_logits.shape[2], device=stopped_at.device)
-    evaluated, used = depth <= stopped_at[..., None], stopped_at == gate_logits.shape[2]
-    answered = answered_by(used, fallback_frame)
-    return SkipOutput(
-        logits=mean_where(answered, frame_logits, times_counted(stopped_at, repeats)),
-        forward=(depth < stopped_at[..., None]).to(gate_logits.dtype),
-        used=used,
-        stopped_at=stopped_at,
-        frame_logits=frame_logits.masked_fill(~answered[..., None], math.nan),
-        gate_logits=gate_logits.masked_fill(~evaluated[..., None], math.nan),
-        inner_logits=None if inner_logits is None else inner_logits.masked_fill(~evaluated[..., None], math.nan),
-        macs=lookup.cost(stopped_at, used),
-        fallback_frame=fallback_frame,
-        evaluated=evaluated,
-    )
-
-
-def depth_score(stopped_at: Tensor, logits: Tensor) -> Tensor:
-    """Order stopped frames by how far they got, then by how nearly their gate forwarded them."""
-    margin = logits[..., FORWARD].detach().double() - logits[..., STOP].detach().double()
-    # Rises with the forward probability, from 0 to 1. A softmax would do, but its last digit depends on where in a
-    # batch a row stands, and equal frames have to stay equal in every batch.
-    nearness = 0.5 + 0.5 * margin / (1 + margin.abs())
-    return stopped_at.double() + nearness.clamp(max=1 - 1e-12)
-
-
-def fallback_frames(stopped_at: Tensor, used: Tensor, gate_logits: Tensor) -> Tensor:
-    """Choose, for videos without a used frame, the frame that answers in their place; -1 for other videos."""
-    last = stopped_at.clamp(0, gate_logits.shape[2] - 1)
-    at_stop = gate_logits.detach().gather(2, last[..., None, None].expand(-1, -1, 1, 2)).squeeze(2)
-    score = depth_score(stopped_at, at_stop)  # an unseen frame scores below 0
-    return torch.where(used.any(1), -1, score.argmax(1))
-
-
-def answered_by(used: Tensor, fallback_frame: Tensor) -> Tensor:
-    """Mark the frames whose logits make the prediction: the used ones, or else the fallback."""
-    frames = torch.arange(used.shape[1], device=used.device)
-    return used | (frames == fallback_frame[:, None])
-
-
-def counted_as(stopped_at: Tensor, repeats: Sequence[bool]) -> Tensor:
-    """Say which frame's logits each frame adds to its video's mean, `(B, T)`; -1 for none.
+    """Make the output of a skipping pass; whatever the tensors hold that the decisions did not ask for is masked.
 
     Args:
         stopped_at: `(B, T)` what became of each frame.
-        repeats: for each of `N` gates, whether frames that it stops count as the last used one.
+        gate_logits: `(B, T, N, 2)`.
+        frame_logits: `(B, T, K)`.
+        lookup: costs at the frames' size.
+        repeats: for each gate, whether frames that it stops count as the last used one.
+        fallback_frame: `(B,)`, where it has been chosen already.
+        inner_logits: `(B, T, N, K)`, where inner classifiers ran.
+        logits: `(B, K)` the videos' answers, where they do not follow from the frames' logits.
     """
-    frames = torch.arange(stopped_at.shape[1], device=stopped_at.device)
-    last_used = torch.where(stopped_at == len(repeats), frames, -1).cummax(1).values
-    counts = torch.tensor([False, *repeats, True], device=stopped_at.device)  # unseen, each gate, used
-    return torch.where(counts[stopped_at + 1], last_used, -1)
-
-
-def times_counted(stopped_at: Tensor, repeats: Sequence[bool]) -> Tensor:
-    """Say how often each frame's logits count in its video's mean, `(B, T)`; 1 for frames that nothing repeats."""
-    source = counted_as(stopped_at, repeats)
-    counts = torch.zeros_like(stopped_at).scatter_add(1, source.clamp(min=0), (source >= 0).long())
-    return counts.clamp(min=1)
-
-
-def mean_where(mask: Tensor, frame_logits: Tensor, times: Tensor | None = None) -> Tensor:
-    """Average the logits of each video's marked frames, each counted once or so many times."""
-    weights = mask.long() if times is None else mask * times
-    wide = frame_logits.to(sum_dtype(frame_logits.dtype))
-    total = torch.where(mask[..., None], wide * weights[..., None], 0.0).sum(1)
-    return (total / weights.sum(1, keepdim=True)).to(frame_logits.dtype)
-
-
-def running_probabilities(stopped_at: Tensor, frame_logits: Tensor, repeats: Sequence[bool]) -> Tensor:
-    """Predict each video after each of its frames, from those so far: `(B, T, K)`, NaN before the first used one."""
-    source = counted_as(stopped_at, repeats)
-    added = frame_logits.gather(1, source.clamp(min=0)[..., None].expand(-1, -1, frame_logits.shape[-1]))
-    added = torch.where(source[..., None] >= 0, added, 0.0).to(sum_dtype(frame_logits.dtype))
-    # Added one by one, as frames arrive: a cumulative sum rounds differently.
-    total = torch.stack(list(itertools.accumulate(added.unbind(1))), 1)
-    return (total / (source >= 0).cumsum(1)[..., None]).softmax(-1)
-
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Sums over frames need more digits than half precision has."""
-    return torch.promote_types(dtype, torch.float32)
+    stages = gate_logits.shape[2]
+    if fallback_frame is None:
+        fallback_frame = rules.fallback(stopped_at, gate_logits)
+    answering = rules.answering(stopped_at, stages, fallback_frame)
+    if logits is None:
+        # A fallback frame counts as the one used frame of its video.
+        counted = rules.read(torch.where(answering, stages, stopped_at), frame_logits, repeats)
+        logits = counted[:, -1].to(frame_logits.dtype)
+    depth = torch.arange(stages, device=stopped_at.device)
+    evaluated = depth <= stopped_at[..., None]
+    return SkipOutput(
+        logits=logits,
+        forward=(depth < stopped_at[..., None]).to(gate_logits.dtype),
+        used=stopped_at == stages,
+        stopped_at=stopped_at,
+        frame_logits=rules.known(frame_logits, answering),
+        gate_logits=rules.known(gate_logits, evaluated),
+        inner_logits=None if inner_logits is None else rules.known(inner_logits, evaluated),
+        macs=lookup.cost(stopped_at, fallback_frame),
+        fallback_frame=fallback_frame,
+        evaluated=evaluated,
+    )

@@ -1,16 +1,20 @@
-"""Early termination: stop reading a video once its prediction is sure."""
+"""Early termination: stop reading a video once its prediction is confident."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from typing import Any
 
+from torch import Tensor
+
+from dynskip._check import Checked
 from dynskip.errors import DynskipError
-from dynskip.output import UNSEEN
 
 
-class EarlyTerminator(nn.Module):
+class EarlyTerminator(Checked):
     """End a video when its most probable class passes a threshold, after more than `min_frames` frames.
+
+    Classes are exclusive: probabilities are a softmax over at least two of them. Where several labels hold at once, one
+    of them being certain says nothing of the others; leave the terminator out there.
 
     Args:
         threshold: probability that the prediction has to exceed, in (0, 1].
@@ -25,16 +29,18 @@ class EarlyTerminator(nn.Module):
 
     def __init__(self, threshold: float = 0.999, min_frames: int = 3) -> None:
         super().__init__()
-        if not 0.0 < threshold <= 1.0:
-            raise DynskipError(
-                f"Termination threshold {threshold} is no probability; give one in (0, 1], such as 0.999."
-            )
-        if min_frames < 0:
-            raise DynskipError(
-                f"min_frames={min_frames} is negative; give the frames to look at in any case, such as 3."
-            )
         self.threshold = threshold
         self.min_frames = min_frames
+
+    def check_setting(self, name: str, value: Any) -> Any:
+        """Refuse what is no probability, and negative numbers of frames."""
+        if name == "threshold" and not (isinstance(value, int | float) and 0.0 < value <= 1.0):
+            raise DynskipError(f"Termination threshold {value} is no probability; give one in (0, 1], such as 0.999.")
+        if name == "min_frames" and not (isinstance(value, int) and value >= 0):
+            raise DynskipError(
+                f"min_frames={value} is negative or no whole number; give the frames to look at in any case, such as 3."
+            )
+        return super().check_setting(name, value)
 
     def forward(self, probabilities: Tensor, frames_seen: Tensor) -> Tensor:
         """Say which videos are finished.
@@ -52,20 +58,3 @@ class EarlyTerminator(nn.Module):
     def extra_repr(self) -> str:
         """Show the rule."""
         return f"probability > {self.threshold}, after more than {self.min_frames} frames"
-
-
-def end_videos(terminator: nn.Module, running: Tensor, stopped_at: Tensor) -> Tensor:
-    """Mark the frames after the one that ends each video as unseen.
-
-    Args:
-        terminator: the rule.
-        running: `(B, T, K)` probabilities after each frame (`running_probabilities`).
-        stopped_at: `(B, T)` what became of each frame when videos are read to the end.
-
-    Returns:
-        `(B, T)` what becomes of each frame when videos end early.
-    """
-    batch, frames, _ = running.shape
-    seen = torch.arange(1, frames + 1, device=running.device).repeat(batch)
-    ends = terminator(running.flatten(0, 1), seen).view(batch, frames)
-    return stopped_at.masked_fill(ends.cumsum(1) - ends.long() > 0, UNSEEN)

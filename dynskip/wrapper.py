@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,33 +10,26 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from dynskip._check import check_video
-from dynskip._fx import in_mode
+from dynskip import rules
+from dynskip._check import Checked, check_eval, check_positive, check_video
+from dynskip._modes import in_mode
 from dynskip._pretrained import Pretrained
 from dynskip.backbone import StagedBackbone
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
-from dynskip.gates import FORWARD, STOP, GateState, in_two
-from dynskip.output import (
-    EncodedVideo,
-    SkipOutput,
-    answered_by,
-    fallback_frames,
-    masked_output,
-    running_probabilities,
-    times_counted,
-)
-from dynskip.runtime.clip import Usage, run_clip
+from dynskip.gates import parts_of
+from dynskip.output import EncodedVideo, FrameResult, SkipOutput, VideoResult, masked_output
+from dynskip.runtime.clip import LookAhead, run_clip, tune
 from dynskip.runtime.online import Session
-from dynskip.runtime.streams import FrameResult, VideoResult, aserve, serve
+from dynskip.runtime.streams import aserve, serve
 from dynskip.summary import as_size, one_frame, stage_table
-from dynskip.terminate import EarlyTerminator, end_videos
+from dynskip.terminate import EarlyTerminator
 
 if TYPE_CHECKING:
     from dynskip.runtime.optimize import Agreement
 
 
-class StopOrForward(Pretrained, nn.Module):
+class StopOrForward(Pretrained, Checked):
     """Put gates around a backbone: after each stage, a gate decides frame by frame to stop or to go forward.
 
     `train()` runs every stage and gate on every frame and masks, so that gradients reach all decisions. `eval()` runs
@@ -52,13 +44,16 @@ class StopOrForward(Pretrained, nn.Module):
         state_update: which frames advance the gates' memory. `"used"` (the thesis): all gates on frames that passed
             every gate. `"reached"`: each gate on every frame that reaches it.
         forward_threshold: forward where the gate's forward probability exceeds this, for all gates or one a gate;
-            0.5 is the arg-max.
+            0.5 is the arg-max. See `dynskip.rules` for what gates answer that no threshold overrules.
+
+    Settings are checked whenever they are set.
 
     Attributes:
         temperature: temperature of the Gumbel-softmax in training; set it from a schedule every epoch.
         class_names: name of each class, or `None`; set it, and it is saved and exported with the model.
         preprocessing: how frames are made from pictures, as arguments of `timm.data.create_transform` (`input_size`,
             `mean`, `std`, ...), or `None`; set it, and it is saved with the model.
+        look_ahead: how far clips run ahead of the gates, such as `tune` returns; `None` for what suits the device.
 
     Raises:
         DynskipError: if the parts do not fit one another; the message names the part.
@@ -66,6 +61,8 @@ class StopOrForward(Pretrained, nn.Module):
     Reference:
         Thesis Eq. 3.1-3.7.
     """
+
+    task = "video-classification"
 
     def __init__(
         self,
@@ -81,26 +78,37 @@ class StopOrForward(Pretrained, nn.Module):
         for n, gate in enumerate(gates):
             if not isinstance(gate, nn.Module):
                 raise DynskipError(f"Gate {n} is a {type(gate).__name__}; a gate is an nn.Module such as PolicyGate.")
-        if state_update not in ("used", "reached"):
-            raise DynskipError(f"state_update={state_update!r} is unknown; use 'used' or 'reached'.")
-        if terminator is not None and not isinstance(terminator, EarlyTerminator):
-            raise DynskipError(
-                f"The terminator is a {type(terminator).__name__}; give an EarlyTerminator, or a rule derived from it."
-            )
         self.backbone = backbone
         self.gates: Any = nn.ModuleList(gates)  # Any: gates are a protocol of their own, which nn.Module hides
         self.inner = nn.ModuleList(inner) if inner is not None else None
-        self.terminator = terminator
-        self.state_update = state_update
+        self.terminator: EarlyTerminator | None = terminator
+        self.state_update: Literal["used", "reached"] = state_update
         self.temperature = 1.0
-        self.forward_threshold = check_thresholds(forward_threshold, backbone.num_stages)
+        self.forward_threshold: Any = forward_threshold  # kept as a tuple, one a gate
         check_parts(backbone, gates, inner)
         _check_lookup(backbone, lookup)
         self._given_lookup = lookup
         self._measured: dict[tuple[int, int], FLOPsLookup] = {}
-        self._usage = Usage()
+        self.look_ahead: LookAhead | None = None
         self.class_names: Sequence[str] | None = None
         self.preprocessing: Mapping[str, Any] | None = None
+
+    def check_setting(self, name: str, value: Any) -> Any:
+        """Refuse settings that make no sense; thresholds become one a gate."""
+        if name == "state_update" and value not in ("used", "reached"):
+            raise DynskipError(f"state_update={value!r} is unknown; use 'used' or 'reached'.")
+        if name == "terminator" and value is not None:
+            if not isinstance(value, EarlyTerminator):
+                raise DynskipError(
+                    f"The terminator is a {type(value).__name__}; give an EarlyTerminator, or a rule derived from it."
+                )
+            if self.backbone.num_classes < 2:
+                raise DynskipError(
+                    "The model has one output, and the softmax of one logit is 1 whatever it says, so that every video "
+                    "would end at once. Give the model two outputs, or leave the terminator out (`threshold=None`)."
+                )
+            value.train(self.training)  # a new part takes the model's mode
+        return check_wrapper_setting(self, name, value)
 
     def forward(self, video: Tensor, *, dense: bool = False, sample: bool | None = None) -> SkipOutput:
         """Classify videos.
@@ -133,8 +141,7 @@ class StopOrForward(Pretrained, nn.Module):
 
         Args:
             video: `(B, T, C, H, W)` normalised frames in order, floating point.
-            window: frames of a video to look ahead; 1 goes frame by frame. By default as many as videos are usually
-                looked at before they end, within bounds.
+            window: frames of a video to look ahead; 1 goes frame by frame. By default as `look_ahead` says.
 
         Returns:
             The output, without gradients.
@@ -144,6 +151,21 @@ class StopOrForward(Pretrained, nn.Module):
                 training mode.
         """
         return run_clip(self, video, window)
+
+    def tune(self, video: Tensor) -> LookAhead:
+        """Measure how far ahead of the gates clips run fastest on this machine, and keep that as `look_ahead`.
+
+        Answers do not depend on it, times and `speculative_macs` do. What is fastest depends on the number of videos in
+        a batch, their length, and what the gates decide on them.
+
+        Args:
+            video: `(B, T, C, H, W)` normalised frames, like those to come.
+
+        Returns:
+            The choice.
+        """
+        self.look_ahead = tune(self, video)
+        return self.look_ahead
 
     def stream(self, batch: int = 1) -> Session:
         """Open a session that classifies videos while their frames arrive.
@@ -160,20 +182,22 @@ class StopOrForward(Pretrained, nn.Module):
         return Session(self, batch)
 
     def serve_streams(
-        self, sources: Iterable[Any], max_streams: int = 16, batch_size: int = 16
+        self, sources: Iterable[Any], max_streams: int = 16, batch_size: int = 16, look_ahead: int = 1
     ) -> Iterator[FrameResult | VideoResult]:
         """Classify many videos or cameras at once, their frames batched per stage.
 
-        Each stream has at most one frame in flight, which is pulled only when it can be taken; a stream that is done
-        is replaced at once. Results do not depend on which streams run beside one another. A stream that raises, or
-        sends a frame that does not fit, fails alone. Sources that wait for frames hold up the others here; give them
-        to `aserve_streams`. Closing the iterator closes the sources' iterators.
+        Each stream has at most `look_ahead` frames in flight, pulled only when they can be taken; a stream that is done
+        is replaced at once. Results do not depend on which streams run beside one another. A stream that raises, sends
+        a frame that does not fit, or on whose frame a stage or gate raises, fails alone. Sources that wait for frames
+        hold up the others here; give them to `aserve_streams`. Closing the iterator closes the sources' iterators.
 
         Args:
             sources: one item a video, endless or lazy as you like: `(key, frames)`, or `frames` alone, which get their
                 number as key. Frames are an iterable of `(C, H, W)` normalised tensors.
             max_streams: streams in flight; the others wait.
             batch_size: most frames in one stage run.
+            look_ahead: most frames of a stream in flight. With 1, nothing is run in vain. More fill batches where
+                frames are there at once, as of stored videos; with `state_update="reached"` it remains 1.
 
         Returns:
             An iterator of events, a `FrameResult` for every frame, a `VideoResult` for every stream.
@@ -181,7 +205,7 @@ class StopOrForward(Pretrained, nn.Module):
         Raises:
             DynskipError: if a number is not positive, or the model is in training mode.
         """
-        return serve(self, sources, max_streams, batch_size)
+        return serve(self, sources, max_streams, batch_size, look_ahead)
 
     def aserve_streams(
         self, sources: Any, max_streams: int = 16, batch_size: int = 16
@@ -279,7 +303,9 @@ class StopOrForward(Pretrained, nn.Module):
         Raises:
             DynskipError: as `forward`.
         """
-        check_video(video, self.backbone)
+        if not self.training:
+            check_eval(self, "`encode`")
+        video = check_video(video, self.backbone)
         batch, height, width = video.shape[0], video.shape[3], video.shape[4]
         pooled, logits = encode_images(self.backbone, rearrange(video, "b t c h w -> (b t) c h w"))
         features = tuple(rearrange(x, "(b t) c -> b t c", b=batch) for x in pooled)
@@ -310,57 +336,51 @@ class StopOrForward(Pretrained, nn.Module):
             raise DynskipError(
                 f"The noise has shape {tuple(noise.shape)}; expected (B, T, N, 2) = {(batch, frames, stages, 2)}."
             )
+        if not self.training:
+            check_eval(self, "`decide`")
         states = [gate.initial_state(batch) for gate in self.gates]
-        parts = [in_two(gate) for gate in self.gates]
+        parts = [parts_of(gate) for gate in self.gates]
+        bounds = rules.bounds(self.forward_threshold).tolist()
         embedded = [
-            embed(x.flatten(0, 1)).unflatten(0, (batch, frames))
-            for (embed, _), x in zip(parts, encoded.pooled, strict=True)
+            part.embed(x.flatten(0, 1)).unflatten(0, (batch, frames))
+            for part, x in zip(parts, encoded.pooled, strict=True)
         ]
         everything = torch.ones(batch, dtype=torch.bool, device=frame_logits.device)
-        all_gate_logits, all_decisions, all_inner, all_reached, all_used = [], [], [], [], []
+        all_gate_logits, all_decisions, all_inner = [], [], []
         for t in range(frames):
-            step_logits, decisions, inner, reached, new_states = [], [], [], [], []
-            passed = everything
-            for n, (_, step) in enumerate(parts):
-                logits, state = step(embedded[n][:, t], states[n])
-                decision = self._draw(n, logits, sample, None if noise is None else noise[:, t, n])
+            step_logits, decisions, inner, reached, new_states = [], [], [], [everything], []
+            for n, part in enumerate(parts):
+                logits, state = part.step(embedded[n][:, t], states[n])
+                draws = None if noise is None else noise[:, t, n]
+                decision = rules.draw(logits, bounds[n], self.temperature, sample, self.training, draws)
                 if self.inner is not None:
                     inner.append(self.inner[n](state[0]))
                 step_logits.append(logits)
                 decisions.append(decision)
                 new_states.append(state)
-                reached.append(passed)
-                passed = passed & (decision.detach() > 0.5)
-            commits = [passed] * stages if self.state_update == "used" else reached
-            states = [_commit(*both) for both in zip(commits, new_states, states, strict=True)]
+                reached.append(reached[n] & (decision.detach() > 0.5))
+            commits = [reached[-1]] * stages if self.state_update == "used" else reached[:-1]
+            states = [rules.keep(*both) for both in zip(commits, new_states, states, strict=True)]
             all_gate_logits.append(torch.stack(step_logits, 1))
             all_decisions.append(torch.stack(decisions, 1))
-            all_reached.append(torch.stack(reached, 1))
-            all_used.append(passed)
             if inner:
                 all_inner.append(torch.stack(inner, 1))
 
-        gate_logits = torch.stack(all_gate_logits, 1)
-        forward = torch.stack(all_decisions, 1)
-        evaluated, used = torch.stack(all_reached, 1), torch.stack(all_used, 1)
+        gate_logits, forward = torch.stack(all_gate_logits, 1), torch.stack(all_decisions, 1)
         inner_logits = torch.stack(all_inner, 1) if all_inner else None
-        # Of the gates a frame reached, the last one stopped it; a used frame passed that one, too.
-        stopped_at = evaluated.sum(-1) - 1 + used.long()
-        if not self.training and self.terminator is not None:
-            # Frames after a video's end were decided on in vain: nothing that counts depends on them.
-            running = running_probabilities(stopped_at, frame_logits, self.repeats)
-            stopped_at = end_videos(self.terminator, running, stopped_at)
-            used = stopped_at == stages
-        fallback_frame = fallback_frames(stopped_at, used, gate_logits)
+        stopped_at = rules.stopped(forward.detach() > 0.5)
         lookup = self.lookup_for(encoded.image_size)
         if not self.training:
-            return masked_output(
-                stopped_at, gate_logits, frame_logits, fallback_frame, lookup, self.repeats, inner_logits
-            )
-        answered = answered_by(used, fallback_frame)
+            if self.terminator is not None:
+                # Frames after a video's end were decided on in vain: nothing that counts depends on them.
+                running = rules.read(stopped_at, frame_logits, self.repeats)
+                stopped_at = rules.end_videos(self.terminator, running, stopped_at)
+            return masked_output(stopped_at, gate_logits, frame_logits, lookup, self.repeats, inner_logits=inner_logits)
+        fallback_frame = rules.fallback(stopped_at, gate_logits)
+        used = stopped_at == stages
         # Straight-through: the product of the gates carries their gradient, a fallback frame counts as given.
-        weights = forward.prod(-1) + (answered & ~used).to(forward.dtype)
-        weights = weights * times_counted(stopped_at, self.repeats)
+        given = rules.answering(stopped_at, stages, fallback_frame) & ~used
+        weights = (forward.prod(-1) + given.to(forward.dtype)) * rules.times_counted(stopped_at, self.repeats)
         return SkipOutput(
             logits=(weights[..., None] * frame_logits).sum(1) / weights.sum(1, keepdim=True),
             forward=forward,
@@ -369,9 +389,9 @@ class StopOrForward(Pretrained, nn.Module):
             frame_logits=frame_logits,
             gate_logits=gate_logits,
             inner_logits=inner_logits,
-            macs=lookup.cost(stopped_at, used),
+            macs=lookup.cost(stopped_at, fallback_frame),
             fallback_frame=fallback_frame,
-            evaluated=torch.ones_like(evaluated),
+            evaluated=torch.ones_like(forward, dtype=torch.bool),
         )
 
     def _dense(self, video: Tensor) -> SkipOutput:
@@ -391,10 +411,6 @@ class StopOrForward(Pretrained, nn.Module):
             fallback_frame=torch.full((batch,), -1, device=video.device),
             evaluated=torch.zeros(batch, frames, stages, dtype=torch.bool, device=video.device),
         )
-
-    def _draw(self, stage: int, logits: Tensor, sample: bool, noise: Tensor | None = None) -> Tensor:
-        """Turn `(B, 2)` gate logits into `(B,)` decisions in {0, 1}, straight-through where gradients are recorded."""
-        return draw(logits, self.forward_threshold[stage], self.temperature, sample, self.training, noise)
 
     def optimize(self, clips: Tensor, **options: Any) -> tuple[StopOrForward, Agreement]:
         """Build a faster copy and compare its decisions; see `dynskip.runtime.optimize.optimize`.
@@ -436,23 +452,6 @@ def encode_images(backbone: StagedBackbone, images: Tensor) -> tuple[list[Tensor
     return pooled, backbone.head(carry)
 
 
-def draw(
-    logits: Tensor, threshold: float, temperature: float, sample: bool, training: bool, noise: Tensor | None = None
-) -> Tensor:
-    """Turn `(B, 2)` gate logits into `(B,)` decisions in {0, 1}, straight-through in training."""
-    if sample:
-        wide = logits.float()  # in half precision the noise itself would round to ties
-        if noise is None:
-            noise = -torch.empty_like(wide).exponential_().log()
-        soft = ((wide + noise) / temperature).softmax(-1)[..., FORWARD]
-        return ((soft > 0.5).float() - soft.detach() + soft).to(logits.dtype)
-    hard = (logits[..., FORWARD] - logits[..., STOP] > _margin(threshold)).to(logits.dtype)
-    if not training:
-        return hard
-    soft = (logits / temperature).softmax(-1)[..., FORWARD]
-    return hard + soft - soft.detach()
-
-
 def check_encoded(encoded: EncodedVideo, backbone: StagedBackbone, frames: int | None = None) -> None:
     """Refuse stored features of another backbone, or of videos with another number of frames."""
     expected = backbone.num_features
@@ -473,17 +472,19 @@ def check_encoded(encoded: EncodedVideo, backbone: StagedBackbone, frames: int |
         )
 
 
-def _commit(mask: Tensor, new: GateState, old: GateState) -> GateState:
-    return tuple(
-        torch.where(mask.view(-1, *[1] * (b.ndim - 1)), a.to(b.dtype), b) for a, b in zip(new, old, strict=True)
-    )
-
-
-def _margin(probability: float) -> float:
-    """Return how far the forward logit must lie above the stop logit for this forward probability."""
-    if probability in (0.0, 1.0):
-        return math.inf if probability else -math.inf
-    return math.log(probability) - math.log1p(-probability)
+def check_wrapper_setting(model: Any, name: str, value: Any) -> Any:
+    """Check a setting that all wrappers have: thresholds (which become one a gate), temperature, class names."""
+    if name == "forward_threshold":
+        return check_thresholds(value, model.backbone.num_stages)
+    if name == "temperature":
+        return check_positive(value, name)
+    if name == "class_names" and value is not None:
+        names, classes = list(value), model.backbone.num_classes
+        if isinstance(value, str) or len(names) != classes or not all(isinstance(each, str) for each in names):
+            raise DynskipError(
+                f"`class_names` has {len(names)} entries; give one string for each of {classes} classes."
+            )
+    return value
 
 
 def check_thresholds(value: float | Sequence[float], stages: int) -> tuple[float, ...]:
@@ -494,7 +495,7 @@ def check_thresholds(value: float | Sequence[float], stages: int) -> tuple[float
             f"Got {len(thresholds)} forward thresholds for {stages} gates; give one number or one a gate."
         )
     for n, threshold in enumerate(thresholds):
-        if not 0.0 <= threshold <= 1.0:
+        if not (isinstance(threshold, int | float) and 0.0 <= threshold <= 1.0):
             raise DynskipError(f"Forward threshold {threshold} of gate {n} is no probability; give one in [0, 1].")
     return thresholds
 

@@ -159,6 +159,32 @@ def test_memory_layout_survives_a_selection() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("index", [torch.tensor([2, 0]), torch.tensor([True, False, True])])
+def test_an_index_goes_where_each_value_is(index: Tensor) -> None:
+    here, there = torch.arange(12.0).reshape(6, 2), torch.empty(3, 4, device="meta")
+    chosen = Carry((here, [there, 6]), (("rows", 2), (("rows", 1), ("size", 2))), 3).select(index)
+    rows = [4, 5, 0, 1] if index.dtype == torch.int64 else [0, 1, 4, 5]
+    assert torch.equal(chosen.values[0], here[rows])
+    assert chosen.values[1][0].device.type == "meta"
+    assert chosen.values[1][0].shape == (2, 4)
+    assert chosen.values[1][1] == 4
+
+
+@torch.no_grad()
+def test_what_works_in_place_leaves_the_carry_to_its_owner() -> None:
+    class InPlace(Net):
+        def between(self, x: Tensor) -> Tensor:
+            return x.add_(1)
+
+    backbone = stage_model(InPlace(), ["one", "two"], input_size=(3, SIZE, SIZE))
+    carry = backbone.run(0, backbone.start(randn(2, 3, SIZE, SIZE, seed=3, dtype=torch.float32)))
+    pooled = backbone.pool(0, carry)
+    twice = [backbone.pool(1, backbone.run(1, carry)) for _ in range(2)]
+    assert torch.equal(*twice)
+    assert torch.equal(backbone.pool(0, carry), pooled)
+
+
+@torch.no_grad()
 def test_batches_of_none_can_be_selected() -> None:
     carry = staged("test_resnet").start(photos(3, seed=4)).select(torch.tensor([False] * 3))
     assert carry.batch == 0
@@ -655,6 +681,7 @@ class Rank5(Net):
         (InnerValueDependent, ["inner.one", "inner.two"], "traced: inner branches on tensor values"),
         (Loop, ["one", "two"], "a Tensor is taken apart, and how many parts it has may vary"),
         (BatchCentred, ["one", "two"], "Boundary 'two': running the stage on a part of the batch gives other values"),
+        (BatchCentred, ["two"], "Boundary 'two': running the stage on a part of the batch gives other values"),
         (Noisy, ["one", "two"], "logits differ.*randomness in eval mode"),
         (Pair, ["one", "two"], "returns a tuple of values, where one tensor of logits was expected"),
         (Closed, ["one"], r"Closed returns a tuple, where one tensor of logits was expected\. Wrap it"),

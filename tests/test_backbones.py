@@ -49,16 +49,19 @@ TIMM: dict[str, tuple[int, dict[str, Any]]] = {
     # Boundaries that `feature_info` names by names that no module has; a size unpacked from a closed module.
     "mvitv2_tiny": (PIXELS, SIZED),
     "twins_svt_small": (PIXELS, {**SIZED, "depths": (1, 1, 2, 1)}),
-    # Control flow on shapes, and boundaries relative to an inner encoder.
-    "gemma4_vit_167m": (
-        96,
-        {"img_size": 96, "depth": 4, "embed_dim": 48, "num_heads": 2, "head_dim": 24, "num_classes": 10},
-    ),
-    # A stage that ends in a ModuleList, entries that repeat.
-    "coat_lite_tiny": (PIXELS, SIZED),
-    # Encoders without a classifier, tables of positions made on the fly.
-    "qwen3_vit_88m_enc": (PIXELS, {"depth": 2, "embed_dim": 48, "num_heads": 2}),
 }
+if tuple(map(int, timm.__version__.split(".")[:3])) >= (1, 0, 31):  # older ones lack these, or what a cut needs of them
+    TIMM |= {
+        # Control flow on shapes, and boundaries relative to an inner encoder.
+        "gemma4_vit_167m": (
+            96,
+            {"img_size": 96, "depth": 4, "embed_dim": 48, "num_heads": 2, "head_dim": 24, "num_classes": 10},
+        ),
+        # A stage that ends in a ModuleList, entries that repeat.
+        "coat_lite_tiny": (PIXELS, SIZED),
+        # Encoders without a classifier, tables of positions made on the fly.
+        "qwen3_vit_88m_enc": (PIXELS, {"depth": 2, "embed_dim": 48, "num_heads": 2}),
+    }
 
 # torchvision's models do not name their stages.
 TORCHVISION: dict[str, tuple[list[str], Callable[[], nn.Module]]] = {
@@ -219,6 +222,8 @@ def test_wrapped_it_trains_skips_as_it_masks_and_survives_a_save(name: str, tmp_
     assert any(key.startswith("backbone.") for key in moved)
     assert any(key.startswith("gates.") for key in moved)
 
+    # Such a step unsettles a random network, and float32's rounding may grow beyond any tolerance.
+    model, video = model.double(), video.double()
     balance(model.eval(), video, share=0.7)
     with torch.no_grad():
         masked, skipped = model.decide(model.encode(video)), model(video)
@@ -229,7 +234,7 @@ def test_wrapped_it_trains_skips_as_it_masks_and_survives_a_save(name: str, tmp_
     assert_rows(skipped.logits, masked.logits)
 
     torch.save(model.state_dict(), tmp_path / "model.pt")
-    twin = wrap(name).eval()
+    twin = wrap(name).double().eval()
     twin.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
     again = twin(video)
     assert torch.equal(again.logits, skipped.logits)

@@ -16,6 +16,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import clip_online  # noqa: E402
 import common  # noqa: E402
+import gpu  # noqa: E402
 import many_streams  # noqa: E402
 import overhead  # noqa: E402
 import per_video  # noqa: E402
@@ -24,7 +25,7 @@ import similarity  # noqa: E402
 import stick_figures  # noqa: E402
 import training_step  # noqa: E402
 
-TOY = ["--quick", "--backbone", "test_resnet", "--size", "64"]
+TOY = ["--quick", "--device", "cpu", "--backbone", "test_resnet", "--size", "64"]
 
 
 def run(script: Any, folder: Path, *more: str) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def run(script: Any, folder: Path, *more: str) -> dict[str, Any]:
     return content
 
 
-@pytest.mark.parametrize("script", [overhead, clip_online, many_streams, training_step], ids=lambda s: s.__name__)
+@pytest.mark.parametrize("script", [overhead, clip_online, many_streams, training_step, gpu], ids=lambda s: s.__name__)
 def test_scripts_run_and_end_with_a_ratio(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = run(script, tmp_path)
     printed = capsys.readouterr().out.splitlines()
@@ -50,6 +51,31 @@ def test_per_video_and_both_pictures(tmp_path: Path) -> None:
     plot.per_video(content).savefig(tmp_path / "per_video.png")
     plot.streams(run(many_streams, tmp_path)).savefig(tmp_path / "streams.png")
     assert (tmp_path / "per_video.png").stat().st_size > 10_000
+
+
+def test_the_gpu_script_leaves_out_what_there_is_no_time_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = run(gpu, tmp_path, "--budget", "0")
+    assert list(content["left_out"]) == ["bf16", "float32", "optimised", "captured"]
+    assert not content["results"]
+    assert [row["clip/dense"] for row in content["table"]] == [None] * 6
+    printed = capsys.readouterr().out
+    assert "gates that remember: clip, session and streams decide on cpu as on the CPU" in printed
+    assert "left out: optimised: it may take 130 s, and 0 s are left" in printed
+
+
+def test_the_gpu_script_times_nothing_that_decides_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, video = common.build(common.parser("").parse_args(TOY), 64)
+    gpu.check("the schedule", model, video, "cpu")
+    right = gpu.session
+    monkeypatch.setattr(gpu, "session", lambda *given: right(*given).clamp(max=4))
+    with pytest.raises(SystemExit, match="a session on cpu decides otherwise than a clip on the CPU, in 10 of 16 fr"):
+        gpu.check("the schedule", model, video, "cpu")
+    gpu.follow(model, gpu.in_turns(video, 3))
+    model.gates[3].verdicts.neg_()
+    with pytest.raises(RuntimeError, match="of 48 frames left the schedule"):
+        gpu.follow(model, gpu.in_turns(video, 3))
 
 
 def test_similarity_saves_and_tells_how_often_the_answer_is_the_same(
@@ -87,6 +113,13 @@ def test_the_schedule_is_followed_in_any_order() -> None:
     seen = output.stopped_at[0] != UNSEEN
     assert seen.sum() == 14
     assert torch.equal(output.stopped_at[0, seen], stops[order][seen])
+
+
+def test_the_schedule_is_followed_in_half_precision() -> None:
+    model, video = common.build(common.parser("").parse_args(TOY), 64)
+    half = model.bfloat16()
+    assert {buffer.dtype for buffer in half.gates[0].buffers()} == {torch.float32, torch.bfloat16}
+    common.check(half, video.bfloat16())
 
 
 def test_a_model_that_leaves_the_schedule_is_not_timed() -> None:

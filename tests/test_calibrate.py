@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CLASSES, Case, cases, generator, large_cases, randomise, toy_model, toy_video
+from helpers import CLASSES, Case, cases, generator, large_cases, randomise, toy_backbone, toy_model, toy_video
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -390,6 +390,21 @@ def test_bad_batches(case: str) -> None:
     model, video, targets = setup()
     with pytest.raises(DynskipError, match=message):
         calibrate.to_accuracy(model, make(video, targets), 0.1)
+
+
+def test_a_model_with_one_output_is_refused() -> None:
+    backbone = toy_backbone(classes=1)
+    model = StopOrForward(backbone, [FixedGate() for _ in backbone.num_features]).eval()
+    batches = [(toy_video(), torch.zeros(3, dtype=torch.long))]
+    calls: list[Callable[[], Any]] = [
+        lambda: calibrate.to_budget(model, batches, 1e9),
+        lambda: calibrate.to_accuracy(model, batches, 0.1),
+        lambda: calibrate.replay(model, batches, OperatingPoint(0, 0, model.forward_threshold, None)),
+        lambda: calibrate.dense(model, batches),
+    ]
+    for call in calls:
+        with pytest.raises(DynskipError, match=r'one output, and softmax makes 1 of .*one of them for "no"'):
+            call()
 
 
 def test_bad_features() -> None:

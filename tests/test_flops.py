@@ -86,7 +86,8 @@ def test_cost_adds_up_frame_by_frame(stages: int, batch: int, frames: int, seed:
     stopped_at = torch.randint(UNSEEN, stages + 1, (batch, frames), generator=source)
     stopped_at[:, 0] = stopped_at[:, 0].clamp(min=0)  # the first frame is always looked at
     used = stopped_at == stages
-    costs = lookup.cost(stopped_at, used)
+    fallback_frame = torch.where(used.any(1), -1, stopped_at.argmax(1))
+    costs = lookup.cost(stopped_at, fallback_frame)
     assert costs.dtype == torch.float64
     stage, gate = lookup.per_stage.tolist(), lookup.gates.tolist()
     for video in range(batch):
@@ -180,7 +181,7 @@ def test_dense_macs_leave_gates_out() -> None:
         (lambda: FLOPsLookup([1.0, 2.0], gates=[1.0]), "got 2 stages, 1 gates"),
         (
             lambda: FLOPsLookup([1.0, 2.0], stage_names=["a"]),
-            r"got 2 stages, 2 gates, 2 steps and stage names \('a',\)",
+            r"got 2 stages, 2 gates, 2 steps, 2 shared parts and stage names \('a',\)",
         ),
         (lambda: FLOPsLookup([1.0, -2.0]), r"finite and not negative; got \[1.0, -2.0"),
         (lambda: FLOPsLookup([1.0], head=math.nan), "finite and not negative"),

@@ -384,6 +384,8 @@ def test_weights_of_another_model_are_refused(saved: Path) -> None:
         (lambda c: c.update(version="new"), "format version new"),
         (lambda c: c.update(format="timm"), "not written by dynskip"),
         (lambda c: c.pop("state_update"), "does not describe a model.*state_update"),
+        (lambda c: c.update(wrapper="Gadget"), "does not describe a model.*Gadget"),
+        (lambda c: c.update(wrapper="Pretrained"), "does not describe a model.*Pretrained"),
         (lambda c: c.update(dtype="int8"), "does not describe a model.*int8"),
         (lambda c: c["gates"][0]["arguments"].update(hidden=-1), "Gate widths must be positive"),
         (lambda c: c["gates"][0]["arguments"].update(hidden=9), "of another shape or dtype, such as gates.0"),

@@ -499,7 +499,39 @@ def test_other_losses_say_what_they_want() -> None:
     assert repr(DistillationLoss(2.0)) == "DistillationLoss(temperature=2)"
 
 
+# Devices
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        ClassificationLoss(),
+        InnerClassificationLoss(),
+        SelfSupervisionLoss(),
+        SelfSupervisionLoss(supervise_last=True),
+        PolicyGuidanceLoss(),
+        SoFLoss(lookup(3)),
+    ],
+    ids=lambda criterion: criterion.__class__.__name__,
+)
+def test_targets_follow_the_output_to_its_device(criterion: nn.Module) -> None:
+    output = random_output(2, 3, 3, 0)
+    moved = SkipOutput(**{name: x.to("meta") for name, x in fields_of(output).items() if x is not None})
+    loss = criterion.to("meta")(moved, torch.tensor([0, 3]))
+    assert getattr(loss, "total", loss).device.type == "meta"
+
+
 # Bad input
+
+
+def one_class(output: SkipOutput) -> SkipOutput:
+    """Take the first class alone, as a model with one output gives it."""
+    narrow = {"logits", "frame_logits", "inner_logits"}
+    fields = {name: x[..., :1] if name in narrow and x is not None else x for name, x in fields_of(output).items()}
+    return SkipOutput(**fields)  # type: ignore[arg-type]
+
+
+ONE_CLASS = r'one output, and softmax makes 1 of a single logit.*two outputs, one of them for "no" \(num_classes=2\)'
 
 
 def without_inner(output: SkipOutput) -> SkipOutput:
@@ -507,7 +539,7 @@ def without_inner(output: SkipOutput) -> SkipOutput:
 
 
 OUTPUT = random_output(2, 3, 3, 0)
-GOOD = torch.tensor([0, 3])
+GOOD, ZEROS = torch.tensor([0, 3]), torch.tensor([0, 0])
 
 
 @pytest.mark.parametrize(
@@ -544,10 +576,17 @@ GOOD = torch.tensor([0, 3])
         (lambda: BudgetLoss(lookup(3), 0.0), "budget=0.0 is out of range; give a share of the backbone's cost"),
         (lambda: BudgetLoss(lookup(2), 0.5)(OUTPUT), "table has 2 stages and the output 3"),
         (lambda: DistillationLoss(0.0), "temperature=0.0 is not positive"),
+        (lambda: DistillationLoss(-1.0), "temperature=-1.0 is not positive"),
+        (lambda: DistillationLoss(math.inf), "temperature=inf is not positive and finite"),
+        (lambda: DistillationLoss(math.nan), "temperature=nan is not positive and finite"),
         (lambda: DistillationLoss()(without_inner(OUTPUT)), "reads inner classifiers, and the output has none"),
         (lambda: SoFLoss(lookup(3), alpha=1.1), r"alpha=1.1 is out of range; .* lies in \[0, 1\]"),
         (lambda: SoFLoss(lookup(3), beta=-0.1), "beta=-0.1 is out of range"),
         (lambda: PolicyGuidanceLoss(math.nan), "beta=nan is out of range"),
+        (lambda: ClassificationLoss()(one_class(OUTPUT), ZEROS), ONE_CLASS),
+        (lambda: InnerClassificationLoss()(one_class(OUTPUT), ZEROS), ONE_CLASS),
+        (lambda: SelfSupervisionLoss()(one_class(OUTPUT), ZEROS), ONE_CLASS),
+        (lambda: SoFLoss(lookup(3), beta=None)(one_class(OUTPUT), ZEROS), ONE_CLASS),
     ],
 )
 def test_losses_refuse_what_does_not_fit(call: Callable[[], Any], telling: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -96,6 +96,7 @@ def test_map_does_not_depend_on_the_order_of_rows(
 @given(ranked_videos(), st.data())
 def test_top_k_equals_the_literal_definition(videos: tuple[Tensor, Tensor], data: st.DataObject) -> None:
     scores, targets = videos
+    assume(scores.shape[1] > 1)
     k = data.draw(st.integers(1, scores.shape[1]))
     assert top_k_accuracy(scores, targets, k) == pytest.approx(literal_top_k(scores, targets, k), abs=1e-12)
 
@@ -107,7 +108,8 @@ def test_class_indices_equal_one_hot_targets(videos: tuple[Tensor, Tensor], data
     batch, num_classes = scores.shape
     labels = torch.tensor(data.draw(st.lists(st.integers(0, num_classes - 1), min_size=batch, max_size=batch)))
     one_hot = torch.eye(num_classes)[labels]
-    assert top_k_accuracy(scores, labels) == top_k_accuracy(scores, one_hot)
+    if num_classes > 1:
+        assert top_k_accuracy(scores, labels) == top_k_accuracy(scores, one_hot)
     assert mean_average_precision(scores, labels) == mean_average_precision(scores, one_hot)
 
 
@@ -194,6 +196,13 @@ def test_bad_input_is_named(metric: Callable[[Tensor, Tensor], float], case: str
 def test_k_out_of_range(k: int) -> None:
     with pytest.raises(DynskipError, match=f"k={k} is out of range; expected 1 to the number of classes, 2"):
         top_k_accuracy(SCORES, torch.tensor([0, 1]), k)
+
+
+@pytest.mark.parametrize("metric", [top_k_accuracy, top_k_recall])
+@pytest.mark.parametrize("targets", [torch.tensor([0, 0]), torch.tensor([[1], [0]])])
+def test_one_class_cannot_be_missed_and_is_refused(metric: Callable[[Tensor, Tensor], float], targets: Tensor) -> None:
+    with pytest.raises(DynskipError, match=r'one column, and a single class is always the best.*one of them for "no"'):
+        metric(torch.tensor([[-3.0], [2.0]]), targets)
 
 
 def test_frame_usage_by_hand() -> None:

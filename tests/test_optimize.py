@@ -53,6 +53,26 @@ def test_folding_keeps_the_decisions_and_the_plain_model(name: str) -> None:
     assert_same(model.run_clip(video, window=3), output, exact=True)
 
 
+class Named(StopOrForward):
+    """A user's class, with something of its own."""
+
+    place = "the back door"
+
+
+def test_the_fast_copy_keeps_what_the_model_is_set_to() -> None:
+    plain, video = real_model("test_resnet")
+    model = Named(plain.backbone, list(plain.gates), forward_threshold=0.4, state_update="reached").eval()
+    model.class_names, model.preprocessing, model.temperature = ["a", "b"], {"mean": (0.5, 0.5, 0.5)}, 2.5
+    model.place = "the front door"
+    fast, _ = model.optimize(video, compile=False)
+    assert isinstance(fast, Named)
+    assert (fast.place, fast.temperature, fast.forward_threshold) == ("the front door", 2.5, model.forward_threshold)
+    assert (fast.class_names, fast.preprocessing, fast.state_update) == (["a", "b"], model.preprocessing, "reached")
+    assert not any(p.requires_grad for p in fast.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+    assert not {id(p) for p in fast.parameters()} & {id(p) for p in model.parameters()}
+
+
 class Entangled(nn.Module):
     """One BatchNorm that can be folded, one whose convolution is read twice, and one that stands alone."""
 

@@ -105,17 +105,17 @@ def assert_alone(
     seen = int(alone.seen[0].sum())
     failed = failed_at is not None and failed_at < seen
     seen = min(seen, failed_at) if failed_at is not None else seen
-    assert len(frames) == result.seen == seen
+    assert len(frames) == result.frames_seen == seen
     assert [f.stopped_at for f in frames] == alone.stopped_at[0, :seen].tolist()
     assert [f.used for f in frames] == alone.used[0, :seen].tolist()
     for t, frame in enumerate(frames):
         used = alone.used[0, : t + 1]
-        assert frame.logits.isnan().all() == (not used.any())
+        assert frame.running_logits.isnan().all() == (not used.any())
         if used.any():
-            torch.testing.assert_close(frame.logits, alone.frame_logits[0, : t + 1][used].mean(0))
+            torch.testing.assert_close(frame.running_logits, alone.frame_logits[0, : t + 1][used].mean(0))
         if t + 1 < alone.seen.shape[1]:
             assert frame.ended == (not alone.seen[0, t + 1])
-    assert result.used == int(alone.used[0, :seen].sum())
+    assert result.frames_used == int(alone.used[0, :seen].sum())
     assert (result.error is not None) == failed
     if failed:
         assert isinstance(result.error, CameraError)
@@ -149,7 +149,9 @@ def test_streams_give_what_each_gives_alone(way: str, state_update: StateUpdate)
             assert_alone(frames[b], results[b], alone, fails.get(b))
         happened["failed"] += sum(result.error is not None for result in results.values())
         happened["fallback"] += sum(result.fallback_frame >= 0 for result in results.values())
-        happened["ended"] += sum(result.seen < case.frames for result in results.values() if result.error is None)
+        happened["ended"] += sum(
+            result.frames_seen < case.frames for result in results.values() if result.error is None
+        )
 
     for seed, case in enumerate(large_cases("lstm", state_update)[:4]):
         check(case, 3, 2, {seed % 5: 2}, seed)
@@ -207,7 +209,7 @@ def test_streams_macs_are_what_torch_counts() -> None:
         results = [event for event in events if isinstance(event, VideoResult)]
         assert counter.get_total_flops() / 2 == sum(result.macs for result in results)
         extra = sum(result.fallback_frame >= 0 for result in results)
-        frames = sum(event.macs for event in events if isinstance(event, FrameResult))
+        frames = sum(event.frame_macs for event in events if isinstance(event, FrameResult))
         assert (frames < sum(result.macs for result in results)) == (extra > 0)
 
 
@@ -242,7 +244,7 @@ def test_streams_stop_at_the_end_of_a_video_and_are_replaced_at_once() -> None:
     cameras = [Camera(itertools.repeat(frame)) for frame in toy_video(5, 1)[:, 0]]
     calls = stage_calls(model)
     _, results = by_key(model.serve_streams(cameras, max_streams=2))
-    assert [results[b].seen for b in range(5)] == [2] * 5
+    assert [results[b].frames_seen for b in range(5)] == [2] * 5
     assert [camera.pulled for camera in cameras] == [2] * 5
     assert all(camera.closed for camera in cameras)
     assert [count for n, count in calls if n == 0] == [2, 2, 2, 2, 1, 1]
@@ -359,10 +361,10 @@ def test_streams_fail_alone(way: str) -> None:
         assert isinstance(error, DynskipError)
         with pytest.raises(DynskipError, match=telling):
             raise error
-        assert results[name].seen == len(frames[name]) == 1
+        assert results[name].frames_seen == len(frames[name]) == 1
     assert isinstance(results["no iterable"].error, TypeError)
     assert results["empty video"].error is None
-    assert results["empty video"].seen == results["empty video"].macs == 0
+    assert results["empty video"].frames_seen == results["empty video"].macs == 0
     assert results["empty video"].logits.isnan().all()
     for b in range(4):
         assert_alone(frames[b], results[b], model.run_clip(video[b : b + 1], window=1))

@@ -7,17 +7,19 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 import dynskip
 from dynskip.backbone import Carry, StagedBackbone
+from dynskip.backbone.carry import count_samples, flatten, restore
 from dynskip.errors import DynskipError
-from dynskip.runtime._values import count_samples, flatten, restore
 from dynskip.terminate import EarlyTerminator
-from dynskip.wrapper import StopOrForward
+
+if TYPE_CHECKING:
+    from dynskip.wrapper import StopOrForward
 
 VERSION = 1  # of the manifest; raise it when readers have to change
 

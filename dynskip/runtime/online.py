@@ -3,75 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dynskip._check import check_frames
+from dynskip import rules
+from dynskip._check import check_eval, check_frames, refuse_not_finite
 from dynskip.backbone import Carry
+from dynskip.engine import Engine, Furthest, run_to_end
 from dynskip.errors import DynskipError
-from dynskip.output import UNSEEN
-from dynskip.runtime._state import Furthest, Progress, check_eval, run_to_end
+from dynskip.output import FrameResult, VideoResult
 
 if TYPE_CHECKING:
     from dynskip.wrapper import StopOrForward
 
-FORMAT = "dynskip session 1"
-
-
-@dataclass
-class FrameStep:
-    """What happened to one frame of each video of a session.
-
-    Attributes:
-        stopped_at: `(B,)` index of the gate that stopped the frame; `N` for used frames, -1 where the video had ended
-            before and the frame was not looked at.
-        used: `(B,)` boolean, frames that passed every gate.
-        gate_logits: `(B, N, 2)` logits (stop, forward), NaN where not evaluated.
-        frame_logits: `(B, K)` logits of the frame, NaN unless used.
-        logits: `(B, K)` running prediction of the video: mean over its used frames so far, NaN before the first.
-        ended: `(B,)` boolean, videos that need no more frames.
-        macs: `(B,)` float64 executed for this frame, in the cost table's unit.
-    """
-
-    stopped_at: Tensor
-    used: Tensor
-    gate_logits: Tensor
-    frame_logits: Tensor
-    logits: Tensor
-    ended: Tensor
-    macs: Tensor
-
-    @property
-    def probabilities(self) -> Tensor:
-        """`(B, K)` running class probabilities, NaN before the first used frame."""
-        return self.logits.softmax(-1)
-
-
-@dataclass
-class Prediction:
-    """What a session has to say about its videos.
-
-    Attributes:
-        logits: `(B, K)` mean over the used frames, or the fallback frame's; NaN for videos without any frame.
-        used: `(B,)` number of frames used.
-        seen: `(B,)` number of frames looked at.
-        fallback_frame: `(B,)` where no frame was used, the frame that was run to the end in their place; else -1.
-        macs: `(B,)` float64 executed cost of each video, the fallback included.
-    """
-
-    logits: Tensor
-    used: Tensor
-    seen: Tensor
-    fallback_frame: Tensor
-    macs: Tensor
-
-    @property
-    def probabilities(self) -> Tensor:
-        """`(B, K)` class probabilities."""
-        return self.logits.softmax(-1)
+FORMAT = "dynskip session 2"
 
 
 class Session:
@@ -91,20 +38,20 @@ class Session:
             raise DynskipError(f"A session needs at least one video; got batch={batch}.")
         self.model = model
         self.batch = batch
-        self._progress = Progress(model, batch)
-        with torch.inference_mode(False):  # see `Progress`
-            self._macs = torch.zeros(batch, dtype=torch.float64, device=self._progress.device)
+        self._engine = Engine(model, batch)
+        with torch.inference_mode(False):  # see `Engine`
+            self._macs = torch.zeros(batch, dtype=torch.float64, device=self._engine.device)
+            self._used = torch.zeros_like(self._engine.seen)
         self._image_size: tuple[int, int] | None = None
         self._costs = self._macs  # of a frame by what became of it, once the frames' size is known
 
     def __repr__(self) -> str:
         """Say where the videos stand."""
-        progress = self._progress
-        seen, used, ended = (int(count.sum()) for count in (progress.seen, progress.used, progress.ended))
+        seen, used, ended = (int(x.sum()) for x in (self._engine.seen, self._used, self._engine.ended))
         return f"Session({self.batch} videos: {seen} frames seen, {used} used; {ended} videos ended)"
 
     @torch.no_grad()
-    def __call__(self, frame: Tensor) -> FrameStep:
+    def __call__(self, frame: Tensor) -> FrameResult:
         """Take the next frame of every video as far as its gates let it.
 
         Args:
@@ -118,52 +65,48 @@ class Session:
         """
         check_eval(self.model, "A session")
         frames = frame[None] if isinstance(frame, Tensor) and frame.ndim == 3 and self.batch == 1 else frame
-        check_frames(frames, self.model.backbone, self.batch)
+        frames = check_frames(frames, self.model.backbone, self.batch)
+        engine, stages = self._engine, self.model.backbone.num_stages
+        # All that the host has to know of the device before it starts, in one look.
+        sound = frames.flatten(1).sum(1, dtype=torch.float32).isfinite()
+        told = torch.stack([sound, engine.ended, engine.seen]).cpu()
+        if not told[0].all():
+            refuse_not_finite((~frames.isfinite()).flatten(1).any(-1).nonzero().flatten().tolist(), self.batch)
         self._set_size((frames.shape[2], frames.shape[3]))
-        progress, backbone = self._progress, self.model.backbone
-        stages = backbone.num_stages
-        stopped_at = torch.full((self.batch,), UNSEEN, device=frames.device)
-        gate_logits = progress.unknown(self.batch, stages, 2)
-        frame_logits = progress.unknown(self.batch, backbone.num_classes)
-        rows = (~progress.ended).nonzero().squeeze(1)
+        alive = rows = (told[1] == 0).nonzero().squeeze(1)
+        stopped_at = torch.full((self.batch,), rules.UNSEEN, device=engine.device)
+        running = rules.running(engine.sums, engine.dtype)
         if len(rows):
-            used, logits = self._run(rows, frames if len(rows) == self.batch else frames[rows], stopped_at, gate_logits)
-            frame_logits[used] = logits.to(progress.dtype)
-            progress.advance(rows, stopped_at[rows], frame_logits[used])
+            some = frames if len(rows) == self.batch else frames[engine.upload(rows)]
+            engine.load(rows, some, told[2, rows])
+            for n in range(stages):
+                engine.run(n, n, alive)
+                alive = alive[engine.ask(n, n, alive)]
+                if not len(alive):
+                    break
+            else:
+                engine.run(stages, stages, alive)
+            decisions = engine.decide(rows)
+            if len(rows) == self.batch:
+                stopped_at, running = decisions.stopped_at.squeeze(1), decisions.running_logits.squeeze(1)
+            else:
+                index = engine.upload(rows)
+                stopped_at[index] = decisions.stopped_at.squeeze(1)
+                running[index] = decisions.running_logits.squeeze(1)
+        used = stopped_at == stages
+        self._used += used
         macs = self._costs[stopped_at + 1]
         self._macs += macs
-        running = progress.running().to(progress.dtype)
-        ended = progress.ended.clone()
-        return FrameStep(stopped_at, stopped_at == stages, gate_logits, frame_logits, running, ended, macs)
-
-    def _run(self, alive: Tensor, frames: Tensor, stopped_at: Tensor, gate_logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Run stages and gates on frames of the rows `alive`; return the rows that get to the end, and their logits."""
-        progress, backbone = self._progress, self.model.backbone
-        carry = backbone.start(frames)
-        for n in range(backbone.num_stages):
-            carry = backbone.run(n, carry)
-            rows = slice(None) if len(alive) == self.batch else alive
-            logits, forward = progress.gate(n, rows, backbone.pool(n, carry))
-            gate_logits[rows, n] = logits.to(gate_logits.dtype)
-            if forward.all():
-                continue
-            keep, stop = forward.nonzero().squeeze(1), (~forward).nonzero().squeeze(1)
-            stopped_at[alive[stop]] = n
-            self._remember(n, alive[stop], gate_logits[alive[stop], n], carry, stop)
-            alive = alive[keep]
-            if not len(keep):
-                return alive, gate_logits.new_empty(0, backbone.num_classes)
-            carry = carry.select(keep)
-        stopped_at[alive] = backbone.num_stages
-        progress.commit(slice(None) if len(alive) == self.batch else alive)
-        return alive, backbone.head(carry)
-
-    def _remember(self, stage: int, rows: Tensor, logits: Tensor, carry: Carry, positions: Tensor) -> None:
-        progress = self._progress
-        carries = [(carry, position) for position in positions.tolist()]
-        frames = progress.seen[rows].tolist()
-        stages = torch.full_like(rows, stage)
-        progress.remember(rows.tolist(), frames, stages, logits, carries)
+        evaluated = torch.arange(stages, device=engine.device) <= stopped_at[:, None]
+        return FrameResult(
+            stopped_at=stopped_at,
+            used=used,
+            gate_logits=rules.known(engine.gate_logits, evaluated),
+            frame_logits=rules.known(engine.frame_logits, used),
+            running_logits=running,
+            ended=engine.ended.clone(),
+            frame_macs=macs,
+        )
 
     def _set_size(self, size: tuple[int, int]) -> None:
         if size == self._image_size:
@@ -173,7 +116,7 @@ class Session:
                 "The frame is {}x{} and earlier ones of this session were ".format(*size)
                 + "{}x{}. Resize frames to one size, or call `session.reset()` first.".format(*self._image_size)
             )
-        self._costs = self.model.lookup_for(size).by_outcome.to(self._macs.device)
+        self._costs = self._engine.upload(self.model.lookup_for(size).by_outcome)
         self._image_size = size
 
     def reset(self, rows: int | Sequence[int] | Tensor | None = None) -> None:
@@ -185,19 +128,19 @@ class Session:
         Raises:
             DynskipError: if there is no such row.
         """
-        everything = torch.arange(self.batch, device=self._macs.device)
+        everything = torch.arange(self.batch)
         try:
-            index = everything if rows is None else everything[torch.as_tensor(rows, device=everything.device)].view(-1)
+            index = everything if rows is None else everything[torch.as_tensor(rows).cpu()].view(-1)
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             raise DynskipError(f"This session has rows 0 to {self.batch - 1}; cannot reset rows {rows}.") from error
         with torch.no_grad():
-            self._progress.reset(index)
-            self._macs[index] = 0.0
+            self._engine.reset(index)
+            self._macs[self._engine.upload(index)] = self._used[self._engine.upload(index)] = 0
         if rows is None:
             self._image_size = None
 
     @torch.no_grad()
-    def result(self) -> Prediction:
+    def result(self) -> VideoResult:
         """Predict from the frames so far; frames may go on arriving afterwards.
 
         A video of which no frame was used yet has its furthest frame run to the end, every time this is called; its
@@ -206,17 +149,24 @@ class Session:
         Returns:
             The prediction.
         """
-        progress = self._progress
-        logits = progress.running()
-        macs, fallback_frame = self._macs.clone(), torch.full_like(progress.used, -1)
-        left = [(row, furthest) for row, furthest in enumerate(progress.furthest) if furthest is not None]
+        engine = self._engine
+        logits = rules.running(engine.sums, engine.dtype)
+        macs, fallback_frame = self._macs.clone(), torch.full_like(self._used, -1)
+        left = {row: furthest for row, furthest in enumerate(engine.furthest) if furthest is not None}
         if left and self._image_size is not None:
-            rows, frames = [row for row, _ in left], [furthest for _, furthest in left]
-            logits[rows] = run_to_end(self.model.backbone, frames).to(logits.dtype)
-            fallback_frame[rows] = torch.tensor([f.frame for f in frames], device=macs.device)
+            rows = engine.upload(torch.tensor(list(left)))
+            logits[rows] = run_to_end(self.model.backbone, list(left.values())).to(logits.dtype)
+            fallback_frame[rows] = engine.upload(torch.tensor([f.frame for f in left.values()]))
             completion = self.model.lookup_for(self._image_size).completion
-            macs[rows] += completion[[f.stopped_at for f in frames]].to(macs.device)
-        return Prediction(logits.to(progress.dtype), progress.used.clone(), progress.seen.clone(), fallback_frame, macs)
+            macs[rows] += engine.upload(completion[[f.stopped_at for f in left.values()]])
+        return VideoResult(
+            logits=logits,
+            frames_used=self._used.clone(),
+            frames_seen=engine.seen.clone(),
+            fallback_frame=fallback_frame,
+            macs=macs,
+            speculative_macs=torch.zeros_like(macs),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to go on elsewhere: tensors, numbers and names, no objects.
@@ -229,7 +179,7 @@ class Session:
             "state_update": self.model.state_update,
             "image_size": self._image_size,
             "tensors": {name: tensor.clone() for name, tensor in self._tensors().items()},
-            "furthest": [None if f is None else _plain(f) for f in self._progress.furthest],
+            "furthest": [None if f is None else _plain(f) for f in self._engine.furthest],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -244,17 +194,17 @@ class Session:
         furthest, size = self._check_state(state)
         for name, tensor in self._tensors().items():
             tensor.copy_(state["tensors"][name])
-        self._progress.furthest = furthest
-        self._progress.answered = (self._progress.used > 0).tolist()
+        self._engine.furthest = furthest
+        self._engine.answered = (self._used > 0).tolist()
         self._image_size = None
         if size is not None:
             self._set_size(size)
 
     def _tensors(self) -> dict[str, Tensor]:
-        progress = self._progress
-        named = {"macs": self._macs, "logit_sum": progress.logit_sum, "last": progress.last, "used": progress.used}
-        named |= {"counted": progress.counted, "seen": progress.seen, "ended": progress.ended}
-        for n, gate in enumerate(progress.states):
+        engine = self._engine
+        named = {"macs": self._macs, "used": self._used, "seen": engine.seen, "ended": engine.ended}
+        named |= {"logit_sum": engine.sums.total, "counted": engine.sums.counted, "last": engine.sums.last}
+        for n, gate in enumerate(engine.states):
             named |= {f"gate {n} state {i}": tensor for i, tensor in enumerate(gate)}
         return named
 
@@ -294,7 +244,7 @@ class Session:
     def _restore(self, plain: dict[str, Any]) -> Furthest:
         backbone = self.model.backbone
         carry = Carry(_to(plain["values"], self._macs.device), plain["kinds"], 1)
-        furthest = Furthest(float(plain["score"]), int(plain["frame"]), carry)
+        furthest = Furthest(float(plain["score"]), int(plain["stopped_at"]), int(plain["frame"]), carry)
         if not 0 <= furthest.stopped_at < backbone.num_stages or furthest.frame < 0:
             raise ValueError(f"no frame stops at gate {furthest.stopped_at}")
         # The surest test of a carry is to go on with it; it happens once, and only where no frame has been used yet.
@@ -307,7 +257,7 @@ def _plain(furthest: Furthest) -> dict[str, Any]:
     """Take a frame apart into tensors and numbers."""
     values = _to(furthest.carry.values, None)
     carry = {"values": values, "kinds": furthest.carry.kinds}
-    return {"score": furthest.score, "frame": furthest.frame, **carry}
+    return {"score": furthest.score, "stopped_at": furthest.stopped_at, "frame": furthest.frame, **carry}
 
 
 def _to(value: Any, device: torch.device | None) -> Any:

@@ -7,7 +7,7 @@ import itertools
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from timm.layers import BatchNormAct2d
@@ -18,10 +18,11 @@ from torch.utils._pytree import tree_map_only
 
 from dynskip._check import check_video
 from dynskip.backbone import Carry, StagedBackbone
+from dynskip.backbone.carry import batch_of, flatten
 from dynskip.errors import DynskipError
-from dynskip.runtime._values import batch_of, flatten
-from dynskip.runtime.clip import LONGEST_STEP, Usage
-from dynskip.wrapper import StopOrForward
+
+if TYPE_CHECKING:
+    from dynskip.wrapper import StopOrForward
 
 # Batches that make every graph there will be: one row; several rows; and from 16 rows on, where torch chooses other
 # convolutions when it has one thread. The second of a kind makes numbers that follow the batch size dynamic.
@@ -121,18 +122,12 @@ def optimize(
     check_video(clips, model.backbone)
     images = clips[:, 0]
     backbone = fold(model.backbone, images).to(dtype=dtype)
-    fast = StopOrForward(
-        backbone,
-        [copy.deepcopy(gate).to(dtype=dtype) for gate in model.gates],
-        terminator=copy.deepcopy(model.terminator),
-        lookup=model.lookup_for((clips.shape[3], clips.shape[4])),
-        state_update=model.state_update,
-        forward_threshold=model.forward_threshold,
-    )
-    fast.class_names, fast.preprocessing = model.class_names, model.preprocessing
+    # A copy of the whole model keeps its class and what was set on it; the memo puts the folded backbone in.
+    fast = copy.deepcopy(model, {id(model.backbone): backbone})
+    fast.gates.to(dtype=dtype)
+    fast.inner = None
+    fast._given_lookup = model.lookup_for((clips.shape[3], clips.shape[4]))
     fast.eval().requires_grad_(False)
-    # Fast stages spend a larger share of their time on reading weights, and reuse their buffers: longer batches pay.
-    fast._usage = Usage(2 * LONGEST_STEP)
     if compile:
         _compile(backbone, images[:1].to(dtype=dtype), sorted(set(buckets or ())), backend)
     return fast, compare(model, fast, clips)

@@ -5,82 +5,38 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dynskip._check import check_frames
-from dynskip.backbone import Carry
+from dynskip import rules
+from dynskip._check import check_eval, check_frames, refuse_not_finite
+from dynskip.engine import Engine, run_to_end
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
-from dynskip.runtime._state import CarryRow, Progress, check_eval, gather
+from dynskip.output import FrameResult, VideoResult
 
 if TYPE_CHECKING:
     from dynskip.wrapper import StopOrForward
 
 _END = object()
-
-
-@dataclass
-class FrameResult:
-    """What became of one frame of a stream.
-
-    Attributes:
-        key: the stream's name.
-        frame: the frame's number in it.
-        stopped_at: index of the gate that stopped it; `N` for a used frame.
-        used: whether it passed every gate.
-        logits: `(K,)` running prediction of the video: mean over its used frames so far, NaN before the first.
-        ended: whether the video needs no more frames.
-        macs: executed for this frame, in the cost table's unit.
-    """
-
-    key: Hashable
-    frame: int
-    stopped_at: int
-    used: bool
-    logits: Tensor
-    ended: bool
-    macs: float
-
-
-@dataclass
-class VideoResult:
-    """What became of a stream.
-
-    Attributes:
-        key: the stream's name.
-        logits: `(K,)` mean over the used frames, or the fallback frame's; NaN where neither exists.
-        used: frames used.
-        seen: frames looked at.
-        fallback_frame: where no frame was used, the frame that was run to the end in their place; else -1.
-        macs: executed for the video, the fallback included.
-        error: why the stream failed; `None` where it came to its end. The other fields tell how far it had got.
-    """
-
-    key: Hashable
-    logits: Tensor
-    used: int
-    seen: int
-    fallback_frame: int
-    macs: float
-    error: Exception | None
-
-
 Event = FrameResult | VideoResult
 
 
-def serve(model: StopOrForward, sources: Iterable[Any], max_streams: int, batch_size: int) -> Iterator[Event]:
+def serve(
+    model: StopOrForward, sources: Iterable[Any], max_streams: int, batch_size: int, look_ahead: int
+) -> Iterator[Event]:
     """Classify many videos at once; see `StopOrForward.serve_streams`."""
-    return _serve(Scheduler(model, max_streams, batch_size), iter(sources))
+    return _serve(Scheduler(model, max_streams, batch_size, look_ahead), iter(sources))
 
 
 def aserve(model: StopOrForward, sources: Any, max_streams: int, batch_size: int) -> AsyncIterator[Event]:
     """Classify many videos at once, frames arriving asynchronously; see `StopOrForward.aserve_streams`."""
-    return _aserve(Scheduler(model, max_streams, batch_size), _as_async(sources))
+    return _aserve(Scheduler(model, max_streams, batch_size, 1), _as_async(sources))
 
 
 @dataclass(eq=False)
@@ -90,67 +46,66 @@ class Stream:
     Attributes:
         key: its name.
         source: the iterator of its frames.
-        slot: its row among the scheduler's videos.
-        idle: whether it can take a frame.
+        row: its row in the engine.
+        wants: whether it can take a frame.
+        running: its frames that wait in front of a stage.
         lookup: costs at its frames' size, once that is known.
+        error: why it fails, once its frames are out of the way.
     """
 
     key: Hashable
     source: Any
-    slot: int
-    idle: bool = True
+    row: int
+    wants: bool = True
+    loaded: int = 0
+    running: int = 0
     size: tuple[int, int] | None = None
     lookup: FLOPsLookup | None = None
     seen: int = 0
+    used: int = 0
     macs: float = 0.0
-
-
-@dataclass(eq=False)
-class _Waiting:
-    """A frame in front of a stage."""
-
-    stream: Stream
-    at: CarryRow
-    since: int  # stage runs before it came
-    final: bool = False  # runs to the end without gates, as its video's answer
+    over: bool = False
+    error: Exception | None = None
+    logits: Tensor | None = field(default=None, repr=False)
 
 
 class Scheduler:
     """Takes frames of many streams through stages and gates, one stage run at a time.
 
-    At most one frame of a stream is in flight, so a stream's frames meet its gates in order and what is held is
-    bounded by the number of streams. Frames in front of the same stage (and of the same size) run as one batch,
-    whosever they are.
+    At most `look_ahead` frames of a stream are in flight, so what is held is bounded by the number of streams. Frames
+    in front of the same stage (and of the same size) run as one batch, whosever they are.
 
     The next stage to run is a full one, of several the deepest; where none is full, the fullest. A frame that has
     waited for `patience` runs goes first, the oldest of them before all: so none waits for more than
-    `patience + max_streams` runs in front of any stage.
+    `patience + max_streams * look_ahead` runs in front of any stage.
+
+    Whatever raises in a batch is tried again frame by frame, so that a stream's fault is its own.
 
     Args:
         model: a model in evaluation mode.
         max_streams: streams in flight.
         batch_size: most frames in one stage run.
-
-    Raises:
-        DynskipError: if a number is not positive, or the model is in training mode.
+        look_ahead: most frames of a stream in flight.
     """
 
-    def __init__(self, model: StopOrForward, max_streams: int, batch_size: int) -> None:
+    def __init__(self, model: StopOrForward, max_streams: int, batch_size: int, look_ahead: int) -> None:
         check_eval(model, "Serving streams")
-        if max_streams < 1 or batch_size < 1:
+        if max_streams < 1 or batch_size < 1 or look_ahead < 1:
             raise DynskipError(
-                f"max_streams={max_streams} and batch_size={batch_size} have to be positive: how many streams are in "
-                "flight, and how many frames go through a stage at a time."
+                f"max_streams={max_streams}, batch_size={batch_size} and look_ahead={look_ahead} have to be positive: "
+                "streams in flight, frames that go through a stage at a time, and frames of a stream in flight."
             )
-        self.model = model
-        self.max_streams = max_streams
-        self.batch_size = batch_size
-        self.patience = 4 * model.backbone.num_stages
+        self.model, self.stages = model, model.backbone.num_stages
+        # Where memories advance gate by gate, a frame's verdict would wait for the one before it all the same.
+        self.look_ahead = look_ahead if model.state_update == "used" else 1
+        self.max_streams, self.batch_size = max_streams, batch_size
+        self.patience = 4 * self.stages
         self.streams: list[Stream] = []
         self.finished: list[Stream] = []  # their sources are to be closed
         self._free = list(range(max_streams))
-        self._progress = Progress(model, max_streams)
-        self._queues: dict[tuple[int, tuple[int, int]], deque[_Waiting]] = {}
+        self._by_row: dict[int, Stream] = {}
+        self._engine = Engine(model, max_streams, self.look_ahead)
+        self._queues: dict[tuple[int, tuple[int, int]], deque[tuple[int, int]]] = {}  # (frame, runs before it came)
         self._runs = 0
         self._tables: dict[tuple[int, int], FLOPsLookup] = {}  # of frame sizes that the model has been seen to take
 
@@ -168,150 +123,201 @@ class Scheduler:
     def admit(self, key: Hashable, source: Any) -> Stream:
         """Take in a stream; there has to be room."""
         stream = Stream(key, source, self._free.pop())
-        self._progress.reset(torch.tensor([stream.slot]))
+        self._engine.reset(torch.tensor([stream.row]))
         self.streams.append(stream)
+        self._by_row[stream.row] = stream
         return stream
 
     @torch.no_grad()
     def offer(self, stream: Stream, frame: Any) -> None:
-        """Give an idle stream its next frame.
+        """Give a stream its next frame.
 
         Raises:
             DynskipError: if the frame does not fit the model or the stream's earlier frames.
         """
         frames = frame[None] if isinstance(frame, Tensor) and frame.ndim == 3 else frame
-        if isinstance(frames, Tensor):
-            frames = frames.to(self._progress.device)
-        check_frames(frames, self.model.backbone, 1)
+        frames = check_frames(frames, self.model.backbone, 1)
         size = (frames.shape[2], frames.shape[3])
         if stream.size is None:
             if size not in self._tables:
                 self._tables[size] = self._costs(size)
-            stream.lookup = self._tables[size]
-            stream.size = size
+            stream.lookup, stream.size = self._tables[size], size
         elif size != stream.size:
             raise DynskipError(
                 "The frame is {}x{} and earlier ones of this stream were ".format(*size)
                 + "{}x{}. Resize a stream's frames to one size.".format(*stream.size)
             )
-        stream.idle = False
-        self._enqueue(0, [_Waiting(stream, (self.model.backbone.start(frames), 0), 0)])
+        number = self._engine.window * stream.row + stream.loaded
+        self._engine.load(torch.tensor([number]), frames, torch.tensor([stream.seen + stream.loaded]))
+        stream.loaded += 1
+        stream.wants = stream.loaded < self.look_ahead
+        self._enqueue(0, [number])
 
-    @torch.no_grad()
-    def finish(self, stream: Stream, error: Exception | None = None) -> list[Event]:
-        """Answer for an idle stream that has no more frames, now or (where none was used) when a frame got through."""
-        furthest = self._progress.furthest[stream.slot]
-        if error is not None or furthest is None:
-            return [self._result(stream, error=error)]
-        assert stream.lookup is not None
-        stream.idle = False
-        stream.macs += float(stream.lookup.completion[furthest.stopped_at])
-        last = _Waiting(stream, (furthest.carry, 0), 0, final=True)
-        if furthest.stopped_at + 1 < self.model.backbone.num_stages:
-            self._enqueue(furthest.stopped_at + 1, [last])
-            return []
-        return self._answer([last], furthest.carry)
+    def end(self, stream: Stream, error: Exception | None = None) -> list[Event]:
+        """Take note that a stream has no more frames; answer for it once those in flight are decided."""
+        stream.wants, stream.over = False, True
+        stream.error = error
+        return [] if stream.loaded else self._finish([stream])
 
     @torch.no_grad()
     def step(self) -> list[Event]:
         """Run one stage on a batch of waiting frames; there has to be work."""
-        stage, size = self._choose()
-        queue, backbone = self._queues[stage, size], self.model.backbone
-        batch = [queue.popleft() for _ in range(min(len(queue), self.batch_size))]
+        place = self._choose()
+        queue = self._queues[place]
+        frames = [queue.popleft()[0] for _ in range(min(len(queue), self.batch_size))]
         if not queue:
-            del self._queues[stage, size]
+            del self._queues[place]
         self._runs += 1
-        carry = backbone.run(stage, gather([waiting.at for waiting in batch]))
-        events, keep = self._gate(stage, batch, carry)
-        if not keep:
-            return events
-        if len(keep) < len(batch):
-            carry = carry.select(torch.tensor(keep))
-        going = [batch[i] for i in keep]
-        if stage + 1 == backbone.num_stages:
-            return events + self._answer(going, carry)
-        for i, waiting in enumerate(going):
-            waiting.at = (carry, i)
-        self._enqueue(stage + 1, going)
+        failed: dict[int, Exception] = {}
+        going = self._each(partial(self._advance, place[0]), frames, failed)
+        for frame in frames:
+            self._stream(frame).running -= 1
+        if place[0] + 1 < self.stages:
+            self._enqueue(place[0] + 1, going)
+        events: list[Event] = []
+        for frame, error in failed.items():
+            events += self._fail(self._stream(frame), error)
+        ready = dict.fromkeys(self._stream(frame) for frame in frames if frame not in failed)
+        return events + self._decide([s for s in ready if not s.running and s.loaded and s in self.streams])
+
+    def _advance(self, stage: int, frames: list[int]) -> list[int]:
+        """Run a stage on frames, and the head on those that get there; return which go on."""
+        engine, numbers = self._engine, torch.tensor(frames)
+        if stage < self.stages:
+            if stage == 0 and engine.device.type != "cpu":
+                self._refuse_not_finite(numbers)
+            fresh = numbers[engine.depth[numbers] == stage]  # where a gate raised, the stage need not run again
+            if len(fresh):
+                engine.run(stage, stage, fresh)
+            numbers = numbers[engine.ask(stage, stage, numbers)]
+        if stage + 1 >= self.stages and len(numbers):
+            engine.run(self.stages, self.stages, numbers)
+        return numbers.tolist()
+
+    def _each(
+        self, work: Callable[[list[Any]], list[Any]], items: list[Any], failed: dict[Any, Exception]
+    ) -> list[Any]:
+        """Do something for a batch; where that raises, for each item alone, and note which one it is."""
+        try:
+            return work(items)
+        except Exception as error:
+            if len(items) == 1:
+                failed[items[0]] = error
+                return []
+        return [done for item in items for done in self._each(work, [item], failed)]
+
+    def _decide(self, streams: list[Stream]) -> list[Event]:
+        """Make decisions on streams' frames in flight final, and go on with what that asks for."""
+        if not streams:
+            return []
+        failed: dict[Stream, Exception] = {}
+        events: list[Event] = self._each(self._decided, streams, failed)
+        for stream, error in failed.items():
+            events += self._fail(stream, error)
+        return events + self._finish([s for s in streams if s.over and not s.loaded and s in self.streams])
+
+    def _decided(self, streams: list[Stream]) -> list[Event]:
+        engine, rows = self._engine, torch.tensor([stream.row for stream in streams])
+        decisions = engine.decide(rows)
+        stopped_at, lacking, ended = engine.learn(decisions)
+        shape, index = (engine.videos, engine.window), engine.upload(rows)
+        evaluated = torch.arange(self.stages, device=engine.device) <= decisions.stopped_at[..., None]
+        gate_logits = rules.known(engine.gate_logits.unflatten(0, shape)[index], evaluated)
+        frame_logits = engine.frame_logits.unflatten(0, shape)[index]
+        frame_logits = rules.known(frame_logits, decisions.stopped_at == self.stages)
+        tables = (gate_logits, frame_logits, decisions.running_logits)
+        events: list[Event] = []
+        for i, stream in enumerate(streams):
+            assert stream.lookup is not None
+            columns = (stopped_at[i] >= 0).nonzero().squeeze(1).tolist()
+            for column in columns:
+                gate = int(stopped_at[i, column])
+                used, macs = gate == self.stages, float(stream.lookup.by_outcome[gate + 1])
+                last = bool(ended[i]) and column == columns[-1]
+                parts = [table[i, column] for table in tables]
+                events.append(
+                    FrameResult(gate, used, parts[0], parts[1], parts[2], last, macs, stream.key, stream.seen)
+                )
+                stream.seen, stream.used, stream.macs = stream.seen + 1, stream.used + used, stream.macs + macs
+                stream.logits = decisions.running_logits[i, column]
+            missing = (lacking[i].nonzero().squeeze(1) + stream.row * engine.window).tolist()
+            for frame in missing:
+                self._enqueue(int(engine.depth[frame]), [frame])
+            if not engine.pending.view(shape)[stream.row].any():
+                stream.loaded = 0
+                stream.over = stream.over or bool(ended[i])
+                stream.wants = not stream.over
         return events
 
     def _choose(self) -> tuple[int, tuple[int, int]]:
-        oldest = min(self._queues, key=lambda place: self._queues[place][0].since)
-        if self._runs - self._queues[oldest][0].since >= self.patience:
+        oldest = min(self._queues, key=lambda place: self._queues[place][0][1])
+        if self._runs - self._queues[oldest][0][1] >= self.patience:
             return oldest
         return max(self._queues, key=lambda place: (min(len(self._queues[place]), self.batch_size), place[0]))
 
-    def _enqueue(self, stage: int, frames: list[_Waiting]) -> None:
-        for waiting in frames:
-            assert waiting.stream.size is not None
-            waiting.since = self._runs
-            self._queues.setdefault((stage, waiting.stream.size), deque()).append(waiting)
+    def _enqueue(self, stage: int, frames: list[int]) -> None:
+        for frame in frames:
+            stream = self._stream(frame)
+            assert stream.size is not None
+            stream.running += 1
+            self._queues.setdefault((stage, stream.size), deque()).append((frame, self._runs))
 
-    def _gate(self, stage: int, batch: list[_Waiting], carry: Carry) -> tuple[list[Event], list[int]]:
-        """Ask the gate about the frames in a batch that it has a say in; return which positions go on."""
-        asked = [i for i, waiting in enumerate(batch) if not waiting.final]
-        if not asked:
-            return [], list(range(len(batch)))
-        pooled = self.model.backbone.pool(stage, carry)
-        slots = torch.tensor([batch[i].stream.slot for i in asked])
-        logits, forward = self._progress.gate(stage, slots, pooled if len(asked) == len(batch) else pooled[asked])
-        verdicts = forward.tolist()
-        stop = [k for k, passes in enumerate(verdicts) if not passes]
-        if not stop:
-            return [], list(range(len(batch)))
-        stopped = [asked[k] for k in stop]
-        streams = [batch[i].stream for i in stopped]
-        self._progress.remember(
-            [stream.slot for stream in streams],
-            [stream.seen for stream in streams],
-            torch.full((len(stop),), stage, device=logits.device),
-            logits[stop],
-            [(carry, i) for i in stopped],
-        )
-        gone = set(stopped)
-        return self._frames_done(streams, stage, None), [i for i in range(len(batch)) if i not in gone]
+    def _stream(self, frame: int) -> Stream:
+        return self._by_row[frame // self._engine.window]
 
-    def _answer(self, frames: list[_Waiting], carry: Carry) -> list[Event]:
-        """Run the head on frames that came to the end: used ones, and those that answer for their videos."""
-        logits = self.model.backbone.head(carry).to(self._progress.dtype)
-        events: list[Event] = [self._result(w.stream, logits[i].clone()) for i, w in enumerate(frames) if w.final]
-        used = [i for i, waiting in enumerate(frames) if not waiting.final]
-        if used:
-            streams = [frames[i].stream for i in used]
-            events += self._frames_done(streams, self.model.backbone.num_stages, logits[used])
-        return events
+    def _fail(self, stream: Stream, error: Exception) -> list[Event]:
+        """End a stream whose frames cannot be gone on with."""
+        if stream not in self.streams:
+            return []
+        own = range(stream.row * self._engine.window, (stream.row + 1) * self._engine.window)
+        for place in list(self._queues):
+            left = deque(item for item in self._queues[place] if item[0] not in own)
+            self._queues[place] = left
+            if not left:
+                del self._queues[place]
+        self._engine.pending[own.start : own.stop] = False
+        stream.error = error
+        return self._finish([stream])
 
-    def _frames_done(self, streams: list[Stream], stopped_at: int, logits: Tensor | None) -> list[Event]:
-        """Move streams on after a frame of each; `logits` are those of used frames."""
-        slots = torch.tensor([stream.slot for stream in streams])
-        if logits is not None:
-            self._progress.commit(slots)
-        ends = torch.full_like(slots, stopped_at)
-        self._progress.advance(slots, ends, self._progress.last[:0] if logits is None else logits)
-        running = self._progress.running(slots).to(self._progress.dtype)
+    def _finish(self, streams: list[Stream]) -> list[Event]:
+        """Answer for streams that have no more frames, and let them go."""
+        failed: dict[Stream, Exception] = {}
+        open_ended = [s for s in streams if s.error is None and self._engine.furthest[s.row] is not None]
+        answers = dict(self._each(self._complete, open_ended, failed)) if open_ended else {}
         events: list[Event] = []
-        for i, (stream, ended) in enumerate(zip(streams, self._progress.ended[slots].tolist(), strict=True)):
-            assert stream.lookup is not None
-            macs = float(stream.lookup.by_outcome[stopped_at + 1])
-            events.append(FrameResult(stream.key, stream.seen, stopped_at, logits is not None, running[i], ended, macs))
-            stream.macs += macs
-            stream.seen += 1
-            stream.idle = True
-            if ended:
-                events += self.finish(stream)
+        for stream in streams:
+            furthest, logits = self._engine.furthest[stream.row], answers.get(stream, stream.logits)
+            executed = stream.macs
+            if stream.lookup is not None:
+                executed = max(executed, self._engine.executed(stream.row, stream.lookup))
+            speculative = executed - stream.macs if self.look_ahead > 1 else 0.0
+            if stream in answers and furthest is not None and stream.lookup is not None:
+                stream.macs += float(stream.lookup.completion[furthest.stopped_at])
+            if logits is None:
+                logits = rules.running(self._engine.sums, self._engine.dtype)[stream.row]
+            frame = furthest.frame if stream in answers and furthest is not None else -1
+            error = failed.get(stream, stream.error)
+            events.append(
+                VideoResult(
+                    logits, stream.used, stream.seen, frame, stream.macs, speculative, key=stream.key, error=error
+                )
+            )
+            self.streams.remove(stream)
+            self.finished.append(stream)
+            self._free.append(stream.row)
         return events
 
-    def _result(self, stream: Stream, fallback: Tensor | None = None, error: Exception | None = None) -> VideoResult:
-        """Let a stream go."""
-        progress, slot = self._progress, stream.slot
-        furthest = progress.furthest[slot] if fallback is not None else None
-        frame = -1 if furthest is None else furthest.frame
-        logits = progress.running(torch.tensor([slot]))[0].to(progress.dtype) if fallback is None else fallback
-        self.streams.remove(stream)
-        self.finished.append(stream)
-        self._free.append(slot)
-        progress.furthest[slot] = None
-        return VideoResult(stream.key, logits, int(progress.used[slot]), stream.seen, frame, stream.macs, error)
+    def _complete(self, streams: list[Stream]) -> list[tuple[Stream, Tensor]]:
+        """Run the furthest frames of streams without a used one to the end."""
+        frames = [furthest for stream in streams if (furthest := self._engine.furthest[stream.row]) is not None]
+        logits = run_to_end(self.model.backbone, frames).to(self._engine.dtype)
+        return list(zip(streams, logits.unbind(0), strict=True))
+
+    def _refuse_not_finite(self, frames: Tensor) -> None:
+        """Look at frames that came on a GPU, a whole batch at once."""
+        images = self._engine.images(frames)
+        if not images.flatten(1).sum(1, dtype=torch.float32).isfinite().all() and not images.isfinite().all():
+            refuse_not_finite([0], 1)
 
     def _costs(self, size: tuple[int, int]) -> FLOPsLookup:
         """Return the cost table for a size that the model can run; a model of one fixed size cannot run others."""
@@ -341,14 +347,14 @@ def _serve(scheduler: Scheduler, sources: Iterator[Any]) -> Iterator[Event]:
         while more or scheduler.streams:
             # Room is taken at once, by sources that turn out empty as well; but endlessly many of those must not keep
             # the others waiting.
-            for _ in range(scheduler.max_streams):
+            for _ in range(scheduler.max_streams * scheduler.look_ahead):
                 while more and scheduler.has_room:
                     if (item := next(sources, _END)) is _END:
                         more = False
                         break
                     scheduler.admit(*_keyed(admitted, item))
                     admitted += 1
-                idle = [stream for stream in scheduler.streams if stream.idle]
+                idle = [stream for stream in scheduler.streams if stream.wants]
                 if not idle:
                     break
                 for stream in idle:
@@ -365,14 +371,14 @@ def _serve(scheduler: Scheduler, sources: Iterator[Any]) -> Iterator[Event]:
 def _pull(scheduler: Scheduler, stream: Stream) -> list[Event]:
     """Take a stream's next frame; whatever goes wrong here is its own fault."""
     try:
-        if stream.seen == 0:
+        if stream.seen + stream.loaded == 0:
             stream.source = iter(stream.source)
         if (frame := next(stream.source, _END)) is not _END:
             scheduler.offer(stream, frame)
             return []
     except Exception as error:
-        return scheduler.finish(stream, error)
-    return scheduler.finish(stream)
+        return scheduler.end(stream, error)
+    return scheduler.end(stream)
 
 
 def _close(streams: list[Stream]) -> None:
@@ -394,7 +400,7 @@ async def _aserve(scheduler: Scheduler, sources: AsyncGenerator[Any]) -> AsyncIt
                     asking[asyncio.create_task(_next(sources))] = None
                 busy = {stream for stream in asking.values() if stream is not None}
                 for stream in scheduler.streams:
-                    if stream.idle and stream not in busy:
+                    if stream.wants and stream not in busy:
                         asking[asyncio.create_task(_next(stream.source))] = stream
                 if not asking:
                     break
@@ -432,10 +438,10 @@ def _take(scheduler: Scheduler, stream: Stream, task: asyncio.Task[Any]) -> list
             scheduler.offer(stream, frame)
             return []
     except asyncio.CancelledError:
-        return scheduler.finish(stream, DynskipError("The source of this stream was cancelled."))
+        return scheduler.end(stream, DynskipError("The source of this stream was cancelled."))
     except Exception as error:
-        return scheduler.finish(stream, error)
-    return scheduler.finish(stream)
+        return scheduler.end(stream, error)
+    return scheduler.end(stream)
 
 
 async def _next(source: AsyncIterator[Any]) -> Any:

@@ -7,6 +7,8 @@ checkpointing and compiled forms. Segments are plain functions of the *live* mod
 from __future__ import annotations
 
 import copy
+import itertools
+import linecache
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +21,13 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils._pytree import tree_leaves
 
+from dynskip._modes import in_mode
 from dynskip.errors import DynskipError
 
 DEVICE = "_device"  # the constant that stands for the device on which the model is when it runs
 _CONSTANT_PREFIX = "_tensor_constant"  # torch.fx's own name for tensors made while tracing
 BY_HAND = "or give the stages yourself: stage_model([stage_1, stage_2, ...], head=head)"
+_serial = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Segment:
     source: str
     constants: tuple[str, ...]
     feature: int  # which output is the boundary's own value; -1 in the head
+    overwrites: bool = False  # it works in place on its inputs, as an activation right behind a boundary may
 
     def call(self, model: nn.Module, constants: dict[str, Any], inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return self.function(model, *(constants[name] for name in self.constants), *inputs)
@@ -151,18 +156,6 @@ def same_branch(value: Any, expected: bool) -> None:
             "The model takes another path for images of this shape than for those it was cut at. Stage it for this "
             "size: stage_model(model, input_size=(C, H, W))."
         )
-
-
-@contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put a model in training or evaluation mode, and every submodule back in its own afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def trace(
@@ -340,7 +333,11 @@ def _segment(body: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node],
     # dead and is not.
     code = graph.python_code("self")
     namespace = dict(code.globals)
-    exec(code.src, namespace)
+    # Python knows no source of such code by itself. Then torch 2.11's compiler takes it for a builtin, and counts the
+    # recompilations of all stages of all models against one limit. Tracebacks show it now, too.
+    name = f"<dynskip segment {next(_serial)}>"
+    linecache.cache[name] = len(code.src), None, code.src.splitlines(keepends=True), name
+    exec(compile(code.src, name, "exec"), namespace)
     return Segment(namespace["forward"], code.src, tuple(names), feature)
 
 

@@ -1,190 +1,29 @@
-"""Criteria over a wrapper's output: thin modules over pure functions, the terms of the thesis' loss and others."""
+"""Criteria over a wrapper's output: thin modules over the functions."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
 from dynskip.gates import FORWARD, STOP
+from dynskip.losses.functional import (
+    budget_loss,
+    classification_loss,
+    distillation_loss,
+    efficiency_loss,
+    inner_classification_loss,
+    self_supervision_loss,
+    self_supervision_targets,
+    target_rate_loss,
+    usage_uniformity_loss,
+)
 from dynskip.output import SkipOutput
-
-
-def classification_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of the videos' predictions, Eq. 3.9.
-
-    Args:
-        logits: `(B, K)` video logits.
-        targets: `(B,)` class indices.
-
-    Returns:
-        Scalar, mean over videos.
-
-    Raises:
-        DynskipError: if the targets do not fit the logits.
-    """
-    _check_targets(targets, logits.shape[0], logits.shape[-1])
-    return F.cross_entropy(logits, targets)
-
-
-def efficiency_loss(forward: Tensor, remaining: Tensor) -> Tensor:
-    """Mean cost that forwarding may still cause, Eq. 3.11.
-
-    Args:
-        forward: `(B, T, N)` decisions in [0, 1].
-        remaining: `(N,)` cost of the rest of the network after each gate, in the unit of your choice (the thesis:
-            GMACs).
-
-    Returns:
-        Scalar in that unit, mean over videos, frames and gates.
-    """
-    return (forward * remaining.to(forward)).mean()
-
-
-def inner_classification_loss(inner_logits: Tensor, forward: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of the inner classifiers where their gate forwarded, Eq. 3.13.
-
-    Args:
-        inner_logits: `(B, T, N, K)` logits of the inner classifiers.
-        forward: `(B, T, N)` decisions; only a mask here, no gradient passes through them.
-        targets: `(B,)` class indices.
-
-    Returns:
-        Scalar, the mean over videos of each video's mean over its forwarded gates; 0 for a video with none.
-
-    Raises:
-        DynskipError: if the targets do not fit the logits.
-    """
-    batch, frames, stages, classes = inner_logits.shape
-    _check_targets(targets, batch, classes)
-    mask = forward.detach() > 0.5
-    # Masked-out logits may be NaN (never evaluated): replace them before the loss, not after.
-    logits = torch.where(mask[..., None], inner_logits, 0.0)
-    expanded = targets[:, None, None].expand(batch, frames, stages)
-    losses = F.cross_entropy(logits.flatten(0, 2), expanded.flatten(), reduction="none").view_as(mask)
-    count = mask.sum((1, 2))
-    return ((losses * mask).sum((1, 2)) / count.clamp(min=1)).mean()
-
-
-def self_supervision_targets(inner_logits: Tensor, targets: Tensor, final_logits: Tensor | None = None) -> Tensor:
-    """Pseudo-labels of the gates: forward where the next classifier is surer of the true class, Eq. 3.14.
-
-    Args:
-        inner_logits: `(B, T, N, K)` logits of the inner classifiers.
-        targets: `(B,)` class indices.
-        final_logits: `(B, T, K)` logits of the head; where given, the last gate is compared with it.
-
-    Returns:
-        `(B, T, N - 1)` labels in {0, 1} without gradient, or `(B, T, N)` with `final_logits`.
-    """
-    logits = inner_logits if final_logits is None else torch.cat([inner_logits, final_logits[:, :, None]], 2)
-    index = targets[:, None, None, None].expand(*logits.shape[:3], 1)
-    probability = logits.detach().softmax(-1).gather(-1, index).squeeze(-1)
-    return (probability[..., 1:] > probability[..., :-1]).to(inner_logits.dtype)
-
-
-def self_supervision_loss(margins: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Binary cross-entropy between gates and their pseudo-labels, Eq. 3.15.
-
-    Args:
-        margins: `(B, T, M)` forward logit minus stop logit of the first `M` gates.
-        labels: `(B, T, M)` pseudo-labels in {0, 1}.
-        mask: `(B, T, M)` boolean, where a gate and the classifier after it ran; everywhere by default.
-
-    Returns:
-        Scalar, mean over videos, frames and gates (over the mask where given; 0 if it is empty).
-    """
-    if mask is None:
-        return F.binary_cross_entropy_with_logits(margins, labels)
-    losses = F.binary_cross_entropy_with_logits(torch.where(mask, margins, 0.0), labels, reduction="none")
-    return (losses * mask).sum() / mask.sum().clamp(min=1)
-
-
-def target_rate_loss(forward: Tensor, target: Tensor) -> Tensor:
-    """Squared distance of each gate's forward rate from its target.
-
-    Args:
-        forward: `(B, T, N)` decisions in [0, 1].
-        target: `(N,)` wanted share of frames that each gate forwards.
-
-    Returns:
-        Scalar, sum over gates; a rate is the mean over all videos and frames of the batch.
-
-    Reference:
-        Veit and Belongie, "Convolutional networks with adaptive inference graphs", ECCV 2018 (ConvNet-AIG).
-    """
-    return (forward.mean((0, 1)) - target.to(forward)).square().sum()
-
-
-def usage_uniformity_loss(forward: Tensor) -> Tensor:
-    """Squared distance of what becomes of frames from all outcomes being equally frequent.
-
-    A frame has `N + 1` outcomes: it is stopped by one of the gates, or used.
-
-    Args:
-        forward: `(B, T, N)` decisions in [0, 1].
-
-    Returns:
-        Scalar, sum over outcomes; a share is the mean over all videos and frames of the batch.
-
-    Reference:
-        Meng et al., "AR-Net: adaptive frame resolution for efficient action recognition", ECCV 2020.
-    """
-    passed = forward.cumprod(-1)
-    shares = (F.pad(passed, (1, 0), value=1.0) - F.pad(passed, (0, 1))).mean((0, 1))
-    return (shares - 1 / len(shares)).square().sum()
-
-
-def budget_loss(forward: Tensor, costs: Tensor, head: float, budget: float) -> Tensor:
-    """Cost of a frame above a budget; zero below it.
-
-    Args:
-        forward: `(B, T, N)` decisions in [0, 1].
-        costs: `(N,)` cost of each stage with its gate.
-        head: cost of what follows the last gate, in the same unit.
-        budget: cost a frame may have on average, in the same unit.
-
-    Returns:
-        Scalar in that unit, the mean over all videos and frames of the batch, less the budget, if that is positive.
-
-    Reference:
-        After Verelst and Tuytelaars, "Dynamic convolutions", CVPR 2020, whose hinges bound the cost of single blocks.
-    """
-    reached = F.pad(forward.cumprod(-1), (1, 0), value=1.0).mean((0, 1))
-    cost = (reached[:-1] * costs.to(forward)).sum() + reached[-1] * head
-    return (cost - budget).clamp(min=0.0)
-
-
-def distillation_loss(
-    inner_logits: Tensor, final_logits: Tensor, temperature: float = 1.0, mask: Tensor | None = None
-) -> Tensor:
-    """Kullback-Leibler divergence of the inner classifiers' answers from the head's, which is only read.
-
-    Args:
-        inner_logits: `(B, T, N, K)` logits of the inner classifiers.
-        final_logits: `(B, T, K)` logits of the head.
-        temperature: divides all logits; the loss is scaled by its square to keep gradients as large.
-        mask: `(B, T, N)` boolean, where an inner classifier and the head ran; everywhere by default.
-
-    Returns:
-        Scalar, mean over videos, frames and gates (over the mask where given; 0 if it is empty).
-
-    Reference:
-        Hinton et al., "Distilling the knowledge in a neural network", 2015; Phuong and Lampert, "Distillation-based
-        training for multi-exit architectures", ICCV 2019.
-    """
-    if mask is None:
-        mask = torch.ones_like(inner_logits[..., 0], dtype=torch.bool)
-    # Logits outside the mask may be NaN: replace them before the loss, not after.
-    student = torch.where(mask[..., None], inner_logits, 0.0) / temperature
-    teacher = torch.where(mask[..., None], final_logits.detach()[:, :, None], 0.0) / temperature
-    losses = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-    return temperature**2 * (losses * mask).sum() / mask.sum().clamp(min=1)
 
 
 class ClassificationLoss(nn.Module):
@@ -250,7 +89,6 @@ class SelfSupervisionLoss(nn.Module):
     def forward(self, output: SkipOutput, targets: Tensor) -> Tensor:
         """Return the scalar loss of an output against `(B,)` class indices."""
         inner = _inner(output)
-        _check_targets(targets, inner.shape[0], inner.shape[-1])
         if inner.shape[2] < 2 and not self.supervise_last:
             raise DynskipError("Self-supervision compares each gate with the next one; it needs at least two gates.")
         if self.on_sample or output.gate_logits is None:
@@ -388,10 +226,10 @@ class DistillationLoss(nn.Module):
     """Teach inner classifiers to answer as the head does, wherever both ran; no labels are needed.
 
     Args:
-        temperature: softens both answers; positive.
+        temperature: softens both answers; positive and finite.
 
     Raises:
-        DynskipError: if the temperature is not positive.
+        DynskipError: if the temperature is not positive or not finite.
 
     Reference:
         Phuong and Lampert, "Distillation-based training for multi-exit architectures", ICCV 2019.
@@ -399,8 +237,10 @@ class DistillationLoss(nn.Module):
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
-        if not temperature > 0.0:
-            raise DynskipError(f"temperature={temperature} is not positive; 1 leaves the answers as they are.")
+        if not 0.0 < temperature < math.inf:
+            raise DynskipError(
+                f"temperature={temperature} is not positive and finite; 1 leaves the answers as they are."
+            )
         self.temperature = temperature
 
     def forward(self, output: SkipOutput) -> Tensor:
@@ -497,15 +337,3 @@ def _inner(output: SkipOutput) -> Tensor:
             "take the output of a training pass or of `decide`; the skipping pass leaves inner classifiers out."
         )
     return output.inner_logits
-
-
-def _check_targets(targets: Tensor, batch: int, classes: int) -> None:
-    if targets.shape != (batch,) or targets.is_floating_point():
-        raise DynskipError(
-            f"Targets must be {batch} class indices of shape (B,), integer; got {tuple(targets.shape)} {targets.dtype}."
-        )
-    if targets.device.type == "cpu" and batch and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
-        raise DynskipError(
-            f"Targets range from {int(targets.min())} to {int(targets.max())}, and the model has {classes} classes "
-            f"(0 to {classes - 1}). Build the model with as many classes as the labels have."
-        )

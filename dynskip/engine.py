@@ -1,0 +1,521 @@
+"""Frames in flight: the one loop over stages and gates that online, clip and streams are policies of.
+
+An engine has a row a video and up to `window` frames of each in flight. `run` takes frames through stages, `ask` says
+which of them their gates let go on as the memories stand now, `decide` makes decisions final, frame by frame and in
+order, and `learn` tells the host. Tables lie on the model's device: only `ask` and `learn` wait for it.
+
+Features do not depend on gates; only the gates' states link frames. So stages may run ahead on whatever the states of
+now let through, and gates decide again, on features already there, where a state has moved on. No stage runs twice on a
+frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dynskip import rules
+from dynskip.backbone import Carry, StagedBackbone
+from dynskip.gates import GateState, Step, parts_of
+
+if TYPE_CHECKING:
+    from dynskip.flops import FLOPsLookup
+
+
+@dataclass
+class Furthest:
+    """The stopped frame that got furthest. Without a used frame, its video's answer is made from it.
+
+    Attributes:
+        score: see `rules.score`.
+        stopped_at: the gate that stopped it.
+        frame: its number in the video.
+        carry: what the stage after that gate takes, of this frame alone.
+    """
+
+    score: float
+    stopped_at: int
+    frame: int
+    carry: Carry
+
+
+class Decisions(NamedTuple):
+    """What `Engine.decide` decided about `R` videos.
+
+    Attributes:
+        videos: `(R,)` the rows, on the host.
+        stopped_at: `(R, W)` what became of each frame; -1 where that is not decided, or the video had ended.
+        running_logits: `(R, W, K)` running predictions after each frame.
+        codes: `(R, W + 1)` what the host is to know, see `Engine.learn`.
+    """
+
+    videos: Tensor
+    stopped_at: Tensor
+    running_logits: Tensor
+    codes: Tensor
+
+
+class Engine:
+    """Frames in flight. Frame `w` of video `v` goes by the number `v * window + w`.
+
+    Args:
+        model: the model, a `StopOrForward` or what has the same settings.
+        videos: number of rows `V`.
+        window: most frames `W` of a video in flight.
+        sample: draw decisions; with a window of 1 only.
+        gates: the gates to ask; by default the model's.
+
+    Attributes:
+        states: for each gate, the state that decides on each row's next frame.
+        proposed: with a window of 1, for each gate the state after each row's frame in flight.
+        sums: what the videos' means are made of.
+        seen: `(V,)` frames decided.
+        ended: `(V,)` boolean, videos that the terminator has ended.
+        gate_logits: `(V * W, N, 2)` what gates said of the frames in flight.
+        frame_logits: `(V * W, K)` their logits, where the head has run.
+        depth: on the host, the stages that each frame has been through, the head included.
+        pending: on the host, whether each frame waits for a decision.
+        answered: on the host, whether each video has a used frame.
+        furthest: for each video without a used frame, the stopped frame that got furthest so far.
+        in_order: whether no gate waits for what later ones say: without memory, or where memories advance gate by gate.
+    """
+
+    def __init__(
+        self, model: Any, videos: int, window: int = 1, sample: bool = False, gates: Sequence[Any] | None = None
+    ) -> None:
+        self.model, self.backbone, self.sample = model, model.backbone, sample
+        self.videos, self.stages = videos, model.backbone.num_stages
+        self.gates = list(model.gates if gates is None else gates)
+        self.parts = [parts_of(gate) for gate in self.gates]
+        self.reached = model.state_update == "reached"
+        self.in_order = self.reached or not any(part.has_memory for part in self.parts)
+        weight = next(model.parameters())
+        self.dtype, self.device = weight.dtype, weight.device
+        self.wide = torch.promote_types(self.dtype, torch.float32)
+        self.tie = rules.tie(self.dtype)
+        # Tables are written in place, so every tensor is our own (a gate may hand out one tensor of zeros twice), and a
+        # normal one even where the caller is in inference mode now and leaves it later.
+        with torch.inference_mode(False), torch.no_grad():
+            self.states: list[GateState] = [tuple(s.clone() for s in g.initial_state(videos)) for g in self.gates]
+            self.sums = rules.nothing_counted(videos, self.backbone.num_classes, self.device)
+            self.seen = torch.zeros(videos, dtype=torch.long, device=self.device)
+            self.ended = torch.zeros(videos, dtype=torch.bool, device=self.device)
+            # How often each video ran each stage and the head, and each gate's step: for a video, and for a frame.
+            self.ran = torch.zeros(videos, self.stages + 1, dtype=torch.float64)
+            self.judged = torch.zeros(videos, self.stages, 2, dtype=torch.float64)
+        self.answered = [False] * videos
+        self.furthest: list[Furthest | None] = [None] * videos
+        self.open(window)
+
+    def open(self, window: int) -> None:
+        """Make room for other frames; those in flight are forgotten, what the videos remember is kept."""
+        self.window, frames = window, self.videos * window
+        bounds = rules.bounds(self.model.forward_threshold).to(self.wide).expand(frames, -1)
+        self._bounds = rules.drawn_bounds(bounds) if self.sample else bounds
+        self._device_bounds = self.upload(self._bounds)
+        with torch.inference_mode(False), torch.no_grad():
+            self.gate_logits = torch.zeros(frames, self.stages, 2, dtype=self.dtype, device=self.device)
+            self.frame_logits = torch.zeros(frames, self.backbone.num_classes, dtype=self.dtype, device=self.device)
+            self.proposed = [tuple(s.clone() for s in state) for state in self.states] if window == 1 else []
+            self.depth = torch.zeros(frames, dtype=torch.long)
+            self.pending = torch.zeros(frames, dtype=torch.bool)
+            self._number = torch.zeros(frames, dtype=torch.long)  # of the frame in its video
+            self._place = torch.zeros(frames, 2, dtype=torch.long)  # block, row in it
+            self._margins = torch.zeros(frames, self.stages, dtype=self.wide)  # on the host, of gates that were asked
+        self._embedded: list[Tensor | None] = [None] * self.stages
+        self._blocks: list[Carry | None] = []
+
+    def reset(self, videos: Tensor) -> None:
+        """Put rows back to before their first frame."""
+        index = self.upload(videos)
+        for gate, state in zip(self.gates, self.states, strict=True):
+            for old, new in zip(state, gate.initial_state(len(videos)), strict=True):
+                old[index] = new
+        for table in (*self.sums, self.seen, self.ended):
+            table[index] = 0
+        self.ran[videos], self.judged[videos] = 0.0, 0.0
+        for row in videos.tolist():
+            self.furthest[row], self.answered[row] = None, False
+
+    # Features
+
+    def load(self, frames: Tensor, images: Tensor, numbers: Tensor) -> None:
+        """Take frames in.
+
+        Args:
+            frames: `(M,)` where they go.
+            images: `(M, C, H, W)`.
+            numbers: `(M,)` their numbers in their videos.
+        """
+        self._hold(frames, self.backbone.start(images), 0)
+        self._number[frames], self.pending[frames] = numbers, True
+
+    def images(self, frames: Tensor) -> Tensor:
+        """Return the images of frames that have not been through a stage yet."""
+        images: Tensor = self._gather(frames)[0].values[0]
+        return images
+
+    def run(self, first: int, last: int, frames: Tensor) -> None:
+        """Run stages on frames that have been through all stages before; the head is stage `N`.
+
+        Args:
+            first: the first stage.
+            last: the last stage.
+            frames: `(M,)` frames, none twice.
+        """
+        carry, frames, index = self._gather(frames)
+        for n in range(first, min(last + 1, self.stages)):
+            carry = self.backbone.run(n, carry)
+            embedded = self.parts[n].embed(self.backbone.pool(n, carry))
+            final = self.in_order or self.window == 1 or not self.parts[n].has_memory
+            if not final:
+                self._keep_embedded(n, frames, index, embedded)
+            if final or last < self.stages:
+                self._judge(n, frames, index, embedded)
+        if last == self.stages:
+            self.frame_logits[index] = self.backbone.head(carry).to(self.dtype)
+        self.ran[:, first : last + 1] += self._videos(frames).bincount(minlength=self.videos)[:, None]
+        self._hold(frames, carry, last + 1)
+
+    def _keep_embedded(self, stage: int, frames: Tensor, index: Tensor, embedded: Tensor) -> None:
+        if _is_range(frames, self.videos * self.window):
+            self._embedded[stage] = embedded
+            return
+        table = self._embedded[stage]
+        if table is None:
+            shape = (self.videos * self.window, *embedded.shape[1:])
+            with torch.inference_mode(False):
+                self._embedded[stage] = table = torch.zeros(shape, dtype=embedded.dtype, device=self.device)
+        table[index] = embedded.to(table.dtype)
+
+    def _judge(self, stage: int, frames: Tensor, index: Tensor, embedded: Tensor) -> None:
+        """Ask a gate about frames from the states of now, and write down what it says."""
+        part, videos = self.parts[stage], self._videos(frames)
+        columns = frames % self.window
+        if self.reached and part.has_memory and columns.min() != columns.max():
+            # Memories advance gate by gate: the frames of each video one after the other.
+            for column in columns.unique().tolist():
+                chosen = (columns == column).nonzero().squeeze(1)
+                at = self.upload(chosen)
+                self._judge(stage, frames[chosen], index[at], embedded[at])
+            return
+        shared = len(frames) // self.window  # videos, where all their frames are asked about
+        if (
+            part.broadcasts
+            and self.window > 1
+            and frames[0] % self.window == 0
+            and _is_range(frames - frames[0], shared * self.window)
+        ):
+            rows, videos = self._rows(videos[:: self.window]), videos[:: self.window]
+            by_video = embedded.unflatten(0, (shared, self.window))
+            logits = part.step(by_video, self._states(stage, rows))[0].flatten(0, 1)
+        else:
+            rows, shared = self._rows(videos), 0
+            logits, new = part.step(embedded, self._states(stage, rows))
+            if self.window == 1 or self.reached:
+                for old, value in zip((self.states if self.reached else self.proposed)[stage], new, strict=True):
+                    _put(old, rows, value.to(old.dtype))
+        self.gate_logits[index, stage] = logits.to(self.dtype)
+        self.tie = max(self.tie, rules.tie(logits.dtype))
+        often = videos.bincount(minlength=self.videos)
+        self.judged[:, stage] += torch.stack([often, often * (self.window if shared else 1)], 1)
+
+    def ask(self, first: int, last: int, frames: Tensor) -> Tensor:
+        """Say which frames go on after having been through some stages, as the memories stand now. Waits once.
+
+        Args:
+            first: the first gate to ask.
+            last: the last one.
+            frames: `(M,)` frames that have been through these stages.
+
+        Returns:
+            `(M,)` boolean, on the host.
+        """
+        margins = rules.margins(self.gate_logits[self.upload(frames), first : last + 1]).cpu()
+        self._margins[frames, first : last + 1] = margins
+        going: Tensor = rules.forwards(margins, self._bounds[frames, first : last + 1]).all(1)
+        return going
+
+    # Decisions
+
+    def decide(self, videos: Tensor) -> Decisions:
+        """Make decisions on pending frames final, up to the first of each video that lacks a stage. Does not wait.
+
+        With a window of 1, frames have been asked about as far as they got, and all of them are decided.
+
+        Args:
+            videos: `(R,)` rows.
+
+        Returns:
+            What was decided.
+        """
+        shape, rows = (self.videos, self.window), self._rows(videos)
+        known = torch.where(self.pending, self.depth, self.stages + 2).view(shape)[videos]
+        on_device = self.upload(known)
+        states = None
+        if self.in_order or self.window == 1:
+            margins = rules.margins(_take(self.gate_logits.unflatten(0, shape), rows))
+            bounds = _take(self._device_bounds.unflatten(0, shape), rows)
+            stop = rules.stopped(rules.forwards(margins, bounds))
+            new = (stop < on_device) & (on_device < self.stages + 2)
+            if not self.in_order:
+                used = ((stop == self.stages) & new).squeeze(1)
+                states = [
+                    rules.keep(used, tuple(_take(p, rows) for p in proposed), self._states(n, rows))
+                    for n, proposed in enumerate(self.proposed)
+                ]
+        else:
+            stop, new, states = self._scan(videos, rows, known, on_device)
+        decisions = self._count(videos, rows, stop, new)
+        if states is not None:  # written last: whatever raises above leaves the videos as they were
+            for old, value in zip(self.states, states, strict=True):
+                for table, part in zip(old, value, strict=True):
+                    _put(table, rows, part)
+        if self.window == 1:
+            stopped_at = rules.stopped(rules.forwards(self._margins[videos], self._bounds[videos]))[:, None]
+            self._remember(videos, torch.minimum(stopped_at, known - 1))
+            self.pending[videos] = False
+        return decisions
+
+    def _scan(
+        self, videos: Tensor, rows: Tensor | None, known: Tensor, on_device: Tensor
+    ) -> tuple[Tensor, Tensor, list[GateState]]:
+        """Decide frame by frame, each from the states that the used frames before it have made.
+
+        Every step has the same shapes and waits for nothing.
+
+        Returns:
+            `(R, W)` the first gate that stops each frame, `(R, W)` whether that is final, and the gates' states.
+        """
+        present = on_device < self.stages + 2
+        depths, completes = on_device.unbind(1), (on_device == self.stages + 1).unbind(1)
+        within = torch.where(known < self.stages + 2, known, 0).clamp(max=self.stages).amax(0).tolist()
+        start = next(column for column, deepest in enumerate(within) if deepest)
+        table = _take(self.gate_logits.unflatten(0, (self.videos, self.window)), rows)
+        groups = self._groups(rows)
+        bounds = self._device_bounds[0, :, None]
+        going = torch.ones(len(videos), dtype=torch.bool, device=self.device)
+        said, stops, goings = [], [torch.zeros_like(depths[0])] * start, [going] * start
+        for column in range(start, self.window):
+            if self.device.type == "cpu" and not going.any():  # a look at a CPU costs nothing
+                break
+            logits, proposed = self._ask_all(groups, table, column, within[column])
+            stop = rules.stopped(rules.forwards(rules.margins(logits), bounds), 0)
+            going = going & (stop < depths[column])
+            used = going & completes[column] & (stop == self.stages)
+            for group, new in proposed:
+                group.state = rules.keep(used[None] if group.together else used, new, group.state)
+                group.asked += 1
+            said.append(logits)
+            stops.append(stop)
+            goings.append(going)
+        left = self.window - len(stops)
+        stops, goings = stops + [stops[-1]] * left, goings + [torch.zeros_like(going)] * left
+        columns = slice(start, start + len(said))
+        logits = torch.stack(said, 2).permute(1, 2, 0, 3)
+        logits = torch.where(present[:, columns, None, None], logits, table[:, columns])
+        _put(self.gate_logits.unflatten(0, (self.videos, self.window))[:, columns], rows, logits)
+        states = [self._states(n, rows) for n in range(self.stages)]
+        for group in groups:
+            self.judged[videos[:, None], torch.tensor(group.gates)] += group.asked
+            for i, n in enumerate(group.gates):
+                states[n] = tuple(s[i] for s in group.state) if group.together else group.state
+        return torch.stack(stops, 1), torch.stack(goings, 1) & present, states
+
+    def _groups(self, rows: Tensor | None) -> list[_Group]:
+        """Return the gates with memory, all as one where they allow it; that copies weights, so not on a CPU."""
+        shape, tables = (self.videos, self.window), self._embedded
+        find = getattr(type(self.gates[0]), "step_together", None)
+        if self.device.type != "cpu" and find is not None and all(table is not None for table in tables):
+            step = find(self.gates)
+            if step is not None:
+                embedded = torch.stack([table.unflatten(0, shape) for table in tables if table is not None])
+                columns = (embedded if rows is None else embedded[:, rows]).unbind(2)
+                states = [self._states(n, rows) for n in range(self.stages)]
+                state = tuple(torch.stack(parts) for parts in zip(*states, strict=True))
+                return [_Group(list(range(self.stages)), step, columns, state, together=True)]
+        return [
+            _Group([n], self.parts[n].step, _take(table.unflatten(0, shape), rows).unbind(1), self._states(n, rows))
+            for n, table in enumerate(tables)
+            if table is not None
+        ]
+
+    def _ask_all(
+        self, groups: list[_Group], table: Tensor, column: int, deepest: int
+    ) -> tuple[Tensor, list[tuple[_Group, GateState]]]:
+        """Return `(N, R, 2)` what gates say of a column of frames, and the states that those with memory propose."""
+        if groups and groups[0].together:
+            logits, new = groups[0].step(groups[0].columns[column], groups[0].state)
+            return logits, [(groups[0], new)]
+        said, proposed = list(table[:, column].unbind(1)), []
+        for group in groups:
+            if group.gates[0] < deepest:
+                logits, new = group.step(group.columns[column], group.state)
+                said[group.gates[0]] = logits.to(self.dtype)
+                proposed.append((group, new))
+        return torch.stack(said), proposed
+
+    def _count(self, videos: Tensor, rows: Tensor | None, stop: Tensor, new: Tensor) -> Decisions:
+        """Let decided frames count in their videos' means, and end videos."""
+        stopped_at = torch.where(new, stop, rules.UNSEEN)
+        frame_logits = _take(self.frame_logits.unflatten(0, (self.videos, self.window)), rows)
+        before = rules.Sums(*(_take(table, rows) for table in self.sums))
+        after = rules.count(stopped_at, frame_logits, self.model.repeats, before)
+        seen = _take(self.seen, rows)[:, None] + (new.cumsum(1) if self.window > 1 else new)
+        running, ended = rules.running(after, self.wide), _take(self.ended, rows)
+        last = torch.full_like(seen[:, :1], self.window - 1)
+        if self.model.terminator is not None:
+            ends = rules.ends(self.model.terminator, running, seen) & new
+            if self.window > 1:
+                stopped_at = rules.unseen_after(ends, stopped_at)
+                last = torch.where(ends.any(1, keepdim=True), ends.long().argmax(1, keepdim=True), last)
+            ended = ended | ends.any(1)
+        tables = [_at(table, last) if self.window > 1 else table.squeeze(1) for table in (*after, seen)]
+        for table, value in zip((*self.sums, self.seen, self.ended), (*tables, ended), strict=True):
+            _put(table, rows, value)
+        codes = torch.where(new, stopped_at, stop + self.stages + 2)
+        codes = torch.cat([codes, ended[:, None].long()], 1)
+        return Decisions(videos, stopped_at, running.to(self.dtype), codes)
+
+    def learn(self, decisions: Decisions) -> tuple[Tensor, Tensor, Tensor]:
+        """Tell the host what was decided. Waits once, and once more where a video has no used frame yet.
+
+        Returns:
+            On the host: `(R, W)` what became of each frame (-1 where the video had ended); `(R, W)` boolean, pending
+            frames that lack a stage as far as can be told now; `(R,)` boolean, videos that have ended.
+        """
+        videos, told = decisions.videos, decisions.codes.cpu()
+        codes, ended = told[:, :-1], told[:, -1].bool()
+        if self.window == 1:
+            return codes, torch.zeros_like(codes, dtype=torch.bool), ended
+        frames = videos[:, None] * self.window + torch.arange(self.window)
+        pending = self.pending[frames]
+        final = pending & (codes <= self.stages)
+        stopped_at = torch.where(final, codes, rules.UNSEEN)
+        lacking = pending & ~final & ~ended[:, None] & (codes - (self.stages + 2) >= self.depth[frames])
+        if not all(self.answered[row] for row in videos.tolist()):
+            self._margins[frames] = rules.margins(self.gate_logits[self.upload(frames)]).cpu()
+            self._remember(videos, stopped_at)
+        self.pending[frames[final | (pending & ended[:, None])]] = False
+        return stopped_at, lacking, ended
+
+    def _remember(self, videos: Tensor, stopped_at: Tensor) -> None:
+        """Keep the furthest of the frames that stopped, of videos without a used frame."""
+        for row, gates in zip(videos.tolist(), stopped_at.tolist(), strict=True):
+            self.answered[row] = self.answered[row] or self.stages in gates
+            if self.answered[row]:
+                self.furthest[row] = None
+                continue
+            for frame, gate in enumerate(gates, row * self.window):
+                best = self.furthest[row]
+                score = float(rules.score(torch.tensor(gate), self._margins[frame, gate]))
+                if gate >= 0 and (best is None or rules.further(score, best.score, self.tie)):
+                    # A copy of one row, so that the rest of its batch can go. Before the first used frame no state has
+                    # moved, so that the frame stopped where it was first looked at.
+                    block, position = self._place[frame].tolist()
+                    carry = self._blocks[block].select(self.upload(torch.tensor([position])))
+                    self.furthest[row] = Furthest(score, gate, int(self._number[frame]), carry)
+
+    def executed(self, video: int, lookup: FLOPsLookup) -> float:
+        """Return the cost of all that was executed for a video since it was reset, in the table's unit."""
+        stages = torch.cat([lookup.per_stage + lookup.gates - lookup.steps, lookup.steps.new_tensor([lookup.head])])
+        steps = torch.stack([lookup.shared, lookup.steps - lookup.shared], 1)
+        return float((self.ran[video] * stages).sum() + (self.judged[video] * steps).sum())
+
+    # Where things are
+
+    def _hold(self, frames: Tensor, carry: Carry, depth: int) -> None:
+        in_use = set(self._place[self.pending, 0].tolist())
+        self._blocks = [block if i in in_use else None for i, block in enumerate(self._blocks)]
+        free = next((i for i, block in enumerate(self._blocks) if block is None), len(self._blocks))
+        self._blocks[free : free + 1] = [carry]
+        self._place[frames, 0], self._place[frames, 1] = free, torch.arange(len(frames))
+        self.depth[frames] = depth
+
+    def _gather(self, frames: Tensor) -> tuple[Carry, Tensor, Tensor]:
+        """Return frames' features as one batch, the frames in its order, and these on the device."""
+        order = (self._place[frames, 0] * (1 << 32) + self._place[frames, 1]).argsort()
+        frames = frames[order]
+        both = self.upload(torch.stack([frames, self._place[frames, 1]]))
+        numbers, counts = self._place[frames, 0].unique_consecutive(return_counts=True)
+        parts = []
+        for number, rows in zip(numbers.tolist(), both[1].split(counts.tolist()), strict=True):
+            block = self._blocks[number]
+            assert block is not None
+            parts.append(block if len(rows) == block.batch else block.select(rows))
+        return parts[0] if len(parts) == 1 else Carry.cat(parts), frames, both[0]
+
+    def _videos(self, frames: Tensor) -> Tensor:
+        return frames.div(self.window, rounding_mode="floor") if self.window > 1 else frames
+
+    def _rows(self, videos: Tensor) -> Tensor | None:
+        """Return an index of videos on the device; `None` for all, whose tables are then used as they are."""
+        return None if _is_range(videos, self.videos) else self.upload(videos)
+
+    def _states(self, stage: int, rows: Tensor | None) -> GateState:
+        return tuple(_take(state, rows) for state in self.states[stage])
+
+    def upload(self, values: Tensor) -> Tensor:
+        """Copy a tensor of the host to the device, without waiting."""
+        return values.to(self.device, non_blocking=True)
+
+
+@dataclass
+class _Group:
+    """Gates that are asked as one: of `G` gates, or of a single one without that dimension.
+
+    Attributes:
+        gates: which gates.
+        step: what asks them.
+        columns: for each column of frames `(G, R, E)` what they made of them.
+        state: `(G, R, ...)` their states, which move on.
+        together: whether there is a `G`.
+        asked: how often they were asked about a frame of each video.
+    """
+
+    gates: list[int]
+    step: Step
+    columns: tuple[Tensor, ...]
+    state: GateState
+    together: bool = False
+    asked: int = 0
+
+
+def run_to_end(backbone: StagedBackbone, frames: Sequence[Furthest]) -> Tensor:
+    """Run stopped frames through the rest of the stages, and the head, without gates.
+
+    Returns:
+        `(M, K)` logits.
+    """
+    order = sorted(range(len(frames)), key=lambda i: frames[i].stopped_at)
+    carry: list[Carry] = []
+    for n in range(backbone.num_stages):
+        carry = [backbone.run(n, Carry.cat(carry))] if carry else []
+        carry += [frames[i].carry for i in order if frames[i].stopped_at == n]
+    logits = backbone.head(Carry.cat(carry))
+    return logits[torch.tensor(order).argsort().to(logits.device, non_blocking=True)]
+
+
+def _take(table: Tensor, rows: Tensor | None) -> Tensor:
+    return table if rows is None else table[rows]
+
+
+def _put(table: Tensor, rows: Tensor | None, value: Tensor) -> None:
+    if rows is None:
+        table.copy_(value)
+    else:
+        table[rows] = value
+
+
+def _at(table: Tensor, column: Tensor) -> Tensor:
+    """Take one column of each row."""
+    index = column.view(column.shape + (1,) * (table.ndim - 2)).expand(-1, 1, *table.shape[2:])
+    return table.gather(1, index).squeeze(1)
+
+
+def _is_range(values: Tensor, count: int) -> bool:
+    return len(values) == count > 0 and torch.equal(values, torch.arange(count))

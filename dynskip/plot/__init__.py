@@ -1,0 +1,11 @@
+"""Pictures of what was decided: frames of one video, shares over many, costs of stages, accuracy against compute.
+
+Needs matplotlib (`pip install 'dynskip[plot]'`), except for `timeline_text`. Figures are returned, never shown, and
+leave no global state behind: save one with `figure.savefig("timeline.png")`.
+"""
+
+from dynskip.plot._bars import frame_usage, stage_macs
+from dynskip.plot._curves import accuracy_compute
+from dynskip.plot._timeline import timeline, timeline_text
+
+__all__ = ["accuracy_compute", "frame_usage", "stage_macs", "timeline", "timeline_text"]

@@ -1,0 +1,283 @@
+"""What follows from gates' logits. Every way of running calls these rules, and there is no other place for them.
+
+Shapes: `B` videos of `T` frames, `N` gates, `K` classes. All functions are pure and run without waiting for a device.
+
+    margins    forward logit minus stop logit              nearness, score    how far a stopped frame got
+    forwards   does a frame go forward?                    further, fallback  which one answers for its video
+    draw       the same, drawn, and with gradients         count              what adds to a video's mean
+    stopped    the first gate that says stop               running, unseen    the running prediction; a video's end
+    keep       which rows keep a new state                 known              what was not computed is NaN
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dynskip.gates import FORWARD, GateState, logit
+
+UNSEEN = -1  # `stopped_at` of a frame that was never looked at, because the video had ended
+SATURATED = 100.0  # a margin as wide as this holds whatever the threshold
+
+# One frame's decision
+
+
+def margins(gate_logits: Tensor) -> Tensor:
+    """Say how far forward logits lie above stop logits, in float32 or better: `(..., 2) -> (...)`."""
+    wide = gate_logits.to(torch.promote_types(gate_logits.dtype, torch.float32))
+    stop, forward = wide.unbind(-1)
+    return forward - stop
+
+
+def bounds(forward_threshold: Sequence[float]) -> Tensor:
+    """Return the `(N,)` float64 margins that frames have to exceed for these forward probabilities.
+
+    They lie within `SATURATED`, so that a gate which says `always` (such as `FixedGate`) is never overruled.
+    """
+    highest = 0.99 * SATURATED  # below it in every precision
+    return torch.tensor([min(max(logit(p), -SATURATED), highest) for p in forward_threshold], dtype=torch.float64)
+
+
+def drawn_bounds(bounds: Tensor) -> Tensor:
+    """Return margins to exceed where decisions are drawn: a frame passes as often as its forward probability says."""
+    uniform = torch.rand(bounds.shape, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
+    return uniform.logit().to(bounds.dtype)
+
+
+def forwards(margin: Tensor, bound: Tensor | float) -> Tensor:
+    """Say which frames go forward. A NaN stops a frame, as the lowest margin would."""
+    return margin > bound
+
+
+def draw(
+    gate_logits: Tensor, bound: float, temperature: float, sample: bool, training: bool, noise: Tensor | None = None
+) -> Tensor:
+    """Turn `(B, 2)` gate logits into `(B,)` decisions in {0, 1}, straight-through in training.
+
+    Args:
+        gate_logits: `(B, 2)` logits (stop, forward).
+        bound: margin that goes forward where nothing is drawn, see `bounds`.
+        temperature: temperature of the Gumbel-softmax.
+        sample: draw instead of taking the more probable decision.
+        training: let gradients pass.
+        noise: `(B, 2)` standard Gumbel noise to draw with; from torch's generator by default.
+    """
+    if sample:
+        wide = gate_logits.float()  # in half precision the noise itself would round to ties
+        if noise is None:
+            noise = -torch.empty_like(wide).exponential_().log()
+        soft = ((wide + noise) / temperature).softmax(-1)[..., FORWARD]
+        return ((soft > 0.5).float() - soft.detach() + soft).to(gate_logits.dtype)
+    hard = forwards(margins(gate_logits), bound).to(gate_logits.dtype)
+    if not training:
+        return hard
+    soft = (gate_logits / temperature).softmax(-1)[..., FORWARD]
+    return hard + soft - soft.detach()
+
+
+def stopped(forward: Tensor, dim: int = -1) -> Tensor:
+    """Return the first gate that stops each frame, `N` for used frames: `(..., N) -> (...)` from booleans."""
+    return forward.cumprod(dim).sum(dim)
+
+
+def keep(rows: Tensor, new: GateState, old: GateState) -> GateState:
+    """Return a state that is the new one where `rows` says so, else the old one. No dtype changes."""
+    return tuple(
+        torch.where(rows.view(rows.shape + (1,) * (b.ndim - rows.ndim)), a.to(b.dtype), b)
+        for a, b in zip(new, old, strict=True)
+    )
+
+
+# A video without a used frame
+
+
+def nearness(margin: Tensor) -> Tensor:
+    """Rise with a stopped frame's forward probability, from 0 to below 1: float64. A NaN gives -1.5, below all."""
+    # A softmax would do, but its last digits depend on where in a batch a row stands.
+    wide = margin.double().clamp(-1e30, 1e30)
+    return (0.5 + 0.5 * wide / (1 + wide.abs())).clamp(max=1 - 1e-12).nan_to_num(-1.5)
+
+
+def score(stopped_at: Tensor, margin: Tensor) -> Tensor:
+    """Order stopped frames by how far they got, then by how nearly their gate forwarded them.
+
+    Args:
+        stopped_at: `(...)` the gate that stopped each frame.
+        margin: `(...)` what it said; a frame that a NaN stopped comes after all others.
+
+    Returns:
+        `(...)` float64 scores, above -1; -2 for frames that did not stop.
+    """
+    near = nearness(margin)
+    return torch.where(stopped_at < 0, -2.0, torch.where(near < 0, -0.5, 2 * stopped_at + near))
+
+
+def tie(dtype: torch.dtype) -> float:
+    """Return by how much scores may differ that count as equal: more than rounding moves them in another batch."""
+    return math.sqrt(torch.finfo(dtype).eps)
+
+
+def further(score: Any, best: Any, tie: float) -> Any:
+    """Whether a frame got further than the best one before it; of equals, the earlier one stays."""
+    return score > best + tie
+
+
+def fallback(stopped_at: Tensor, gate_logits: Tensor) -> Tensor:
+    """Choose, for videos without a used frame, the frame that answers in their place: `(B,)`, -1 for other videos.
+
+    Args:
+        stopped_at: `(B, T)` what became of each frame.
+        gate_logits: `(B, T, N, 2)`.
+    """
+    stages = gate_logits.shape[2]
+    at = stopped_at.clamp(0, stages - 1)[..., None, None].expand(-1, -1, 1, 2)
+    margin = margins(gate_logits.detach().gather(2, at).squeeze(2))
+    frame = torch.full_like(stopped_at[:, 0], -1)
+    best = torch.full(frame.shape, -1.0, dtype=torch.float64, device=frame.device)
+    for t, each in enumerate(score(stopped_at, margin).unbind(1)):
+        better = further(each, best, tie(gate_logits.dtype))
+        frame, best = torch.where(better, t, frame), torch.where(better, each, best)
+    return torch.where((stopped_at == stages).any(1), -1, frame)
+
+
+def answering(stopped_at: Tensor, stages: int, fallback_frame: Tensor) -> Tensor:
+    """Mark the frames whose logits make the prediction: the used ones, or else the fallback. `(B, T)`."""
+    frames = torch.arange(stopped_at.shape[1], device=stopped_at.device)
+    return (stopped_at == stages) | (frames == fallback_frame[:, None])
+
+
+# A video's mean, and its end
+
+
+class Sums(NamedTuple):
+    """What a video's mean is made of.
+
+    Attributes:
+        total: `(B, K)` float64 sum of the logits that count.
+        counted: `(B,)` number of them.
+        last: `(B, K)` float64 logits of the last used frame, which frames that repeat it add once more.
+    """
+
+    total: Tensor
+    counted: Tensor
+    last: Tensor
+
+
+def nothing_counted(videos: int, classes: int, device: torch.device) -> Sums:
+    """Return the sums before the first frame."""
+    zeros = torch.zeros(videos, classes, dtype=torch.float64, device=device)
+    return Sums(zeros, torch.zeros(videos, dtype=torch.long, device=device), zeros.clone())
+
+
+def source(stopped_at: Tensor, repeats: Sequence[bool]) -> Tensor:
+    """Say which frame's logits each frame adds to its video's mean, `(B, T)`; -1 for none.
+
+    Args:
+        stopped_at: `(B, T)` what became of each frame.
+        repeats: for each of `N` gates, whether frames that it stops count as the last used one.
+    """
+    frames = torch.arange(stopped_at.shape[1], device=stopped_at.device)
+    used = stopped_at == len(repeats)
+    if not any(repeats):
+        return torch.where(used, frames, -1)
+    last_used = torch.where(used, frames, -1).cummax(1).values
+    return torch.where(_repeating(stopped_at, repeats) | used, last_used, -1)
+
+
+def times_counted(stopped_at: Tensor, repeats: Sequence[bool]) -> Tensor:
+    """Say how often each frame's logits count in its video's mean, `(B, T)`; 1 for frames that nothing repeats."""
+    at = source(stopped_at, repeats)
+    counts = torch.zeros_like(stopped_at).scatter_add(1, at.clamp(min=0), (at >= 0).long())
+    return counts.clamp(min=1)
+
+
+def count(stopped_at: Tensor, frame_logits: Tensor, repeats: Sequence[bool], before: Sums) -> Sums:
+    """Add frames to their videos' sums, one after the other. Logits that are not finite do not count.
+
+    Args:
+        stopped_at: `(B, T)` what became of each frame.
+        frame_logits: `(B, T, K)` logits, of used frames at least.
+        repeats: for each of `N` gates, whether frames that it stops count as the last used one.
+        before: the sums before the first of these frames.
+
+    Returns:
+        The sums after each of them: `(B, T, K)`, `(B, T)`, `(B, T, K)`.
+    """
+    used = stopped_at == len(repeats)
+    wide = frame_logits.double()
+    if any(repeats):
+        at = torch.where(used, torch.arange(1, used.shape[1] + 1, device=used.device), 0).cummax(1).values
+        shown = torch.cat([before.last[:, None], wide], 1)
+        last = shown.gather(1, at[..., None].expand(-1, -1, wide.shape[-1]))
+        seen_one = (at > 0) | (before.counted > 0)[:, None]
+        added, counts = last, used | (_repeating(stopped_at, repeats) & seen_one)
+    else:
+        last, added, counts = before.last[:, None].expand_as(wide), wide, used
+    counts = counts & (added - added == 0).all(-1)  # false for NaN and infinite values
+    added = torch.where(counts[..., None], added, 0.0)
+    if used.shape[1] == 1:
+        return Sums(before.total[:, None] + added, before.counted[:, None] + counts, last)
+    # Added one by one, as frames arrive, from what was there before: another order would round otherwise.
+    total = torch.cat([before.total[:, None], added], 1).cumsum(1)[:, 1:]
+    return Sums(total, before.counted[:, None] + counts.cumsum(1), last)
+
+
+def running(sums: Sums, dtype: torch.dtype) -> Tensor:
+    """Return the running prediction, mean logits `(..., K)`; NaN before anything has counted."""
+    return (sums.total / sums.counted[..., None]).to(dtype)
+
+
+def ends(terminator: nn.Module, running_logits: Tensor, seen: Tensor) -> Tensor:
+    """Say after which frames a terminator ends their video.
+
+    Args:
+        terminator: the rule.
+        running_logits: `(B, T, K)` running predictions.
+        seen: `(B, T)` frames looked at so far.
+
+    Returns:
+        `(B, T)` boolean.
+    """
+    wide = running_logits.to(torch.promote_types(running_logits.dtype, torch.float32))
+    ended: Tensor = terminator(wide.softmax(-1).flatten(0, 1), seen.flatten())
+    return ended.view(seen.shape)
+
+
+def end_videos(terminator: nn.Module, running_logits: Tensor, stopped_at: Tensor) -> Tensor:
+    """Return what becomes of each frame when videos that were read whole end early: `(B, T)`.
+
+    Args:
+        terminator: the rule.
+        running_logits: `(B, T, K)` running predictions after each frame.
+        stopped_at: `(B, T)` what became of each frame.
+    """
+    seen = torch.arange(1, stopped_at.shape[1] + 1, device=stopped_at.device).expand_as(stopped_at)
+    return unseen_after(ends(terminator, running_logits, seen), stopped_at)
+
+
+def unseen_after(ended: Tensor, stopped_at: Tensor) -> Tensor:
+    """Mark the frames after the first one that ends their video as unseen: `(B, T)`."""
+    return stopped_at.masked_fill(ended.cumsum(1) > ended, UNSEEN)
+
+
+def read(stopped_at: Tensor, frame_logits: Tensor, repeats: Sequence[bool]) -> Tensor:
+    """Return the running predictions of whole videos, `(B, T, K)` in float32 or better: `count`, from their start."""
+    before = nothing_counted(len(stopped_at), frame_logits.shape[-1], stopped_at.device)
+    wide = torch.promote_types(frame_logits.dtype, torch.float32)
+    return running(count(stopped_at, frame_logits, repeats, before), wide)
+
+
+def known(values: Tensor, where: Tensor) -> Tensor:
+    """Put NaN in the place of what was not computed."""
+    return values.masked_fill(~where.view(where.shape + (1,) * (values.ndim - where.ndim)), math.nan)
+
+
+def _repeating(stopped_at: Tensor, repeats: Sequence[bool]) -> Tensor:
+    again = torch.zeros_like(stopped_at, dtype=torch.bool)
+    for n, repeat in enumerate(repeats):  # few gates repeat, and a table of them would have to be uploaded
+        again = again | (stopped_at == n) if repeat else again
+    return again
