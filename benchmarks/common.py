@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import dynskip
 from dynskip import StopOrForward, sofnet
-from dynskip.gates import GateState
+from dynskip.gates import GateState, Step
 
 FRAMES, ENDS_AFTER, CLASSES = 16, 14, 200
 STOPPED_BY = {2: 2, 5: 1, 8: 3, 11: 2, 14: 4}  # frame: its gate, counted from one; frames not named are used
@@ -35,7 +35,9 @@ STOPPED_BY = {2: 2, 5: 1, 8: 3, 11: 2, 14: 4}  # frame: its gate, counted from o
 class ScheduledGate(nn.Module):
     """A gate that is evaluated and then overruled by what the schedule has for the frame.
 
-    It recognises the frame as the nearest of those known, so that neither order nor batch nor runtime matters.
+    It recognises the frame as the nearest of those known, so that neither order nor batch nor runtime matters. It does
+    so in float32 in a model of any dtype: half precision moves features by less than a tenth of what lies between two
+    frames, but has not the digits to compare their distances.
 
     Args:
         gate: the gate to evaluate.
@@ -47,6 +49,7 @@ class ScheduledGate(nn.Module):
     keys: Tensor
     half_norms: Tensor
     verdicts: Tensor
+    broadcasts = True
 
     def __init__(self, gate: nn.Module, known: Tensor, forwards: Tensor) -> None:
         super().__init__()
@@ -63,13 +66,32 @@ class ScheduledGate(nn.Module):
         return self.step(self.embed(pooled), state)
 
     def embed(self, pooled: Tensor) -> Tensor:
-        nearest = ((pooled - self.centre) @ self.keys - self.half_norms).argmax(-1)
+        nearest = ((pooled.float() - self.centre) @ self.keys - self.half_norms).argmax(-1)
         return torch.cat([self.gate.embed(pooled), self.verdicts[nearest]], 1)
 
     def step(self, embedded: Tensor, state: GateState) -> tuple[Tensor, GateState]:
-        logits, new = self.gate.step(embedded[:, :-2], state)
+        logits, new = self.gate.step(embedded[..., :-2], state)
         # Added rather than put in their place, so that no compiler leaves the gate's own logits out.
-        return logits + embedded[:, -2:], new
+        return logits + embedded[..., -2:], new
+
+    @classmethod
+    def step_together(cls, gates: Sequence[Any]) -> Step | None:
+        step = type(gates[0].gate).step_together([each.gate for each in gates])
+        if step is None:
+            return None
+
+        def overruled(embedded: Tensor, state: GateState) -> tuple[Tensor, GateState]:
+            logits, new = step(embedded[..., :-2], state)
+            return logits + embedded[..., -2:], new
+
+        return overruled
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ScheduledGate:
+        exact = {name: self.get_buffer(name) for name in ("centre", "keys", "half_norms")}
+        super()._apply(fn, recurse)
+        for name, tensor in exact.items():  # to where the others go, not to their dtype
+            setattr(self, name, tensor.to(self.verdicts.device))
+        return self
 
 
 def schedule(stages: int) -> list[int]:

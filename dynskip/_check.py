@@ -41,13 +41,13 @@ def check_positive(value: Any, name: str) -> float:
 def check_eval(model: Any, what: str) -> None:
     """Refuse to skip with a part in training mode: its answers depend on their neighbours and move statistics."""
     for part in (model.backbone, *model.gates, getattr(model, "terminator", None)):
-        for name, module in part.named_modules() if part is not None else ():
-            if module.training:
-                where = f"{type(part).__name__}{'.' * bool(name)}{name}"
-                raise DynskipError(
-                    f"{what} runs a model in evaluation mode, and {where} is in training mode; call `model.eval()` "
-                    "first."
-                )
+        if part is None or not any(module.training for module in part.modules()):
+            continue
+        name = next(name for name, module in part.named_modules() if module.training)
+        raise DynskipError(
+            f"{what} runs a model in evaluation mode, and {type(part).__name__}{'.' * bool(name)}{name} is in training "
+            "mode; call `model.eval()` first."
+        )
 
 
 def check_video(video: Any, backbone: StagedBackbone) -> Tensor:

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from dynskip import rules
 from dynskip.backbone import Carry, StagedBackbone
-from dynskip.gates import GateState, Step, parts_of
+from dynskip.features import Features
+from dynskip.gates import GateState, parts_of
+from dynskip.scan import Group, scan
 
 if TYPE_CHECKING:
     from dynskip.flops import FLOPsLookup
@@ -34,12 +36,14 @@ class Furthest:
         score: see `rules.score`.
         stopped_at: the gate that stopped it.
         frame: its number in the video.
-        carry: what the stage after that gate takes, of this frame alone.
+        depth: the stages that it has been through, at least up to that gate.
+        carry: what the next stage takes, of this frame alone.
     """
 
     score: float
     stopped_at: int
     frame: int
+    depth: int
     carry: Carry
 
 
@@ -66,6 +70,7 @@ class Engine:
         model: the model, a `StopOrForward` or what has the same settings.
         videos: number of rows `V`.
         window: most frames `W` of a video in flight.
+        counts: count what is executed, for `executed`; with a window of 1, that is what decisions cost.
         sample: draw decisions; with a window of 1 only.
         gates: the gates to ask; by default the model's.
 
@@ -77,7 +82,7 @@ class Engine:
         ended: `(V,)` boolean, videos that the terminator has ended.
         gate_logits: `(V * W, N, 2)` what gates said of the frames in flight.
         frame_logits: `(V * W, K)` their logits, where the head has run.
-        depth: on the host, the stages that each frame has been through, the head included.
+        features: where frames are, and how many stages they have been through.
         pending: on the host, whether each frame waits for a decision.
         answered: on the host, whether each video has a used frame.
         furthest: for each video without a used frame, the stopped frame that got furthest so far.
@@ -85,9 +90,16 @@ class Engine:
     """
 
     def __init__(
-        self, model: Any, videos: int, window: int = 1, sample: bool = False, gates: Sequence[Any] | None = None
+        self,
+        model: Any,
+        videos: int,
+        window: int = 1,
+        *,
+        counts: bool = False,
+        sample: bool = False,
+        gates: Sequence[Any] | None = None,
     ) -> None:
-        self.model, self.backbone, self.sample = model, model.backbone, sample
+        self.model, self.backbone, self.counts, self.sample = model, model.backbone, counts, sample
         self.videos, self.stages = videos, model.backbone.num_stages
         self.gates = list(model.gates if gates is None else gates)
         self.parts = [parts_of(gate) for gate in self.gates]
@@ -121,13 +133,11 @@ class Engine:
             self.gate_logits = torch.zeros(frames, self.stages, 2, dtype=self.dtype, device=self.device)
             self.frame_logits = torch.zeros(frames, self.backbone.num_classes, dtype=self.dtype, device=self.device)
             self.proposed = [tuple(s.clone() for s in state) for state in self.states] if window == 1 else []
-            self.depth = torch.zeros(frames, dtype=torch.long)
             self.pending = torch.zeros(frames, dtype=torch.bool)
             self._number = torch.zeros(frames, dtype=torch.long)  # of the frame in its video
-            self._place = torch.zeros(frames, 2, dtype=torch.long)  # block, row in it
+            self.features = Features(self.backbone, frames)
             self._margins = torch.zeros(frames, self.stages, dtype=self.wide)  # on the host, of gates that were asked
         self._embedded: list[Tensor | None] = [None] * self.stages
-        self._blocks: list[Carry | None] = []
 
     def reset(self, videos: Tensor) -> None:
         """Put rows back to before their first frame."""
@@ -151,12 +161,12 @@ class Engine:
             images: `(M, C, H, W)`.
             numbers: `(M,)` their numbers in their videos.
         """
-        self._hold(frames, self.backbone.start(images), 0)
+        self.features.load(frames, images)
         self._number[frames], self.pending[frames] = numbers, True
 
     def images(self, frames: Tensor) -> Tensor:
         """Return the images of frames that have not been through a stage yet."""
-        images: Tensor = self._gather(frames)[0].values[0]
+        images: Tensor = self.features.gather(frames, self.device)[0].values[0]
         return images
 
     def run(self, first: int, last: int, frames: Tensor) -> None:
@@ -167,7 +177,8 @@ class Engine:
             last: the last stage.
             frames: `(M,)` frames, none twice.
         """
-        carry, frames, index = self._gather(frames)
+        carry, frames = self.features.gather(frames, self.device)
+        index = self.upload(frames)
         for n in range(first, min(last + 1, self.stages)):
             carry = self.backbone.run(n, carry)
             embedded = self.parts[n].embed(self.backbone.pool(n, carry))
@@ -178,8 +189,10 @@ class Engine:
                 self._judge(n, frames, index, embedded)
         if last == self.stages:
             self.frame_logits[index] = self.backbone.head(carry).to(self.dtype)
-        self.ran[:, first : last + 1] += self._videos(frames).bincount(minlength=self.videos)[:, None]
-        self._hold(frames, carry, last + 1)
+        if self.counts:
+            self.ran[:, first : last + 1] += self._videos(frames).bincount(minlength=self.videos)[:, None]
+        self.features.keep(frames, carry, last + 1)
+        self.features.let_go(self.pending)
 
     def _keep_embedded(self, stage: int, frames: Tensor, index: Tensor, embedded: Tensor) -> None:
         if _is_range(frames, self.videos * self.window):
@@ -221,8 +234,9 @@ class Engine:
                     _put(old, rows, value.to(old.dtype))
         self.gate_logits[index, stage] = logits.to(self.dtype)
         self.tie = max(self.tie, rules.tie(logits.dtype))
-        often = videos.bincount(minlength=self.videos)
-        self.judged[:, stage] += torch.stack([often, often * (self.window if shared else 1)], 1)
+        if self.counts:
+            often = videos.bincount(minlength=self.videos)
+            self.judged[:, stage] += torch.stack([often, often * (self.window if shared else 1)], 1)
 
     def ask(self, first: int, last: int, frames: Tensor) -> Tensor:
         """Say which frames go on after having been through some stages, as the memories stand now. Waits once.
@@ -254,9 +268,9 @@ class Engine:
             What was decided.
         """
         shape, rows = (self.videos, self.window), self._rows(videos)
-        known = torch.where(self.pending, self.depth, self.stages + 2).view(shape)[videos]
+        known = torch.where(self.pending, self.features.depth, self.stages + 2).view(shape)[videos]
         on_device = self.upload(known)
-        states = None
+        states = said = None
         if self.in_order or self.window == 1:
             margins = rules.margins(_take(self.gate_logits.unflatten(0, shape), rows))
             bounds = _take(self._device_bounds.unflatten(0, shape), rows)
@@ -269,95 +283,44 @@ class Engine:
                     for n, proposed in enumerate(self.proposed)
                 ]
         else:
-            stop, new, states = self._scan(videos, rows, known, on_device)
+            groups = self._groups(rows)
+            table = _take(self.gate_logits.unflatten(0, shape), rows)
+            stop, new, said = scan(groups, table, self._device_bounds[0], on_device, known)
+            states = [self._states(n, rows) for n in range(self.stages)]
+            for group in groups:
+                for n, state in group.states().items():
+                    states[n] = state
         decisions = self._count(videos, rows, stop, new)
         if states is not None:  # written last: whatever raises above leaves the videos as they were
             for old, value in zip(self.states, states, strict=True):
                 for table, part in zip(old, value, strict=True):
                     _put(table, rows, part)
+        if said is not None:
+            _put(self.gate_logits.unflatten(0, shape), rows, said)
+            for group in groups:
+                self.judged[videos[:, None], torch.tensor(group.gates)] += group.asked
         if self.window == 1:
             stopped_at = rules.stopped(rules.forwards(self._margins[videos], self._bounds[videos]))[:, None]
             self._remember(videos, torch.minimum(stopped_at, known - 1))
             self.pending[videos] = False
         return decisions
 
-    def _scan(
-        self, videos: Tensor, rows: Tensor | None, known: Tensor, on_device: Tensor
-    ) -> tuple[Tensor, Tensor, list[GateState]]:
-        """Decide frame by frame, each from the states that the used frames before it have made.
-
-        Every step has the same shapes and waits for nothing.
-
-        Returns:
-            `(R, W)` the first gate that stops each frame, `(R, W)` whether that is final, and the gates' states.
-        """
-        present = on_device < self.stages + 2
-        depths, completes = on_device.unbind(1), (on_device == self.stages + 1).unbind(1)
-        within = torch.where(known < self.stages + 2, known, 0).clamp(max=self.stages).amax(0).tolist()
-        start = next(column for column, deepest in enumerate(within) if deepest)
-        table = _take(self.gate_logits.unflatten(0, (self.videos, self.window)), rows)
-        groups = self._groups(rows)
-        bounds = self._device_bounds[0, :, None]
-        going = torch.ones(len(videos), dtype=torch.bool, device=self.device)
-        said, stops, goings = [], [torch.zeros_like(depths[0])] * start, [going] * start
-        for column in range(start, self.window):
-            if self.device.type == "cpu" and not going.any():  # a look at a CPU costs nothing
-                break
-            logits, proposed = self._ask_all(groups, table, column, within[column])
-            stop = rules.stopped(rules.forwards(rules.margins(logits), bounds), 0)
-            going = going & (stop < depths[column])
-            used = going & completes[column] & (stop == self.stages)
-            for group, new in proposed:
-                group.state = rules.keep(used[None] if group.together else used, new, group.state)
-                group.asked += 1
-            said.append(logits)
-            stops.append(stop)
-            goings.append(going)
-        left = self.window - len(stops)
-        stops, goings = stops + [stops[-1]] * left, goings + [torch.zeros_like(going)] * left
-        columns = slice(start, start + len(said))
-        logits = torch.stack(said, 2).permute(1, 2, 0, 3)
-        logits = torch.where(present[:, columns, None, None], logits, table[:, columns])
-        _put(self.gate_logits.unflatten(0, (self.videos, self.window))[:, columns], rows, logits)
-        states = [self._states(n, rows) for n in range(self.stages)]
-        for group in groups:
-            self.judged[videos[:, None], torch.tensor(group.gates)] += group.asked
-            for i, n in enumerate(group.gates):
-                states[n] = tuple(s[i] for s in group.state) if group.together else group.state
-        return torch.stack(stops, 1), torch.stack(goings, 1) & present, states
-
-    def _groups(self, rows: Tensor | None) -> list[_Group]:
+    def _groups(self, rows: Tensor | None) -> list[Group]:
         """Return the gates with memory, all as one where they allow it; that copies weights, so not on a CPU."""
-        shape, tables = (self.videos, self.window), self._embedded
+        shape, tables = (self.videos, self.window), [table for table in self._embedded if table is not None]
         find = getattr(type(self.gates[0]), "step_together", None)
-        if self.device.type != "cpu" and find is not None and all(table is not None for table in tables):
-            step = find(self.gates)
-            if step is not None:
-                embedded = torch.stack([table.unflatten(0, shape) for table in tables if table is not None])
-                columns = (embedded if rows is None else embedded[:, rows]).unbind(2)
-                states = [self._states(n, rows) for n in range(self.stages)]
-                state = tuple(torch.stack(parts) for parts in zip(*states, strict=True))
-                return [_Group(list(range(self.stages)), step, columns, state, together=True)]
+        step = find(self.gates) if find is not None and self.device.type != "cpu" else None
+        if step is not None and len(tables) == self.stages:
+            embedded = torch.stack([table.unflatten(0, shape) for table in tables])
+            columns = (embedded if rows is None else embedded[:, rows]).unbind(2)
+            states = [self._states(n, rows) for n in range(self.stages)]
+            state = tuple(torch.stack(parts) for parts in zip(*states, strict=True))
+            return [Group(list(range(self.stages)), step, columns, state, together=True)]
         return [
-            _Group([n], self.parts[n].step, _take(table.unflatten(0, shape), rows).unbind(1), self._states(n, rows))
-            for n, table in enumerate(tables)
+            Group([n], self.parts[n].step, _take(table.unflatten(0, shape), rows).unbind(1), self._states(n, rows))
+            for n, table in enumerate(self._embedded)
             if table is not None
         ]
-
-    def _ask_all(
-        self, groups: list[_Group], table: Tensor, column: int, deepest: int
-    ) -> tuple[Tensor, list[tuple[_Group, GateState]]]:
-        """Return `(N, R, 2)` what gates say of a column of frames, and the states that those with memory propose."""
-        if groups and groups[0].together:
-            logits, new = groups[0].step(groups[0].columns[column], groups[0].state)
-            return logits, [(groups[0], new)]
-        said, proposed = list(table[:, column].unbind(1)), []
-        for group in groups:
-            if group.gates[0] < deepest:
-                logits, new = group.step(group.columns[column], group.state)
-                said[group.gates[0]] = logits.to(self.dtype)
-                proposed.append((group, new))
-        return torch.stack(said), proposed
 
     def _count(self, videos: Tensor, rows: Tensor | None, stop: Tensor, new: Tensor) -> Decisions:
         """Let decided frames count in their videos' means, and end videos."""
@@ -396,10 +359,11 @@ class Engine:
         pending = self.pending[frames]
         final = pending & (codes <= self.stages)
         stopped_at = torch.where(final, codes, rules.UNSEEN)
-        lacking = pending & ~final & ~ended[:, None] & (codes - (self.stages + 2) >= self.depth[frames])
-        if not all(self.answered[row] for row in videos.tolist()):
+        lacking = pending & ~final & ~ended[:, None] & (codes - (self.stages + 2) >= self.features.depth[frames])
+        has_used = (stopped_at == self.stages).any(1).tolist()
+        if not all(used or self.answered[row] for used, row in zip(has_used, videos.tolist(), strict=True)):
             self._margins[frames] = rules.margins(self.gate_logits[self.upload(frames)]).cpu()
-            self._remember(videos, stopped_at)
+        self._remember(videos, stopped_at)
         self.pending[frames[final | (pending & ended[:, None])]] = False
         return stopped_at, lacking, ended
 
@@ -414,11 +378,9 @@ class Engine:
                 best = self.furthest[row]
                 score = float(rules.score(torch.tensor(gate), self._margins[frame, gate]))
                 if gate >= 0 and (best is None or rules.further(score, best.score, self.tie)):
-                    # A copy of one row, so that the rest of its batch can go. Before the first used frame no state has
-                    # moved, so that the frame stopped where it was first looked at.
-                    block, position = self._place[frame].tolist()
-                    carry = self._blocks[block].select(self.upload(torch.tensor([position])))
-                    self.furthest[row] = Furthest(score, gate, int(self._number[frame]), carry)
+                    depth = min(int(self.features.depth[frame]), self.stages)
+                    carry = self.features.row(frame, self.device)
+                    self.furthest[row] = Furthest(score, gate, int(self._number[frame]), depth, carry)
 
     def executed(self, video: int, lookup: FLOPsLookup) -> float:
         """Return the cost of all that was executed for a video since it was reset, in the table's unit."""
@@ -427,27 +389,6 @@ class Engine:
         return float((self.ran[video] * stages).sum() + (self.judged[video] * steps).sum())
 
     # Where things are
-
-    def _hold(self, frames: Tensor, carry: Carry, depth: int) -> None:
-        in_use = set(self._place[self.pending, 0].tolist())
-        self._blocks = [block if i in in_use else None for i, block in enumerate(self._blocks)]
-        free = next((i for i, block in enumerate(self._blocks) if block is None), len(self._blocks))
-        self._blocks[free : free + 1] = [carry]
-        self._place[frames, 0], self._place[frames, 1] = free, torch.arange(len(frames))
-        self.depth[frames] = depth
-
-    def _gather(self, frames: Tensor) -> tuple[Carry, Tensor, Tensor]:
-        """Return frames' features as one batch, the frames in its order, and these on the device."""
-        order = (self._place[frames, 0] * (1 << 32) + self._place[frames, 1]).argsort()
-        frames = frames[order]
-        both = self.upload(torch.stack([frames, self._place[frames, 1]]))
-        numbers, counts = self._place[frames, 0].unique_consecutive(return_counts=True)
-        parts = []
-        for number, rows in zip(numbers.tolist(), both[1].split(counts.tolist()), strict=True):
-            block = self._blocks[number]
-            assert block is not None
-            parts.append(block if len(rows) == block.batch else block.select(rows))
-        return parts[0] if len(parts) == 1 else Carry.cat(parts), frames, both[0]
 
     def _videos(self, frames: Tensor) -> Tensor:
         return frames.div(self.window, rounding_mode="floor") if self.window > 1 else frames
@@ -464,38 +405,17 @@ class Engine:
         return values.to(self.device, non_blocking=True)
 
 
-@dataclass
-class _Group:
-    """Gates that are asked as one: of `G` gates, or of a single one without that dimension.
-
-    Attributes:
-        gates: which gates.
-        step: what asks them.
-        columns: for each column of frames `(G, R, E)` what they made of them.
-        state: `(G, R, ...)` their states, which move on.
-        together: whether there is a `G`.
-        asked: how often they were asked about a frame of each video.
-    """
-
-    gates: list[int]
-    step: Step
-    columns: tuple[Tensor, ...]
-    state: GateState
-    together: bool = False
-    asked: int = 0
-
-
 def run_to_end(backbone: StagedBackbone, frames: Sequence[Furthest]) -> Tensor:
     """Run stopped frames through the rest of the stages, and the head, without gates.
 
     Returns:
         `(M, K)` logits.
     """
-    order = sorted(range(len(frames)), key=lambda i: frames[i].stopped_at)
+    order = sorted(range(len(frames)), key=lambda i: frames[i].depth)
     carry: list[Carry] = []
     for n in range(backbone.num_stages):
         carry = [backbone.run(n, Carry.cat(carry))] if carry else []
-        carry += [frames[i].carry for i in order if frames[i].stopped_at == n]
+        carry += [frames[i].carry for i in order if frames[i].depth == n + 1]
     logits = backbone.head(Carry.cat(carry))
     return logits[torch.tensor(order).argsort().to(logits.device, non_blocking=True)]
 

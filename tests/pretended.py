@@ -171,6 +171,14 @@ class Pretended(Tensor):
             memo[id(self)] = twin.requires_grad_(self.requires_grad)
         return memo[id(self)]
 
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        # Modules change the dtype of tensors that have this by exchanging them, of others by their metadata alone.
+        return ["data_on_host"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], context: None, size: Any, stride: Any) -> Pretended:
+        return Pretended(inner["data_on_host"])
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return _run(Counts(), func, args, kwargs or {})  # of tensors that outlive `pretended()`

@@ -433,6 +433,18 @@ def test_what_counts_as_mixed() -> None:
         assert "test_pretended" in counts.report()
 
 
+def test_modules_move_and_change_their_dtype() -> None:
+    with pretended() as counts:
+        layer = nn.Linear(3, 2).to(DEVICE).bfloat16()
+        output = copy.deepcopy(layer)(torch.ones(4, 3, device=DEVICE, dtype=torch.bfloat16))
+        assert isinstance(layer.weight, nn.Parameter)
+        assert layer.weight.requires_grad
+        output.sum().backward()
+        assert on_host(output).dtype == on_host(layer.weight).dtype == torch.bfloat16
+        assert type(layer.cpu().weight) is nn.Parameter
+        assert not counts.mixed
+
+
 def test_launches_are_kernels() -> None:
     with pretended() as counts:
         x = torch.empty(4, 3, device=DEVICE)

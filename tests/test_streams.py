@@ -133,12 +133,12 @@ def assert_alone(
 def test_streams_give_what_each_gives_alone(way: str, state_update: StateUpdate) -> None:
     happened = Counter[str]()
 
-    def check(case: Case, max_streams: int, batch_size: int, fails: dict[int, int], seed: int) -> None:
+    def check(case: Case, max_streams: int, batch_size: int, look_ahead: int, fails: dict[int, int], seed: int) -> None:
         model, video = case.model(), case.video()
         order = random.Random(seed).sample(range(case.batch), case.batch)
         if way == "plain":
             plain = ((b, Camera(video[b], fails.get(b))) for b in order)
-            events = list(model.serve_streams(plain, max_streams, batch_size))
+            events = list(model.serve_streams(plain, max_streams, batch_size, look_ahead))
         else:
             cameras = [(b, slowly(video[b], seed + b, fails.get(b))) for b in order]
             events = gathered(model.aserve_streams(slowly(cameras, seed), max_streams, batch_size))
@@ -147,6 +147,9 @@ def test_streams_give_what_each_gives_alone(way: str, state_update: StateUpdate)
         for b in range(case.batch):
             alone = model.run_clip(video[b : b + 1], window=1)
             assert_alone(frames[b], results[b], alone, fails.get(b))
+        if way == "plain":
+            happened["speculated"] += sum(result.speculative_macs > 0 for result in results.values())
+            assert look_ahead > 1 or not any(result.speculative_macs for result in results.values())
         happened["failed"] += sum(result.error is not None for result in results.values())
         happened["fallback"] += sum(result.fallback_frame >= 0 for result in results.values())
         happened["ended"] += sum(
@@ -154,13 +157,14 @@ def test_streams_give_what_each_gives_alone(way: str, state_update: StateUpdate)
         )
 
     for seed, case in enumerate(large_cases("lstm", state_update)[:4]):
-        check(case, 3, 2, {seed % 5: 2}, seed)
+        check(case, 3, 2, 1 + seed, {seed % 5: 2}, seed)
     assert all(happened[name] for name in ("failed", "fallback", "ended")), happened
     settings(max_examples=15)(
         given(
             case=cases(updates=[state_update]),
             max_streams=st.integers(1, 6),
             batch_size=st.integers(1, 6),
+            look_ahead=st.integers(1, 5),
             fails=st.dictionaries(st.integers(0, 4), st.integers(0, 7), max_size=2),
             seed=st.integers(0, 1000),
         )(check)

@@ -60,7 +60,7 @@ def run_clip(model: StopOrForward, video: Tensor, window: int | None = None, sam
     if window is not None and window < 1:
         raise DynskipError(f"window={window}: a window has at least one frame; give 1 to go frame by frame.")
     batch, frames = video.shape[:2]
-    engine = Engine(model, batch, sample=sample)
+    engine = Engine(model, batch, counts=True, sample=sample)
     on_cpu, live, start, tables = engine.device.type == "cpu", torch.arange(batch), 0, []
     plan = model.look_ahead or _usual(model, batch, frames, on_cpu, engine.in_order)
     bound = max(1, FRAMES_IN_FLIGHT["cpu" if on_cpu else "gpu"] // batch)
@@ -131,7 +131,7 @@ def _run_window(
 def _look(engine: Engine, frames: Tensor, stages: int) -> None:
     """Take frames as far as their gates let them, as the memories stand now."""
     for first in range(engine.stages + 1):
-        here = engine.depth[frames] == first
+        here = engine.features.depth[frames] == first
         if not here.any():
             continue
         last = min(first + stages, engine.stages)
@@ -166,7 +166,7 @@ def _output(engine: Engine, video: Tensor, tables: list[tuple[Tensor, Tensor, Te
         fallback[rows] = at
         logits = run_to_end(engine.backbone, list(left.values()))
         frame_logits[engine.upload(rows), engine.upload(at)] = logits.to(frame_logits.dtype)
-        executed[rows] += lookup.completion[[furthest.stopped_at for furthest in left.values()]]
+        executed[rows] += lookup.completion[[furthest.depth - 1 for furthest in left.values()]]
     # Costs are worked out where the decisions are known, on the host.
     speculative = (executed - lookup.cost(stopped_at, fallback)).clamp(min=0.0)
     output = masked_output(

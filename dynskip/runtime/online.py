@@ -244,7 +244,8 @@ class Session:
     def _restore(self, plain: dict[str, Any]) -> Furthest:
         backbone = self.model.backbone
         carry = Carry(_to(plain["values"], self._macs.device), plain["kinds"], 1)
-        furthest = Furthest(float(plain["score"]), int(plain["stopped_at"]), int(plain["frame"]), carry)
+        gate = int(plain["stopped_at"])
+        furthest = Furthest(float(plain["score"]), gate, int(plain["frame"]), gate + 1, carry)
         if not 0 <= furthest.stopped_at < backbone.num_stages or furthest.frame < 0:
             raise ValueError(f"no frame stops at gate {furthest.stopped_at}")
         # The surest test of a carry is to go on with it; it happens once, and only where no frame has been used yet.

@@ -119,7 +119,7 @@ def optimize(
         raise DynskipError("Only a model in eval mode can be optimised, since BatchNorm is folded. Call model.eval().")
     if buckets is not None and (not buckets or min(buckets) < 1):
         raise DynskipError(f"buckets={tuple(buckets)} are no batch sizes; give positive numbers, such as (1, 2, 4, 8).")
-    check_video(clips, model.backbone)
+    clips = check_video(clips, model.backbone)
     images = clips[:, 0]
     backbone = fold(model.backbone, images).to(dtype=dtype)
     # A copy of the whole model keeps its class and what was set on it; the memo puts the folded backbone in.

@@ -1,0 +1,117 @@
+"""Decide frame by frame, each from the states that the used frames before it have made: one pass, without waiting.
+
+This is what links frames, and so the one thing that cannot be batched over them. All steps have the same shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dynskip import rules
+from dynskip.gates import GateState, Step
+
+
+@dataclass
+class Group:
+    """Gates with memory that are asked as one: `G` of them together, or a single one without that dimension.
+
+    Attributes:
+        gates: which gates.
+        step: what asks them.
+        columns: for each column of frames `(G, R, E)` what the gates' stateless parts made of it.
+        state: `(G, R, ...)` their states, which move on during the scan.
+        together: whether there is a `G`.
+        asked: how often they were asked about a frame of each video.
+    """
+
+    gates: list[int]
+    step: Step
+    columns: Sequence[Tensor]
+    state: GateState
+    together: bool = False
+    asked: int = 0
+
+    def states(self) -> dict[int, GateState]:
+        """Return the state of each gate."""
+        if not self.together:
+            return {self.gates[0]: self.state}
+        return {n: tuple(part[i] for part in self.state) for i, n in enumerate(self.gates)}
+
+
+class Scanned(NamedTuple):
+    """What a scan found about `R` videos.
+
+    Attributes:
+        stop: `(R, W)` the first gate that stops each frame, `N` for none.
+        final: `(R, W)` whether that is final: neither the frame nor one before it lacks a stage.
+        gate_logits: `(R, W, N, 2)` what the gates said.
+    """
+
+    stop: Tensor
+    final: Tensor
+    gate_logits: Tensor
+
+
+def scan(groups: Sequence[Group], gate_logits: Tensor, bounds: Tensor, depth: Tensor, on_host: Tensor) -> Scanned:
+    """Decide on the frames of a window, up to the first of each video that lacks a stage.
+
+    Args:
+        groups: the gates with memory; their states move on.
+        gate_logits: `(R, W, N, 2)` what gates have said so far, which holds for those without memory.
+        bounds: `(N,)` margins to exceed.
+        depth: `(R, W)` stages that each frame has been through, the head included; `N + 2` where there is no frame to
+            decide on.
+        on_host: the same on the host.
+
+    Returns:
+        What was found.
+    """
+    stages, window = gate_logits.shape[2], depth.shape[1]
+    present = depth < stages + 2
+    # A used frame passes every gate, and has been through the head.
+    depths, wanted = depth.unbind(1), torch.where(depth == stages + 1, stages, -1).unbind(1)
+    deepest = torch.where(on_host < stages + 2, on_host, 0).clamp(max=stages).amax(0).tolist()
+    start = next(column for column, stage in enumerate(deepest) if stage)
+    going = torch.ones_like(depths[0], dtype=torch.bool)
+    said, stops, goings = [], [torch.zeros_like(depths[0])] * start, [going] * start
+    for column in range(start, window):
+        if depth.device.type == "cpu" and not going.any():  # a look at a CPU costs nothing
+            break
+        logits, proposed = _ask(groups, gate_logits, column, deepest[column])
+        stop = rules.stopped(rules.forwards(rules.margins(logits), bounds[:, None]), 0)
+        going = going & (stop < depths[column])
+        used = going & (stop == wanted[column])
+        for group, new in proposed:
+            group.state = rules.keep(used[None] if group.together else used, new, group.state)
+            group.asked += 1
+        said.append(logits)
+        stops.append(stop)
+        goings.append(going)
+    left = window - len(stops)
+    columns = slice(start, start + len(said))
+    gate_logits = gate_logits.clone()
+    fresh = torch.stack(said, 2).permute(1, 2, 0, 3)
+    gate_logits[:, columns] = torch.where(present[:, columns, None, None], fresh, gate_logits[:, columns])
+    final = torch.stack(goings + [torch.zeros_like(going)] * left, 1) & present
+    return Scanned(torch.stack(stops + [stops[-1]] * left, 1), final, gate_logits)
+
+
+def _ask(
+    groups: Sequence[Group], gate_logits: Tensor, column: int, deepest: int
+) -> tuple[Tensor, list[tuple[Group, GateState]]]:
+    """Return `(N, R, 2)` what gates say of a column of frames, and the states that those with memory propose."""
+    if groups and groups[0].together:
+        logits, new = groups[0].step(groups[0].columns[column], groups[0].state)
+        return logits.to(gate_logits.dtype), [(groups[0], new)]
+    said, proposed = list(gate_logits[:, column].unbind(1)), []
+    for group in groups:
+        if group.gates[0] < deepest:
+            logits, new = group.step(group.columns[column], group.state)
+            said[group.gates[0]] = logits.to(gate_logits.dtype)
+            proposed.append((group, new))
+    return torch.stack(said), proposed
