@@ -33,7 +33,7 @@ import dynskip_onnx, numpy
 runner = dynskip_onnx.load(sys.argv[1])
 for video in numpy.load(sys.argv[2], mmap_mode="r"):
     result = runner.clip(video)
-    print(json.dumps([result.stopped_at.tolist(), result.probabilities.tolist(), result.macs, result.extra_macs]))
+    print(json.dumps([result.stopped_at.tolist(), result.probabilities.tolist(), result.macs, result.speculative_macs]))
 """
 
 
@@ -84,11 +84,11 @@ def main() -> None:
         (torch.tensor(run[1]) - output.probabilities[0]).abs().max().item()
         for run, output in zip(runs, outputs, strict=True)
     )
-    macs, extra = (sum(run[k] for run in runs) / len(runs) / 1e9 for k in (2, 3))
+    macs, speculative = (sum(run[k] for run in runs) / len(runs) / 1e9 for k in (2, 3))
     wanted = sum(output.macs.item() for output in outputs) / len(outputs) / 1e9
     counts = {n: int((stopped_at == n).sum()) for n in range(-1, model.backbone.num_stages + 1)}
     print(f"frames unseen (-1), stopped at each gate, used ({model.backbone.num_stages}): {counts}")
-    print(f"GMACs a clip: torch {wanted:.3f}, onnxruntime {macs:.3f} and {extra:.3f} ahead of the decisions")
+    print(f"GMACs a clip: torch {wanted:.3f}, onnxruntime {macs:.3f} and {speculative:.3f} ahead of the decisions")
     print(f"largest difference of a probability: {gap:.1e}")
     print(f"equal decisions on {len(runs)} clips: {equal:.2%}")
 

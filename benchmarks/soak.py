@@ -87,12 +87,14 @@ def wrong(model: StopOrForward, result: VideoResult) -> str | None:
     fault = fault_of(result.key)
     alone = model.run_clip(video_of(result.key)[None], window=1)
     if fault is not None and fault[1] < int(alone.seen.sum()):
-        if result.error is None or result.seen != fault[1]:
-            return f"stream {result.key} had to fail at frame {fault[1]}; saw {result.seen}, error {result.error!r}"
+        if result.error is None or result.frames_seen != fault[1]:
+            return (
+                f"stream {result.key} had to fail at frame {fault[1]}; saw {result.frames_seen}, error {result.error!r}"
+            )
         return None
     if result.error is not None:
         return f"stream {result.key} failed: {result.error!r}"
-    same = result.seen == int(alone.seen.sum()) and result.used == int(alone.used.sum())
+    same = result.frames_seen == int(alone.seen.sum()) and result.frames_used == int(alone.used.sum())
     same = same and result.macs == float(alone.macs) and result.fallback_frame == int(alone.fallback_frame)
     return (
         None if same and torch.allclose(result.logits, alone.logits[0]) else f"stream {result.key} differs from alone"

@@ -40,14 +40,19 @@ def check_positive(value: Any, name: str) -> float:
 
 def check_eval(model: Any, what: str) -> None:
     """Refuse to skip with a part in training mode: its answers depend on their neighbours and move statistics."""
-    for part in (model.backbone, *model.gates, getattr(model, "terminator", None)):
-        if part is None or not any(module.training for module in part.modules()):
+    for part in (model.backbone, *getattr(model, "exits", model.gates), model.terminator):
+        if part is None or not any(map(_in_training, part.modules())):
             continue
-        name = next(name for name, module in part.named_modules() if module.training)
+        name = next(name for name, module in part.named_modules() if _in_training(module))
         raise DynskipError(
             f"{what} runs a model in evaluation mode, and {type(part).__name__}{'.' * bool(name)}{name} is in training "
             "mode; call `model.eval()` first."
         )
+
+
+def _in_training(module: nn.Module) -> bool:
+    # Quantised layers know inference alone, and are built with the flag of training.
+    return module.training and not type(module).__module__.startswith("torch.ao.nn.quantized")
 
 
 def check_video(video: Any, backbone: StagedBackbone) -> Tensor:

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from dynskip import rules
 from dynskip._check import Checked, check_eval, check_images
+from dynskip._fit import check_encoded, check_parts, check_wrapper_setting
 from dynskip._pretrained import Pretrained
-from dynskip.backbone import StagedBackbone
+from dynskip.backbone import StagedBackbone, encode_images
 from dynskip.engine import Engine
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
 from dynskip.gates import FixedGate, Gate, GateState
 from dynskip.output import EncodedVideo, SkipOutput, masked_output
 from dynskip.summary import as_size, one_frame, stage_table
-from dynskip.wrapper import check_encoded, check_parts, check_wrapper_setting, encode_images
 
 
 class EarlyExit(Pretrained, Checked):
@@ -156,6 +156,8 @@ class EarlyExit(Pretrained, Checked):
         Raises:
             DynskipError: if the features are not this backbone's, or are those of videos.
         """
+        if not self.training:
+            check_eval(self, "`decide`")
         check_encoded(encoded, self.backbone, frames=1)
         sample = self.training if sample is None else sample
         bounds = rules.bounds(self.forward_threshold).tolist()

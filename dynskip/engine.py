@@ -1,8 +1,8 @@
 """Frames in flight: the one loop over stages and gates that online, clip and streams are policies of.
 
-An engine has a row a video and up to `window` frames of each in flight. `run` takes frames through stages, `ask` says
-which of them their gates let go on as the memories stand now, `decide` makes decisions final, frame by frame and in
-order, and `learn` tells the host. Tables lie on the model's device: only `ask` and `learn` wait for it.
+`run` takes frames through stages, `ask` says which of them their gates let go on as the memories stand now, `decide`
+makes decisions final, frame by frame and in order, and `learn` tells the host. Tables lie on the model's device: only
+`ask` and `learn` wait for it.
 
 Features do not depend on gates; only the gates' states link frames. So stages may run ahead on whatever the states of
 now let through, and gates decide again, on features already there, where a state has moved on. No stage runs twice on a
@@ -12,39 +12,18 @@ frame.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dynskip import rules
-from dynskip.backbone import Carry, StagedBackbone
-from dynskip.features import Features
+from dynskip.features import Features, Furthest
 from dynskip.gates import GateState, parts_of
 from dynskip.scan import Group, scan
 
 if TYPE_CHECKING:
     from dynskip.flops import FLOPsLookup
-
-
-@dataclass
-class Furthest:
-    """The stopped frame that got furthest. Without a used frame, its video's answer is made from it.
-
-    Attributes:
-        score: see `rules.score`.
-        stopped_at: the gate that stopped it.
-        frame: its number in the video.
-        depth: the stages that it has been through, at least up to that gate.
-        carry: what the next stage takes, of this frame alone.
-    """
-
-    score: float
-    stopped_at: int
-    frame: int
-    depth: int
-    carry: Carry
 
 
 class Decisions(NamedTuple):
@@ -64,7 +43,7 @@ class Decisions(NamedTuple):
 
 
 class Engine:
-    """Frames in flight. Frame `w` of video `v` goes by the number `v * window + w`.
+    """Frames in flight, up to `window` of each video. Frame `w` of video `v` goes by the number `v * window + w`.
 
     Args:
         model: the model, a `StopOrForward` or what has the same settings.
@@ -109,8 +88,8 @@ class Engine:
         self.dtype, self.device = weight.dtype, weight.device
         self.wide = torch.promote_types(self.dtype, torch.float32)
         self.tie = rules.tie(self.dtype)
-        # Tables are written in place, so every tensor is our own (a gate may hand out one tensor of zeros twice), and a
-        # normal one even where the caller is in inference mode now and leaves it later.
+        # Tables are written in place, so every tensor is our own (a gate may hand out one twice), and a normal one even
+        # where the caller is in inference mode now and leaves it later.
         with torch.inference_mode(False), torch.no_grad():
             self.states: list[GateState] = [tuple(s.clone() for s in g.initial_state(videos)) for g in self.gates]
             self.sums = rules.nothing_counted(videos, self.backbone.num_classes, self.device)
@@ -164,10 +143,9 @@ class Engine:
         self.features.load(frames, images)
         self._number[frames], self.pending[frames] = numbers, True
 
-    def images(self, frames: Tensor) -> Tensor:
+    def images(self, frames: Tensor) -> Any:
         """Return the images of frames that have not been through a stage yet."""
-        images: Tensor = self.features.gather(frames, self.device)[0].values[0]
-        return images
+        return self.features.gather(frames, self.device)[0].values[0]
 
     def run(self, first: int, last: int, frames: Tensor) -> None:
         """Run stages on frames that have been through all stages before; the head is stage `N`.
@@ -264,8 +242,6 @@ class Engine:
         Args:
             videos: `(R,)` rows.
 
-        Returns:
-            What was decided.
         """
         shape, rows = (self.videos, self.window), self._rows(videos)
         known = torch.where(self.pending, self.features.depth, self.stages + 2).view(shape)[videos]
@@ -286,14 +262,12 @@ class Engine:
             groups = self._groups(rows)
             table = _take(self.gate_logits.unflatten(0, shape), rows)
             stop, new, said = scan(groups, table, self._device_bounds[0], on_device, known)
-            states = [self._states(n, rows) for n in range(self.stages)]
-            for group in groups:
-                for n, state in group.states().items():
-                    states[n] = state
+            moved = {n: state for group in groups for n, state in group.states().items()}
+            states = [moved.get(n, ()) for n in range(self.stages)]
         decisions = self._count(videos, rows, stop, new)
         if states is not None:  # written last: whatever raises above leaves the videos as they were
             for old, value in zip(self.states, states, strict=True):
-                for table, part in zip(old, value, strict=True):
+                for table, part in zip(old, value, strict=False):  # gates without memory have not moved
                     _put(table, rows, part)
         if said is not None:
             _put(self.gate_logits.unflatten(0, shape), rows, said)
@@ -403,21 +377,6 @@ class Engine:
     def upload(self, values: Tensor) -> Tensor:
         """Copy a tensor of the host to the device, without waiting."""
         return values.to(self.device, non_blocking=True)
-
-
-def run_to_end(backbone: StagedBackbone, frames: Sequence[Furthest]) -> Tensor:
-    """Run stopped frames through the rest of the stages, and the head, without gates.
-
-    Returns:
-        `(M, K)` logits.
-    """
-    order = sorted(range(len(frames)), key=lambda i: frames[i].depth)
-    carry: list[Carry] = []
-    for n in range(backbone.num_stages):
-        carry = [backbone.run(n, Carry.cat(carry))] if carry else []
-        carry += [frames[i].carry for i in order if frames[i].depth == n + 1]
-    logits = backbone.head(Carry.cat(carry))
-    return logits[torch.tensor(order).argsort().to(logits.device, non_blocking=True)]
 
 
 def _take(table: Tensor, rows: Tensor | None) -> Tensor:

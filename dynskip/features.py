@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from dynskip.backbone import Carry, StagedBackbone
+from dynskip.flops import takes_channels_last
 
 
 class Features:
@@ -27,6 +31,8 @@ class Features:
 
     def load(self, frames: Tensor, images: Tensor) -> None:
         """Take images in, `(M, C, H, W)`."""
+        if images.device.type == "cpu" and takes_channels_last(self.backbone):
+            images = images.contiguous(memory_format=torch.channels_last)
         self.keep(frames, self.backbone.start(images), 0)
 
     def keep(self, frames: Tensor, carry: Carry, depth: int) -> None:
@@ -65,3 +71,37 @@ class Features:
         batch = self._batches[number]
         assert batch is not None
         return batch.select(torch.tensor([row]).to(device, non_blocking=True))
+
+
+@dataclass
+class Furthest:
+    """The stopped frame that got furthest. Without a used frame, its video's answer is made from it.
+
+    Attributes:
+        score: see `rules.score`.
+        stopped_at: the gate that stopped it.
+        frame: its number in the video.
+        depth: the stages that it has been through, at least up to that gate.
+        carry: what the next stage takes, of this frame alone.
+    """
+
+    score: float
+    stopped_at: int
+    frame: int
+    depth: int
+    carry: Carry
+
+
+def run_to_end(backbone: StagedBackbone, frames: Sequence[Furthest]) -> Tensor:
+    """Run stopped frames through the rest of the stages, and the head, without gates.
+
+    Returns:
+        `(M, K)` logits.
+    """
+    order = sorted(range(len(frames)), key=lambda i: frames[i].depth)
+    carry: list[Carry] = []
+    for n in range(backbone.num_stages):
+        carry = [backbone.run(n, Carry.cat(carry))] if carry else []
+        carry += [frames[i].carry for i in order if frames[i].depth == n + 1]
+    logits = backbone.head(Carry.cat(carry))
+    return logits[torch.tensor(order).argsort().to(logits.device, non_blocking=True)]

@@ -103,6 +103,7 @@ class FLOPsLookup:
         if gates and len(gates) != backbone.num_stages:
             raise DynskipError(f"Got {len(gates)} gates for {backbone.num_stages} stages; give one for each stage.")
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        takes_channels_last(backbone)  # now, so that whoever counts what a run executes does not count the try
         staged = _on_meta(backbone)
         dtype = next((p.dtype for p in staged.parameters() if p.is_floating_point()), torch.float32)
         carry = staged.start(torch.empty(1, backbone.input_size[0], height, width, dtype=dtype, device="meta"))
@@ -205,6 +206,24 @@ class FLOPsLookup:
             f"FLOPsLookup({unit} a frame{size}: {', '.join(parts)}, head {self.head / scale:.3f}, "
             f"gates {float(self.gates.sum()) / scale:.4f}, total {self.total / scale:.3f})"
         )
+
+
+@torch.no_grad()
+def takes_channels_last(backbone: Any) -> bool:
+    """Say whether a backbone takes images in channels-last memory; tried once, on the meta device, and remembered.
+
+    Some modules take views that need the other layout, and raise.
+    """
+    if getattr(backbone, "channels_last", False) is None:
+        ghost = _on_meta(backbone)
+        dtype = next((p.dtype for p in ghost.parameters() if p.is_floating_point()), torch.float32)
+        images = torch.empty(2, *backbone.input_size, dtype=dtype, device="meta", memory_format=torch.channels_last)
+        try:
+            ghost(images)
+            backbone.channels_last = True
+        except Exception:  # or an operation that the meta device has not
+            backbone.channels_last = False
+    return bool(getattr(backbone, "channels_last", False))
 
 
 def _count(function: Callable[..., Any], *args: Any) -> tuple[int, Any]:

@@ -224,3 +224,21 @@ def masked_output(
         fallback_frame=fallback_frame,
         evaluated=evaluated,
     )
+
+
+def dense_output(frame_logits: Tensor, stages: int, lookup: FLOPsLookup) -> SkipOutput:
+    """Make the output of a pass that leaves the gates out and uses every frame, `(B, T, K)` logits."""
+    batch, frames, _ = frame_logits.shape
+    device = frame_logits.device
+    return SkipOutput(
+        logits=frame_logits.mean(1),
+        forward=frame_logits.new_ones(batch, frames, stages),
+        used=torch.ones(batch, frames, dtype=torch.bool, device=device),
+        stopped_at=torch.full((batch, frames), stages, device=device),
+        frame_logits=frame_logits,
+        gate_logits=None,
+        inner_logits=None,
+        macs=torch.full((batch,), frames * lookup.dense, dtype=torch.float64, device=device),
+        fallback_frame=torch.full((batch,), -1, device=device),
+        evaluated=torch.zeros(batch, frames, stages, dtype=torch.bool, device=device),
+    )

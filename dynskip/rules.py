@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dynskip.gates import FORWARD, GateState, logit
+from dynskip.gates import FORWARD, STOP, GateState, logit
 
 UNSEEN = -1  # `stopped_at` of a frame that was never looked at, because the video had ended
 SATURATED = 100.0  # a margin as wide as this holds whatever the threshold
@@ -66,16 +66,18 @@ def draw(
         training: let gradients pass.
         noise: `(B, 2)` standard Gumbel noise to draw with; from torch's generator by default.
     """
+    margin = margins(gate_logits)
     if sample:
-        wide = gate_logits.float()  # in half precision the noise itself would round to ties
         if noise is None:
-            noise = -torch.empty_like(wide).exponential_().log()
-        soft = ((wide + noise) / temperature).softmax(-1)[..., FORWARD]
-        return ((soft > 0.5).float() - soft.detach() + soft).to(gate_logits.dtype)
-    hard = forwards(margins(gate_logits), bound).to(gate_logits.dtype)
+            noise = -torch.empty_like(gate_logits, dtype=margin.dtype).exponential_().log()
+        soft = ((margin + noise[..., FORWARD] - noise[..., STOP]) / temperature).sigmoid()
+        return ((soft > 0.5).to(soft.dtype) - soft.detach() + soft).to(gate_logits.dtype)
+    hard = forwards(margin, bound).to(gate_logits.dtype)
     if not training:
         return hard
-    soft = (gate_logits / temperature).softmax(-1)[..., FORWARD]
+    soft = (
+        (margin / temperature).sigmoid().to(gate_logits.dtype)
+    )  # a softmax of two, which infinite logits leave finite
     return hard + soft - soft.detach()
 
 

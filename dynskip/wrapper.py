@@ -11,14 +11,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dynskip import rules
-from dynskip._check import Checked, check_eval, check_positive, check_video
-from dynskip._modes import in_mode
+from dynskip._check import Checked, check_eval, check_video
+from dynskip._fit import check_encoded, check_lookup, check_noise, check_parts, check_wrapper_setting
 from dynskip._pretrained import Pretrained
-from dynskip.backbone import StagedBackbone
+from dynskip.backbone import StagedBackbone, encode_images
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
 from dynskip.gates import parts_of
-from dynskip.output import EncodedVideo, FrameResult, SkipOutput, VideoResult, masked_output
+from dynskip.output import EncodedVideo, FrameResult, SkipOutput, VideoResult, dense_output, masked_output
 from dynskip.runtime.clip import LookAhead, run_clip, tune
 from dynskip.runtime.online import Session
 from dynskip.runtime.streams import aserve, serve
@@ -86,7 +86,7 @@ class StopOrForward(Pretrained, Checked):
         self.temperature = 1.0
         self.forward_threshold: Any = forward_threshold  # kept as a tuple, one a gate
         check_parts(backbone, gates, inner)
-        _check_lookup(backbone, lookup)
+        check_lookup(backbone, lookup)
         self._given_lookup = lookup
         self._measured: dict[tuple[int, int], FLOPsLookup] = {}
         self.look_ahead: LookAhead | None = None
@@ -95,19 +95,6 @@ class StopOrForward(Pretrained, Checked):
 
     def check_setting(self, name: str, value: Any) -> Any:
         """Refuse settings that make no sense; thresholds become one a gate."""
-        if name == "state_update" and value not in ("used", "reached"):
-            raise DynskipError(f"state_update={value!r} is unknown; use 'used' or 'reached'.")
-        if name == "terminator" and value is not None:
-            if not isinstance(value, EarlyTerminator):
-                raise DynskipError(
-                    f"The terminator is a {type(value).__name__}; give an EarlyTerminator, or a rule derived from it."
-                )
-            if self.backbone.num_classes < 2:
-                raise DynskipError(
-                    "The model has one output, and the softmax of one logit is 1 whatever it says, so that every video "
-                    "would end at once. Give the model two outputs, or leave the terminator out (`threshold=None`)."
-                )
-            value.train(self.training)  # a new part takes the model's mode
         return check_wrapper_setting(self, name, value)
 
     def forward(self, video: Tensor, *, dense: bool = False, sample: bool | None = None) -> SkipOutput:
@@ -126,7 +113,10 @@ class StopOrForward(Pretrained, Checked):
             DynskipError: if the video has the wrong rank, channels or dtype, no frames, or NaN or infinite values.
         """
         if dense:
-            return self._dense(video)
+            frame_logits = self.encode(video).frame_logits
+            return dense_output(
+                frame_logits, self.backbone.num_stages, self.lookup_for((video.shape[3], video.shape[4]))
+            )
         if self.training:
             return self.decide(self.encode(video), sample=sample)
         # Draws cannot be the same in another order, so a sampled pass goes frame by frame.
@@ -136,8 +126,7 @@ class StopOrForward(Pretrained, Checked):
         """Classify stored videos, really skipping: what `model(video)` does in eval, with the window to choose.
 
         A window of frames of every video goes through each stage as one batch, ahead of the decisions that they depend
-        on; where a decision then changes, only what it asks for is run. The outputs do not depend on the window: it
-        trades `speculative_macs` for larger batches.
+        on. Outputs do not depend on the window: it trades `speculative_macs` for larger batches.
 
         Args:
             video: `(B, T, C, H, W)` normalised frames in order, floating point.
@@ -147,16 +136,15 @@ class StopOrForward(Pretrained, Checked):
             The output, without gradients.
 
         Raises:
-            DynskipError: if the video does not fit (see `forward`), the window is not positive, or the model is in
-                training mode.
+            DynskipError: as `forward`, and if the window is not positive or a part is in training mode.
         """
         return run_clip(self, video, window)
 
     def tune(self, video: Tensor) -> LookAhead:
         """Measure how far ahead of the gates clips run fastest on this machine, and keep that as `look_ahead`.
 
-        Answers do not depend on it, times and `speculative_macs` do. What is fastest depends on the number of videos in
-        a batch, their length, and what the gates decide on them.
+        Answers do not depend on it, times and `speculative_macs` do. It depends on the number of videos in a batch, on
+        their length, and on what the gates decide.
 
         Args:
             video: `(B, T, C, H, W)` normalised frames, like those to come.
@@ -186,18 +174,17 @@ class StopOrForward(Pretrained, Checked):
     ) -> Iterator[FrameResult | VideoResult]:
         """Classify many videos or cameras at once, their frames batched per stage.
 
-        Each stream has at most `look_ahead` frames in flight, pulled only when they can be taken; a stream that is done
-        is replaced at once. Results do not depend on which streams run beside one another. A stream that raises, sends
-        a frame that does not fit, or on whose frame a stage or gate raises, fails alone. Sources that wait for frames
-        hold up the others here; give them to `aserve_streams`. Closing the iterator closes the sources' iterators.
+        Results do not depend on which streams run beside one another; one that is done is replaced at once. A stream
+        that raises, sends a frame that does not fit, or on whose frame a stage or gate raises, fails alone. Sources
+        that wait for frames hold up the others; give them to `aserve_streams`. Closing the iterator closes the sources.
 
         Args:
             sources: one item a video, endless or lazy as you like: `(key, frames)`, or `frames` alone, which get their
                 number as key. Frames are an iterable of `(C, H, W)` normalised tensors.
             max_streams: streams in flight; the others wait.
             batch_size: most frames in one stage run.
-            look_ahead: most frames of a stream in flight. With 1, nothing is run in vain. More fill batches where
-                frames are there at once, as of stored videos; with `state_update="reached"` it remains 1.
+            look_ahead: most frames of a stream in flight, pulled when they can be taken. With 1, nothing is run in
+                vain; more fill batches where frames are there. With `state_update="reached"` it remains 1.
 
         Returns:
             An iterator of events, a `FrameResult` for every frame, a `VideoResult` for every stream.
@@ -212,20 +199,17 @@ class StopOrForward(Pretrained, Checked):
     ) -> AsyncIterator[FrameResult | VideoResult]:
         """Classify many videos or cameras at once, whenever their frames arrive: `async for event in ...`.
 
-        As `serve_streams`, but a stream that has to wait for its next frame holds up nobody. Stages run in the event
-        loop's thread; sources get their turn between them. Where you leave the loop early, close it with
-        `contextlib.aclosing`.
+        As `serve_streams`, with one frame of a stream in flight; but a stream that has to wait for its next frame holds
+        up nobody. Stages run in the event loop's thread; sources get their turn between them. Where you leave the loop
+        early, close it with `contextlib.aclosing`.
 
         Args:
             sources: as in `serve_streams`; it and the frames of each stream may be asynchronous iterables.
-            max_streams: streams in flight; the others wait.
-            batch_size: most frames in one stage run.
+            max_streams: as in `serve_streams`.
+            batch_size: as in `serve_streams`.
 
         Returns:
             An asynchronous iterator of events.
-
-        Raises:
-            DynskipError: if a number is not positive, or the model is in training mode.
         """
         return aserve(self, sources, max_streams, batch_size)
 
@@ -249,8 +233,7 @@ class StopOrForward(Pretrained, Checked):
         Raises:
             DynskipError: if the given table was made for another size.
         """
-        given = self._given_lookup
-        if given is not None:
+        if (given := self._given_lookup) is not None:
             if given.image_size not in (None, image_size):
                 raise DynskipError(
                     "The cost table was made for frames of {}x{}, ".format(*given.image_size)
@@ -270,9 +253,6 @@ class StopOrForward(Pretrained, Checked):
 
         Returns:
             A table to print; costs are multiply-adds of one frame.
-
-        Raises:
-            DynskipError: if the given cost table was made for another size.
         """
         given = self._given_lookup.image_size if self._given_lookup is not None else None
         lookup = self.lookup_for(as_size(image_size) or given or self.backbone.input_size[1:])
@@ -285,8 +265,8 @@ class StopOrForward(Pretrained, Checked):
 
     def extra_repr(self) -> str:
         """Show the rules, and what a frame costs where that has been counted."""
-        thresholds = sorted(set(self.forward_threshold))
-        shown = f"{thresholds[0]:g}" if len(thresholds) == 1 else ", ".join(f"{t:g}" for t in self.forward_threshold)
+        thresholds = self.forward_threshold[:1] if len(set(self.forward_threshold)) == 1 else self.forward_threshold
+        shown = ", ".join(f"{threshold:g}" for threshold in thresholds)
         tables = [self._given_lookup] if self._given_lookup is not None else list(self._measured.values())
         costs = [f", {one_frame(table)}" for table in tables]
         return f"state_update={self.state_update!r}, forward_threshold={shown}{''.join(costs)}"
@@ -329,13 +309,9 @@ class StopOrForward(Pretrained, Checked):
         """
         check_encoded(encoded, self.backbone)
         sample = self.training if sample is None else sample
-        frame_logits = encoded.frame_logits
+        frame_logits, stages = encoded.frame_logits, self.backbone.num_stages
         batch, frames, _ = frame_logits.shape
-        stages = self.backbone.num_stages
-        if noise is not None and noise.shape != (batch, frames, stages, 2):
-            raise DynskipError(
-                f"The noise has shape {tuple(noise.shape)}; expected (B, T, N, 2) = {(batch, frames, stages, 2)}."
-            )
+        check_noise(noise, (batch, frames, stages, 2))
         if not self.training:
             check_eval(self, "`decide`")
         states = [gate.initial_state(batch) for gate in self.gates]
@@ -394,24 +370,6 @@ class StopOrForward(Pretrained, Checked):
             evaluated=torch.ones_like(forward, dtype=torch.bool),
         )
 
-    def _dense(self, video: Tensor) -> SkipOutput:
-        frame_logits = self.encode(video).frame_logits
-        batch, frames, _ = frame_logits.shape
-        stages = self.backbone.num_stages
-        lookup = self.lookup_for((video.shape[3], video.shape[4]))
-        return SkipOutput(
-            logits=frame_logits.mean(1),
-            forward=frame_logits.new_ones(batch, frames, stages),
-            used=torch.ones(batch, frames, dtype=torch.bool, device=video.device),
-            stopped_at=torch.full((batch, frames), stages, device=video.device),
-            frame_logits=frame_logits,
-            gate_logits=None,
-            inner_logits=None,
-            macs=torch.full((batch,), frames * lookup.dense, dtype=torch.float64, device=video.device),
-            fallback_frame=torch.full((batch,), -1, device=video.device),
-            evaluated=torch.zeros(batch, frames, stages, dtype=torch.bool, device=video.device),
-        )
-
     def optimize(self, clips: Tensor, **options: Any) -> tuple[StopOrForward, Agreement]:
         """Build a faster copy and compare its decisions; see `dynskip.runtime.optimize.optimize`.
 
@@ -440,120 +398,3 @@ class StopOrForward(Pretrained, Checked):
         from dynskip.runtime.export import export
 
         return export(self, folder, image_size, **options)
-
-
-def encode_images(backbone: StagedBackbone, images: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Run the whole backbone on `(B, C, H, W)` images; return pooled features of every stage, and logits."""
-    carry = backbone.start(images)
-    pooled = []
-    for n in range(backbone.num_stages):
-        carry = backbone.run(n, carry)
-        pooled.append(backbone.pool(n, carry))
-    return pooled, backbone.head(carry)
-
-
-def check_encoded(encoded: EncodedVideo, backbone: StagedBackbone, frames: int | None = None) -> None:
-    """Refuse stored features of another backbone, or of videos with another number of frames."""
-    expected = backbone.num_features
-    shapes = tuple(tuple(pooled.shape) for pooled in encoded.pooled)
-    batch_frames = tuple(encoded.frame_logits.shape[:2])
-    wanted = tuple((*batch_frames, channels) for channels in expected)
-    classes = encoded.frame_logits.shape[-1]
-    if (
-        shapes != wanted
-        or classes != backbone.num_classes
-        or 0 in batch_frames
-        or batch_frames[1] != (frames or batch_frames[1])
-    ):
-        raise DynskipError(
-            f"Stored features of shapes {shapes} with {classes} classes are not this backbone's; expected (B, "
-            f"{frames or 'T'}, C_n) with C_n = {expected} and {backbone.num_classes} classes. Encode again with this "
-            "model."
-        )
-
-
-def check_wrapper_setting(model: Any, name: str, value: Any) -> Any:
-    """Check a setting that all wrappers have: thresholds (which become one a gate), temperature, class names."""
-    if name == "forward_threshold":
-        return check_thresholds(value, model.backbone.num_stages)
-    if name == "temperature":
-        return check_positive(value, name)
-    if name == "class_names" and value is not None:
-        names, classes = list(value), model.backbone.num_classes
-        if isinstance(value, str) or len(names) != classes or not all(isinstance(each, str) for each in names):
-            raise DynskipError(
-                f"`class_names` has {len(names)} entries; give one string for each of {classes} classes."
-            )
-    return value
-
-
-def check_thresholds(value: float | Sequence[float], stages: int) -> tuple[float, ...]:
-    """Return one forward threshold a gate."""
-    thresholds = tuple(value) if isinstance(value, Sequence) else (value,) * stages
-    if len(thresholds) != stages:
-        raise DynskipError(
-            f"Got {len(thresholds)} forward thresholds for {stages} gates; give one number or one a gate."
-        )
-    for n, threshold in enumerate(thresholds):
-        if not (isinstance(threshold, int | float) and 0.0 <= threshold <= 1.0):
-            raise DynskipError(f"Forward threshold {threshold} of gate {n} is no probability; give one in [0, 1].")
-    return thresholds
-
-
-@torch.no_grad()
-def check_parts(backbone: StagedBackbone, gates: Sequence[Any], inner: Sequence[nn.Module | None] | None) -> None:
-    """Try every gate and inner classifier on zeros of its stage's width."""
-    stages, classes = backbone.num_stages, backbone.num_classes
-    if len(gates) != stages:
-        raise DynskipError(
-            f"Got {len(gates)} gates for {stages} stages; give one gate for each of {backbone.stage_names}."
-        )
-    if inner is not None and len(inner) != stages:
-        raise DynskipError(f"Got {len(inner)} inner classifiers for {stages} gates; give one for each gate, or none.")
-    weight = next(backbone.parameters(), torch.empty(0))
-    for n, (gate, channels) in enumerate(zip(gates, backbone.num_features, strict=True)):
-        where = f"after stage {backbone.stage_names[n]!r} ({channels} channels)"
-        try:
-            with in_mode(gate, False):
-                logits, state = gate(weight.new_zeros(2, channels), gate.initial_state(2))
-        except Exception as error:
-            raise DynskipError(
-                f"Gate {n} ({type(gate).__name__}) cannot run {where}: {error}. Build it for {channels} input "
-                "features, on the backbone's device and in its dtype."
-            ) from error
-        if tuple(logits.shape) != (2, 2):
-            raise DynskipError(
-                f"Gate {n} ({type(gate).__name__}) {where} returned logits of shape {tuple(logits.shape)} for a "
-                "batch of 2; expected (B, 2): stop, forward."
-            )
-        classifier = None if inner is None else inner[n]
-        if classifier is None:
-            continue
-        if not state:
-            raise DynskipError(
-                f"Gate {n} ({type(gate).__name__}) has no hidden state for an inner classifier to read. "
-                "Let its state begin with one, or leave `inner` out."
-            )
-        try:
-            answer = classifier(state[0])
-        except Exception as error:
-            raise DynskipError(
-                f"Inner classifier {n} does not fit gate {n}, whose hidden state has {state[0].shape[-1]} features: "
-                f"{error}."
-            ) from error
-        if answer.shape[-1] != classes:
-            raise DynskipError(
-                f"Inner classifier {n} has {answer.shape[-1]} classes and the backbone's head {classes}; make them "
-                "equal."
-            )
-
-
-def _check_lookup(backbone: StagedBackbone, lookup: FLOPsLookup | None) -> None:
-    if lookup is None:
-        return
-    if len(lookup.per_stage) != backbone.num_stages or lookup.stage_names not in (None, backbone.stage_names):
-        names = lookup.stage_names or f"{len(lookup.per_stage)} unnamed stages"
-        raise DynskipError(
-            f"The cost table is for another backbone: it has {names}, the backbone {backbone.stage_names}. Measure it "
-            "with FLOPsLookup.measure(backbone, image_size, gates)."
-        )

@@ -25,10 +25,20 @@ from helpers import (
     toy_model,
     toy_video,
 )
+from torch import nn
 
 import dynskip_onnx
-from dynskip import DynskipError, EarlyTerminator, SkipOutput, StagedBackbone, StopOrForward, stage_model
-from dynskip_onnx import DynskipOnnxError, Result, Runner
+from dynskip import (
+    DynskipError,
+    EarlyTerminator,
+    FixedGate,
+    SkipOutput,
+    StagedBackbone,
+    StopOrForward,
+    stage_model,
+)
+from dynskip import VideoResult as TorchVideoResult
+from dynskip_onnx import DynskipOnnxError, Runner, VideoResult
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 ROOT = Path(dynskip_onnx.__file__).parent
@@ -76,7 +86,20 @@ def edit(folder: Path, target: Path, change: Callable[[dict[str, Any]], None]) -
     return target
 
 
-def assert_result(result: Result, output: SkipOutput, row: int) -> None:
+def as_manifest(model: StopOrForward) -> Callable[[dict[str, Any]], None]:
+    """Return what gives a manifest the settings of a model with the same parts."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        ends = model.terminator
+        manifest["termination"] = ends and {"threshold": ends.threshold, "min_frames": ends.min_frames}
+        manifest["state_update"] = model.state_update
+        for stage, threshold in zip(manifest["stages"], model.forward_threshold, strict=True):
+            stage["gate"]["forward_threshold"] = threshold
+
+    return change
+
+
+def assert_result(result: VideoResult, output: SkipOutput, row: int) -> None:
     frames = len(result.stopped_at)
     assert result.stopped_at.tolist() == output.stopped_at[row, :frames].tolist()
     assert (output.stopped_at[row, frames:] == -1).all()
@@ -98,8 +121,8 @@ def assert_all_ways(runner: Runner, output: SkipOutput, video: np.ndarray) -> fl
         for window in (1, 3, 16):
             result = runner.clip(clip, window)
             assert_result(result, output, row)
-            assert result.extra_macs >= -1e-6 if window > 1 else result.extra_macs == pytest.approx(0)
-            extra += result.extra_macs
+            assert result.speculative_macs >= -1e-6 if window > 1 else result.speculative_macs == pytest.approx(0)
+            extra += result.speculative_macs
     session = runner.stream(batch=len(video))
     for t in range(video.shape[1]):
         step = session(video[:, t])
@@ -107,14 +130,14 @@ def assert_all_ways(runner: Runner, output: SkipOutput, video: np.ndarray) -> fl
     assert step.ended[~output.seen.all(1).numpy()].all()
     for row in range(len(video)):
         assert_result(session.result(row), output, row)
-        assert session.result(row).extra_macs == pytest.approx(0)
+        assert session.result(row).speculative_macs == pytest.approx(0)
     served = list(runner.serve((iter(clip) for clip in video), capacity=3))
-    assert sorted(end.stream for end in served) == list(range(len(video)))
+    assert len(served) == len(video)
+    assert {end.key for end in served} == set(range(len(video)))
     for end in served:
-        assert end.result is not None
         assert end.error is None
-        assert_result(end.result, output, end.stream)
-        assert end.result.extra_macs == pytest.approx(0)
+        assert_result(end, output, end.key)  # type: ignore[arg-type]
+        assert end.speculative_macs == pytest.approx(0)
     return extra
 
 
@@ -134,15 +157,7 @@ def test_every_way_decides_as_torch(
             state_update=state_update,
             forward_threshold=forward,
         ).eval()
-
-        def change(manifest: dict[str, Any], model: StopOrForward = model) -> None:
-            ends = model.terminator
-            manifest["termination"] = ends and {"threshold": ends.threshold, "min_frames": ends.min_frames}
-            manifest["state_update"] = model.state_update
-            for stage, threshold in zip(manifest["stages"], model.forward_threshold, strict=True):
-                stage["gate"]["forward_threshold"] = threshold
-
-        runner = dynskip_onnx.load(edit(folder, tmp_path / str(n), change), threads=1)
+        runner = dynskip_onnx.load(edit(folder, tmp_path / str(n), as_manifest(model)), threads=1)
         video = toy_video(6, 8, seed=n + 20, dtype=torch.float32)
         output = model(video)
         extra += assert_all_ways(runner, output, video.numpy())
@@ -221,15 +236,263 @@ def test_streams_are_read_no_further_than_needed_and_fail_alone(exported: Any) -
     faults = {5: "raises", 6: "NaN", 7: "bytes"}
     sources: list[Any] = [source(row, faults.get(row, "")) for row in range(8)]
     sources += [7, []]
-    ends = {end.stream: end for end in runner.serve(sources, capacity=3)}
-    assert sorted(ends) == list(range(10))
+    ends = {end.key: end for end in runner.serve(sources, capacity=3)}
+    assert set(ends) == set(range(10))
     for row in range(5):
-        assert_result(ends[row].result, output, row)  # type: ignore[arg-type]
+        assert_result(ends[row], output, row)
         assert read[row] == output.seen[row].sum()
     for row, message in zip(range(5, 10), ("cable", "NaN", "uint8", "iterable", "before its first"), strict=True):
-        assert ends[row].result is None
         assert message in str(ends[row].error)
     assert not output.seen.all()
+
+
+# Verdicts that are no numbers, and frames that a part cannot take. A frame's channels each hold one number everywhere:
+# what the first gate, the second gate and the head look up.
+
+VERDICTS = (
+    (np.nan, np.nan),
+    (np.inf, np.inf),
+    (np.inf, -np.inf),
+    (-np.inf, np.inf),
+    (50.0, -50.0),
+    (-50.0, 50.0),
+    (0.0, 1.0),
+    (0.0, -1.0),
+)
+NO_VERDICT, NO_STAGE, NO_HEAD = 8, 9, 9  # numbers that the tables of gates, of the second stage and of the head lack
+ANSWERS = ((2.0, 0.0, 0.0), (0.0, 1.0, 0.5), (0.0, 0.0, 1.5), (np.nan, 0.0, 1.0), (np.inf, 0.0, 0.0))
+STOPS, GOES = 2, 3  # such verdicts
+
+
+def look_up(table: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    return table[numbers.round().long()]
+
+
+class Verdict(nn.Module):
+    """Looks its verdict up; where that is no matter of course, it likes a frame less the more have been used."""
+
+    table: torch.Tensor
+
+    def __init__(self, channel: int, repeats: bool = False) -> None:
+        super().__init__()
+        self.channel, self.repeats_last = channel, repeats
+        self.register_buffer("table", torch.tensor(VERDICTS))
+
+    def initial_state(self, batch: int) -> tuple[torch.Tensor, ...]:
+        return (self.table.new_zeros(batch, 1),)
+
+    def forward(self, pooled: torch.Tensor, state: Any) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        logits = look_up(self.table, pooled[:, self.channel])
+        (used,) = state
+        moves = (logits.abs() <= 1).all(1, keepdim=True)
+        less = torch.cat([0.4 * used, 0 * used], 1)
+        return torch.where(moves, logits + less, logits), (used + 1,)
+
+
+class Same(nn.Module):
+    """Hands a frame on, if its number for the second gate is below a limit."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        nn.init.dirac_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+        self.ones = nn.Parameter(torch.ones(limit))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x) * look_up(self.ones, x[:, 1].mean((1, 2)))[:, None, None, None]  # type: ignore[no-any-return]
+
+
+class Answers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.tensor(ANSWERS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return look_up(self.table, x[:, 2].mean((1, 2)))
+
+
+def verdict_model(gates: list[nn.Module], **kwargs: Any) -> StopOrForward:
+    backbone = stage_model([Same(10), Same(NO_STAGE), Answers()], input_size=(3, SIZE, SIZE))
+    return StopOrForward(backbone, gates, **kwargs).eval()
+
+
+def frames_of(numbers: np.ndarray) -> torch.Tensor:
+    """Make frames `(..., C, H, W)` of the numbers in their channels, `(..., C)`."""
+    return torch.from_numpy(numbers).float()[..., None, None].expand(*numbers.shape, SIZE, SIZE).contiguous()
+
+
+def random_numbers(videos: int, frames: int, seed: int, verdicts: int = len(VERDICTS)) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    numbers = random.integers(0, verdicts, (videos, frames, 3))
+    numbers[..., 2] = random.integers(0, len(ANSWERS), (videos, frames))
+    return numbers
+
+
+@pytest.fixture(scope="module")
+def verdict_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[nn.Module], Path]]:
+    made: dict[str, tuple[list[nn.Module], Path]] = {}
+    kinds: dict[str, list[nn.Module]] = {
+        "verdicts": [Verdict(0, repeats=True), Verdict(1)],
+        "always": [FixedGate(), FixedGate(stop=True)],
+    }
+    for name, gates in kinds.items():
+        folder = tmp_path_factory.mktemp("verdicts") / name
+        made[name] = gates, verdict_model(gates).export(folder, SIZE)
+    return made
+
+
+def assert_torch_ways(model: StopOrForward, output: SkipOutput, video: torch.Tensor) -> None:
+    """Compare a clip with an online run, with streams and with the masked pass."""
+    session = model.stream(batch=len(video))
+    for t in range(video.shape[1]):
+        assert session(video[:, t]).stopped_at.tolist() == output.stopped_at[:, t].tolist()
+    online = session.result()
+    streams = {e.key: e for e in model.serve_streams(list(video), 3, 2) if isinstance(e, TorchVideoResult)}
+    masked = model.decide(model.encode(video))
+    assert masked.stopped_at.tolist() == output.stopped_at.tolist()
+    for row, wanted in enumerate(output.logits):
+        assert streams[row].error is None
+        for fallback in (online.fallback_frame[row], streams[row].fallback_frame, masked.fallback_frame[row]):
+            assert int(fallback) == int(output.fallback_frame[row])
+        for logits in (online.logits[row], streams[row].logits, masked.logits[row]):
+            if wanted.isfinite().all():
+                torch.testing.assert_close(logits, wanted)
+            else:
+                assert not logits.isfinite().all()
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("state_update", BOTH_UPDATES)
+@pytest.mark.parametrize("name", ["verdicts", "always"])
+def test_verdicts_that_are_no_numbers_and_those_that_are_certain(
+    verdict_folders: Any, tmp_path: Path, name: str, state_update: StateUpdate
+) -> None:
+    gates, folder = verdict_folders[name]
+    kinds = set()
+    for n, threshold in enumerate([(0.0, 0.0), (1.0, 1.0), (0.5, 0.3)]):
+        model = verdict_model(
+            gates,
+            forward_threshold=threshold,
+            state_update=state_update,
+            terminator=EarlyTerminator(0.6, 3) if n == 2 else None,
+        )
+        runner = dynskip_onnx.load(edit(folder, tmp_path / str(n), as_manifest(model)), threads=1)
+        video = frames_of(random_numbers(12, 6, seed=n))
+        output = model(video)
+        assert_torch_ways(model, output, video)
+        assert_all_ways(runner, output, video.numpy())
+        kinds |= set(output.stopped_at.flatten().tolist()) | ({"fallback"} if output.fallback.any() else set())
+        kinds |= {"no answer"} if output.logits.isnan().any() else set()
+    wanted = {"verdicts": {-1, 0, 1, 2, "fallback", "no answer"}, "always": {1, "fallback", "no answer"}}
+    assert kinds == wanted[name]
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_frame_that_a_nan_stopped_answers_for_its_video_last_of_all(verdict_folders: Any) -> None:
+    gates, folder = verdict_folders["verdicts"]
+    model, runner = verdict_model(gates), dynskip_onnx.load(folder, threads=1)
+    nan, stop, nearly = 0, STOPS, 7
+    cases = {
+        (nan, stop, nearly, nearly): 2,
+        (stop, nan, stop, nan): 0,
+        (nan, nan, stop, stop): 2,
+        (nan, 1, nan, 1): 0,
+    }
+    for verdicts, wanted in cases.items():
+        numbers = np.array([[verdict, GOES, 1] for verdict in verdicts])
+        for first in (numbers, numbers[:, [1, 0, 2]]):
+            video = frames_of(first)[None]
+            output = model(video)
+            assert output.fallback_frame.tolist() == [wanted]
+            assert_torch_ways(model, output, video)
+            assert_all_ways(runner, output, video.numpy())
+
+
+FAULTS = {
+    "gate": (NO_VERDICT, GOES, 1),
+    "later gate": (GOES, NO_VERDICT, 1),
+    "stage": (GOES, NO_STAGE, 1),
+    "head": (GOES, GOES, NO_HEAD),
+}
+
+
+@pytest.mark.parametrize("state_update", BOTH_UPDATES)
+def test_frames_that_a_part_cannot_take_fail_alone(
+    verdict_folders: Any, tmp_path: Path, state_update: StateUpdate
+) -> None:
+    gates, folder = verdict_folders["verdicts"]
+    model = verdict_model(gates, state_update=state_update)
+    runner = dynskip_onnx.load(edit(folder, tmp_path / "model", as_manifest(model)), threads=1)
+    good = random_numbers(6, 5, seed=3)
+    videos = [frames_of(numbers) for numbers in good]
+    for fault in FAULTS.values():
+        numbers = random_numbers(1, 5, seed=4)[0]
+        numbers[2] = fault
+        videos.append(frames_of(numbers))
+    videos.append(frames_of(np.array([(STOPS, GOES, NO_HEAD)] * 3)))  # what answers for this one cannot be run
+    wanted = {e.key: e for e in model.serve_streams(videos, 11, 11) if isinstance(e, TorchVideoResult)}
+    for capacity in (1, 3, 11):
+        results = {end.key: end for end in runner.serve([video.numpy() for video in videos], capacity)}
+        for row, video in enumerate(videos):
+            result, alone = results[row], wanted[row]
+            assert (result.error is not None) == (alone.error is not None) == (row >= 6)
+            for name in ("frames_seen", "frames_used", "fallback_frame"):
+                assert getattr(result, name) == getattr(alone, name), name
+            assert result.macs == pytest.approx(alone.macs)
+            if row < 6:
+                assert_result(result, model(video[None]), 0)
+                assert result.speculative_macs == pytest.approx(0)
+        assert [results[row].frames_seen for row in range(6, 11)] == [2, 2, 2, 2, 3]
+
+
+@pytest.mark.parametrize("state_update", BOTH_UPDATES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_session_stays_as_it_was_where_a_part_raises(
+    verdict_folders: Any, tmp_path: Path, fault: str, state_update: StateUpdate
+) -> None:
+    gates, folder = verdict_folders["verdicts"]
+    model = verdict_model(gates, state_update=state_update)
+    runner = dynskip_onnx.load(edit(folder, tmp_path / "model", as_manifest(model)), threads=1)
+    video = frames_of(random_numbers(2, 6, seed=8))
+    output, session = model(video), runner.stream(batch=2)
+    bad = torch.stack([frames_of(np.array((GOES, GOES, 1))), frames_of(np.array(FAULTS[fault]))])
+    for t in range(6):
+        with pytest.raises(Exception, match="INVALID_ARGUMENT"):
+            session(bad.numpy())
+        assert session(video[:, t].numpy()).stopped_at.tolist() == output.stopped_at[:, t].tolist()
+    for row in range(2):
+        assert_result(session.result(row), output, row)
+
+
+def test_a_clip_fails_where_a_part_raises_on_a_frame_that_counts(verdict_folders: Any, tmp_path: Path) -> None:
+    gates, folder = verdict_folders["verdicts"]
+    model = verdict_model(gates, terminator=EarlyTerminator(0.6, 1))
+    runner = dynskip_onnx.load(edit(folder, tmp_path / "model", as_manifest(model)), threads=1)
+    numbers = np.array([(GOES, GOES, 0)] * 5)
+    for fault in FAULTS.values():
+        for at in range(5):
+            video = numbers.copy()
+            video[at] = fault
+            for window in (1, 3, 16):
+                if at < 2:
+                    with pytest.raises(Exception, match="INVALID_ARGUMENT"):
+                        runner.clip(frames_of(video).numpy(), window)
+                else:  # the video ends after its second frame
+                    result = runner.clip(frames_of(video).numpy(), window)
+                    assert_result(result, model(frames_of(numbers)[None]), 0)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_one_class_alone_cannot_end_videos(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1)))
+    model = StopOrForward(stage_model(network, input_size=(3, SIZE, SIZE)), [FixedGate()]).eval()
+    folder = model.export(tmp_path / "model", SIZE)
+    video = toy_video(2, 4, seed=2, dtype=torch.float32)
+    assert_all_ways(dynskip_onnx.load(folder, threads=1), model(video), video.numpy())
+    sure = edit(folder, tmp_path / "sure", lambda m: m.update(termination={"threshold": 0.9, "min_frames": 1}))
+    with pytest.raises(DynskipOnnxError, match=r"one class alone is always 1.*terminator"):
+        dynskip_onnx.load(sure)
 
 
 def test_a_session_starts_over(exported: Any) -> None:

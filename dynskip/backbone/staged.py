@@ -31,6 +31,8 @@ class StagedBackbone(nn.Module):
         layouts: `"NCHW"`, `"NHWC"`, `"NLC"` (tokens) or `"NC"` of the value that a stage ends with.
         num_classes: width of the logits.
         input_size: `(C, H, W)` at which the model was cut and checked.
+        channels_last: whether the stages take images in channels-last memory, in which convolutions on a CPU are
+            faster; `None` where that has not been tried.
         classifier: what was given as `head=` to a model that ends in features; else `None`.
         origin: `name`, `boundaries`, `num_stages` and `timm_kwargs` as given to `stage_model`, for a model made by its
             timm name; else `None`.
@@ -65,6 +67,7 @@ class StagedBackbone(nn.Module):
         self._prefix_tokens: tuple[int, ...] = ()
         self._feature_paths: tuple[tuple[int, ...], ...] = ()
         self._answer_layout = "NC"
+        self.channels_last: bool | None = None
         self.training = model.training
         self._inspect()
 
@@ -365,3 +368,13 @@ def _kind(a: Any, b: Any, name: str) -> Any:
 
 def _constant_name(training: bool, name: str) -> str:
     return f"{'train' if training else 'eval'}{name}"
+
+
+def encode_images(backbone: StagedBackbone, images: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Run the whole backbone on `(B, C, H, W)` images; return pooled features of every stage, and logits."""
+    carry = backbone.start(images)
+    pooled = []
+    for n in range(backbone.num_stages):
+        carry = backbone.run(n, carry)
+        pooled.append(backbone.pool(n, carry))
+    return pooled, backbone.head(carry)

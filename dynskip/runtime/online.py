@@ -11,8 +11,9 @@ from torch import Tensor
 from dynskip import rules
 from dynskip._check import check_eval, check_frames, refuse_not_finite
 from dynskip.backbone import Carry
-from dynskip.engine import Engine, Furthest, run_to_end
+from dynskip.engine import Engine
 from dynskip.errors import DynskipError
+from dynskip.features import Furthest, run_to_end
 from dynskip.output import FrameResult, VideoResult
 
 if TYPE_CHECKING:

@@ -148,6 +148,7 @@ def fold(backbone: StagedBackbone, images: Tensor) -> StagedBackbone:
     """
     expected = backbone(images)
     folded = copy.deepcopy(backbone)
+    folded.channels_last = False  # compiled graphs take images as they come
     pairs = _foldable(folded, images)
     undo = [_fold_pair(folded.model, *pair) for pair in pairs]
     if not _gives(folded, images, expected):

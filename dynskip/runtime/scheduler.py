@@ -13,8 +13,9 @@ from torch import Tensor
 
 from dynskip import rules
 from dynskip._check import check_eval, check_frames, refuse_not_finite
-from dynskip.engine import Engine, run_to_end
+from dynskip.engine import Engine
 from dynskip.errors import DynskipError
+from dynskip.features import run_to_end
 from dynskip.flops import FLOPsLookup
 from dynskip.output import FrameResult, VideoResult
 

@@ -1,0 +1,237 @@
+"""Settings are checked whenever they are set, and a model is refused where its answers would mean nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import CLASSES, SIZE, toy_backbone, toy_model, toy_network, toy_video
+from torch import Tensor, nn
+
+from dynskip import (
+    ConfidenceGate,
+    DistillationLoss,
+    DynskipError,
+    EarlyExit,
+    EarlyTerminator,
+    EntropyGate,
+    FixedGate,
+    RandomGate,
+    SimilarityGate,
+    SoFLoss,
+    StopOrForward,
+    calibrate,
+    exponential_temperature,
+    sofnet,
+    stage_model,
+)
+from dynskip.metrics import top_k_accuracy
+
+NAN, INF = math.nan, math.inf
+
+
+def images_model() -> EarlyExit:
+    backbone = toy_backbone(0, 3)
+    gates = [FixedGate(), *(ConfidenceGate(c, CLASSES).double() for c in backbone.num_features[1:])]
+    return EarlyExit(backbone, gates).eval()
+
+
+@pytest.mark.parametrize("make", [toy_model, images_model])
+def test_one_threshold_is_widened_to_all_gates_whenever_it_is_set(make: Callable[[], Any]) -> None:
+    model = make()
+    model.forward_threshold = 0.7
+    assert model.forward_threshold == (0.7, 0.7, 0.7)
+    video = toy_video(2, 3)
+    assert model(video if isinstance(model, StopOrForward) else video[:, 0]).logits.isfinite().all()
+    for wrong, telling in (
+        ((0.7, 0.7), "2 forward thresholds for 3 gates"),
+        ((7.0,) * 3, r"threshold 7.0 of gate 0 is no probability; give one in \[0, 1\]"),
+        (-0.1, "no probability"),
+        (NAN, "no probability"),
+        ("high", "no probability|forward thresholds for 3 gates"),
+    ):
+        with pytest.raises(DynskipError, match=telling):
+            model.forward_threshold = wrong
+    assert model.forward_threshold == (0.7, 0.7, 0.7)
+
+
+@pytest.mark.parametrize("make", [toy_model, images_model])
+@pytest.mark.parametrize("temperature", [0.0, -0.05, NAN, INF, "warm", None])
+def test_a_temperature_is_finite_and_positive(make: Callable[[], Any], temperature: Any) -> None:
+    model = make()
+    with pytest.raises(DynskipError, match="has to be a finite positive number"):
+        model.temperature = temperature
+    assert model.temperature == 1.0
+
+
+def test_temperatures_elsewhere() -> None:
+    with pytest.raises(DynskipError, match="temperature"):
+        DistillationLoss(temperature=INF)
+    with pytest.raises(DynskipError, match=r"has to stay positive\. Take a smaller `decay`"):
+        exponential_temperature(60, decay=50.0)
+    assert exponential_temperature(60) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "telling"),
+    [
+        ("terminator", nn.Identity(), "give an EarlyTerminator"),
+        ("terminator", 0.9, "give an EarlyTerminator"),
+        ("state_update", "sometimes", "use 'used' or 'reached'"),
+        ("class_names", ["cat"], "has 1 entries; give a list of strings, one for each of 4 classes"),
+        ("class_names", "cats", "give a list of strings"),
+        ("class_names", 4, "give a list of strings"),
+        ("class_names", [1, 2, 3, 4], "give a list of strings"),
+    ],
+)
+def test_other_settings_of_a_model(name: str, value: Any, telling: str) -> None:
+    model = toy_model()
+    before = getattr(model, name)
+    with pytest.raises(DynskipError, match=telling):
+        setattr(model, name, value)
+    assert getattr(model, name) is before
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "wrong"),
+    [
+        (EarlyTerminator(), "threshold", (0.0, 1.5, NAN, "high")),
+        (EarlyTerminator(), "min_frames", (-1, 2.5, None)),
+        (SimilarityGate(4), "threshold", (0.0, 1.0, NAN, 7)),
+        (ConfidenceGate(4, 3), "threshold", (0.0, 1.0, NAN)),
+        (EntropyGate(4, 3), "threshold", (0.0, 1.0, NAN)),
+        (RandomGate(4, 0.5), "rate", (0.0, 1.0, NAN)),
+    ],
+)
+def test_settings_of_parts(part: Any, name: str, wrong: tuple[Any, ...]) -> None:
+    before = getattr(part, name)
+    for value in wrong:
+        with pytest.raises(DynskipError, match=name.replace("threshold", "hreshold")):
+            setattr(part, name, value)
+        assert getattr(part, name) == before
+
+
+# One output says nothing through a softmax
+
+
+def one_output() -> StopOrForward:
+    backbone = stage_model(toy_network(classes=1), input_size=(3, SIZE, SIZE))
+    return StopOrForward(backbone, [FixedGate() for _ in backbone.num_features]).eval()
+
+
+def test_one_output_is_refused_where_a_softmax_would_answer() -> None:
+    model, video = one_output(), toy_video(2, 3)
+    output = model(video)  # gates and costs are as ever
+    assert output.used.all()
+    targets = torch.zeros(2, dtype=torch.long)
+    calls: dict[str, Callable[[], Any]] = {
+        "terminator": lambda: setattr(model, "terminator", EarlyTerminator()),
+        "constructor": lambda: StopOrForward(model.backbone, list(model.gates), terminator=EarlyTerminator()),
+        "sofnet": lambda: sofnet(model.backbone, hidden=4),
+        "images": lambda: EarlyExit(model.backbone, list(model.gates)),
+        "loss": lambda: SoFLoss(model.lookup_for((SIZE, SIZE)))(output, targets),
+        "calibrate": lambda: calibrate.to_accuracy(model, [(video, targets)], max_loss=0.0),
+        "top-k": lambda: top_k_accuracy(torch.ones(2, 1), targets),
+    }
+    for call in calls.values():
+        with pytest.raises(DynskipError, match=r"one output|one logit|one class|one column"):
+            call()
+    assert model.terminator is None
+
+
+# Parts in training mode
+
+
+def with_norm() -> StopOrForward:
+    network = toy_network()
+    network[1].add_module("norm", nn.BatchNorm2d(8).double())
+    backbone = stage_model(network.eval(), input_size=(3, SIZE, SIZE))
+    return StopOrForward(backbone, [FixedGate() for _ in backbone.num_features], terminator=EarlyTerminator()).eval()
+
+
+@pytest.mark.parametrize("which", ["backbone", "norm", "gate", "terminator"])
+def test_parts_left_in_training_mode_are_refused(which: str) -> None:
+    model, video = with_norm(), toy_video(2, 3)
+    session = model.stream(2)
+    norm: Any = model.backbone.model[1].norm
+    encoded, before = model.encode(video), norm.running_mean.clone()
+    part = {"backbone": model.backbone, "norm": norm, "gate": model.gates[1], "terminator": model.terminator}[which]
+    part.train()  # type: ignore[union-attr]
+    calls: list[Callable[[], Any]] = [
+        lambda: model(video),
+        lambda: model(video, dense=True),
+        lambda: model.encode(video),
+        lambda: model.decide(encoded),
+        model.stream,
+        lambda: session(video[:, 0]),
+        lambda: model.serve_streams(video),
+        lambda: model.aserve_streams(video),
+    ]
+    for call in calls:
+        with pytest.raises(DynskipError, match=r"in training mode; call `model.eval\(\)`"):
+            call()
+    assert torch.equal(norm.running_mean, before)
+    model.eval()
+    assert model(video).logits.isfinite().all()
+
+
+def test_images_with_a_part_in_training_mode_are_refused() -> None:
+    model, images = images_model(), toy_video(4, 1)[:, 0]
+    encoded = model.encode(images)
+    model.exits[1].train()
+    for call in (lambda: model(images), lambda: model.decide(encoded)):
+        with pytest.raises(DynskipError, match="in training mode"):
+            call()
+
+
+def test_a_terminator_that_is_put_in_takes_the_models_mode() -> None:
+    model = toy_model()
+    model.terminator = EarlyTerminator(0.9)
+    assert model(toy_video()).logits.isfinite().all()
+
+
+# Gates whose verdict no threshold overrules
+
+
+class Always(nn.Module):
+    """Answer with infinite logits."""
+
+    def __init__(self, forward: bool) -> None:
+        super().__init__()
+        self.logits = [-math.inf, math.inf] if forward else [math.inf, -math.inf]
+
+    def initial_state(self, batch: int) -> tuple[Tensor, ...]:
+        return ()
+
+    def forward(self, pooled: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return pooled.new_tensor([self.logits]).expand(len(pooled), 2), state
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1e-60, 0.5, 1.0])
+@pytest.mark.parametrize("make", [lambda forward: FixedGate(stop=not forward), Always])
+@pytest.mark.parametrize("forward", [True, False])
+def test_a_gate_that_says_always_is_never_overruled(
+    forward: bool, make: Callable[[bool], nn.Module], threshold: float
+) -> None:
+    backbone, video = toy_backbone(0, 2), toy_video(2, 3)
+    model = StopOrForward(backbone, [make(forward), FixedGate()], forward_threshold=threshold).eval()
+    session = model.stream(2)
+    for t in range(3):
+        assert (session(video[:, t]).used == forward).all()
+    assert (model(video).used == forward).all()
+    assert (model.decide(model.encode(video)).used == forward).all()
+    assert (model.train().decide(model.encode(video), sample=False).used == forward).all()
+
+
+def test_an_exit_that_always_stops_is_never_overruled() -> None:
+    backbone = toy_backbone(0, 2)
+    certain = ConfidenceGate(backbone.num_features[0], CLASSES).double()
+    with torch.no_grad():
+        certain.classifier.classify.weight.zero_()
+        certain.classifier.classify.bias.copy_(torch.tensor([1e4, 0, 0, 0]))
+    for threshold in (0.0, 0.5, 1.0):
+        model = EarlyExit(backbone, [certain, FixedGate()], forward_threshold=threshold).eval()
+        assert (model(toy_video(3, 1)[:, 0]).stopped_at == 0).all()
