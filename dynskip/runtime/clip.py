@@ -34,10 +34,18 @@ class LookAhead:
     Attributes:
         frames: most frames of a video that are in flight; fewer where many videos are run at a time.
         stages: stages that are run before the gates of earlier ones are heard; 0 hears each gate before the next stage.
+
+    Raises:
+        DynskipError: if a number makes no sense.
     """
 
     frames: int
     stages: int = 0
+
+    def __post_init__(self) -> None:
+        numbers = isinstance(self.frames, int) and isinstance(self.stages, int)
+        if not numbers or self.frames < 1 or self.stages < 0:
+            raise DynskipError(f"{self} looks at no frame, or back; give at least one frame, and 0 stages or more.")
 
 
 @torch.no_grad()
