@@ -3,25 +3,29 @@
     runner = load("folder")
     result = runner.clip(runner.normalise(frames))
 
-The three ways share one loop and give the same decisions; they differ only in how many frames it sees at once.
+All of it is in this one file, long as it is, so that it can be copied to where nothing else of dynskip is. First come
+the rules that decisions follow. The three ways propose frames and accept them in order, by these rules alone, and so
+decide alike; they differ only in how many frames they propose at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import onnxruntime
 
+__all__ = ["DynskipOnnxError", "FrameResult", "Runner", "Session", "VideoResult", "load"]
+
 FORMAT, VERSION = "dynskip-onnx", 1
-UNSEEN = -1  # `stopped_at` of a frame that was never looked at, because the video had ended
 Array: TypeAlias = np.ndarray[Any, Any]
 
 
@@ -29,18 +33,177 @@ class DynskipOnnxError(ValueError):
     """An export or a frame cannot be used; the message says what was expected and how to get it."""
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a video's frames decided, predicted and cost. What was not evaluated is NaN.
+# Rules: those of `dynskip.rules` under the same names, here without torch. `N` gates, `K` classes.
+
+UNSEEN = -1  # `stopped_at` of a frame that was never looked at, because the video had ended
+SATURATED = 100.0  # a margin as wide as this holds whatever the threshold
+
+
+def margins(gate_logits: Array) -> Array:
+    """Say how far forward logits lie above stop logits: `(..., 2) -> (...)`."""
+    with np.errstate(invalid="ignore", over="ignore"):  # infinite logits may be meant, and a NaN stops the frame
+        return np.asarray(gate_logits[..., 1] - gate_logits[..., 0])
+
+
+def bounds(forward_threshold: Sequence[float]) -> Array:
+    """Return the `(N,)` float64 margins that frames have to exceed for these forward probabilities.
+
+    They lie within `SATURATED`, so that a gate which says `always` is never overruled.
+    """
+    highest = 0.99 * SATURATED
+    return np.array([min(max(_logit(p), -SATURATED), highest) for p in forward_threshold])
+
+
+def forwards(margin: Array, bound: Array | float) -> Array:
+    """Say which frames go forward. A NaN stops a frame, as the lowest margin would."""
+    return np.asarray(margin > bound)
+
+
+def stopped(forward: Array) -> Array:
+    """Return the first gate that stops each frame, `N` for used frames: `(..., N) -> (...)` from booleans."""
+    return np.asarray(forward.cumprod(-1).sum(-1))
+
+
+def nearness(margin: Array) -> Array:
+    """Rise with a stopped frame's forward probability, from 0 to below 1: float64. A NaN gives -1.5, below all."""
+    # A softmax would do, but its last digits depend on where in a batch a row stands.
+    wide = np.asarray(margin, np.float64).clip(-1e30, 1e30)
+    return np.asarray(np.nan_to_num((0.5 + 0.5 * wide / (1 + abs(wide))).clip(max=1 - 1e-12), nan=-1.5))
+
+
+def score(stopped_at: Array | int, margin: Array) -> Array:
+    """Order stopped frames by how far they got, then by how nearly their gate forwarded them.
+
+    Args:
+        stopped_at: `(...)` the gate that stopped each frame.
+        margin: `(...)` what it said; a frame that a NaN stopped comes after all others.
+
+    Returns:
+        `(...)` float64 scores, above -1; -2 for frames that did not stop.
+    """
+    gate, near = np.asarray(stopped_at), nearness(margin)
+    return np.where(gate < 0, -2.0, np.where(near < 0, -0.5, 2 * gate + near))
+
+
+def tie(dtype: Any) -> float:
+    """Return by how much scores may differ that count as equal: more than rounding moves them in another batch."""
+    return math.sqrt(np.finfo(dtype).eps)
+
+
+def further(score: float, best: float, tie: float) -> bool:
+    """Whether a frame got further than the best one before it; of equals, the earlier one stays."""
+    return score > best + tie
+
+
+class Sums(NamedTuple):
+    """What a video's mean is made of.
 
     Attributes:
-        logits: `(K,)` mean over the used frames, or those of the fallback frame.
+        total: `(K,)` float64 sum of the logits that count.
+        counted: number of them.
+        last: `(K,)` float64 logits of the last used frame, which frames that repeat it add once more.
+    """
+
+    total: Array
+    counted: int
+    last: Array
+
+
+def nothing_counted(classes: int) -> Sums:
+    """Return the sums before the first frame."""
+    return Sums(np.zeros(classes), 0, np.zeros(classes))
+
+
+def count(stopped_at: int, frame_logits: Array, repeats: Sequence[bool], before: Sums) -> Sums:
+    """Add a frame to its video's sums. Logits that are not finite do not count.
+
+    Args:
+        stopped_at: what became of it.
+        frame_logits: `(K,)` its logits, which matter where it was used.
+        repeats: for each of `N` gates, whether frames that it stops count as the last used one.
+        before: the sums before it.
+    """
+    used = stopped_at == len(repeats)
+    last = frame_logits.astype(np.float64) if used else before.last
+    counts = used or (stopped_at != UNSEEN and repeats[stopped_at] and before.counted > 0)
+    if not counts or not np.isfinite(last).all():
+        return before._replace(last=last)
+    return Sums(before.total + last, before.counted + 1, last)
+
+
+def running(sums: Sums) -> Array:
+    """Return the running prediction, `(K,)` mean logits in float32; NaN before anything has counted."""
+    return (sums.total / (sums.counted or math.nan)).astype(np.float32)
+
+
+def ends(termination: dict[str, Any], running_logits: Array, seen: int) -> bool:
+    """Say whether a video ends: its most probable class is sure enough, after more than `min_frames` frames.
+
+    Args:
+        termination: the manifest's rule, a `threshold` and `min_frames`.
+        running_logits: `(K,)` running prediction.
+        seen: frames looked at so far.
+    """
+    # A NaN compares false: a video without a prediction goes on.
+    sure = _softmax(running_logits).max() > np.float32(termination["threshold"])
+    return bool(sure) and seen > int(termination["min_frames"])
+
+
+def _logit(probability: float) -> float:
+    if probability in (0.0, 1.0):
+        return math.inf if probability else -math.inf
+    return math.log(probability) - math.log1p(-probability)
+
+
+def _softmax(logits: Array) -> Array:
+    with np.errstate(invalid="ignore"):  # of infinite logits there is no softmax, and NaN says so
+        shifted = np.exp(logits - logits.max(-1, keepdims=True))
+        return np.asarray(shifted / shifted.sum(-1, keepdims=True))
+
+
+# What comes out, and what is on its way
+
+
+@dataclass(frozen=True)
+class FrameResult:
+    """What became of one frame of each of a session's `B` videos.
+
+    Attributes:
+        stopped_at: `(B,)` index of the gate that stopped the frame; `N` for used frames, -1 where the video had ended
+            before and the frame was not looked at.
+        used: `(B,)` boolean, frames that passed every gate.
+        running_logits: `(B, K)` running prediction of the video, NaN before the first used frame.
+        ended: `(B,)` boolean, videos that need no more frames.
+        frame_macs: `(B,)` executed for this frame.
+    """
+
+    stopped_at: Array
+    used: Array
+    running_logits: Array
+    ended: Array
+    frame_macs: Array
+
+    @property
+    def running_probabilities(self) -> Array:
+        """`(B, K)` running class probabilities, NaN before the first used frame."""
+        return _softmax(self.running_logits)
+
+
+@dataclass(frozen=True)
+class VideoResult:
+    """What a video's answer is, and what became of its `T` frames. What was not evaluated is NaN.
+
+    Attributes:
+        logits: `(K,)` mean over the used frames, or the fallback frame's; NaN where neither exists. Frames whose logits
+            are not finite do not count.
         stopped_at: `(T,)` index of the gate that stopped each frame; `N` for used frames, -1 for unseen ones.
         frame_logits: `(T, K)` logits of each frame.
         gate_logits: `(T, N, 2)` logits (stop, forward).
-        macs: executed cost of the decisions, gates and head included.
-        extra_macs: cost of what was executed ahead of the decisions and not needed.
+        macs: executed cost of the video, gates, head and the fallback included.
+        speculative_macs: what was executed beyond `macs`, ahead of decisions that then went otherwise.
         fallback_frame: where no frame was used, the frame that was run to the end in their place; else -1.
+        key: number of the stream among the sources; `None` outside `serve`.
+        error: why the stream failed; `None` where it came to its end. The other fields tell how far it had got.
     """
 
     logits: Array
@@ -48,39 +211,25 @@ class Result:
     frame_logits: Array
     gate_logits: Array
     macs: float
-    extra_macs: float
+    speculative_macs: float
     fallback_frame: int
+    key: int | None = None
+    error: Exception | None = None
+
+    @property
+    def frames_used(self) -> int:
+        """Number of frames used."""
+        return int((self.stopped_at == self.gate_logits.shape[1]).sum())
+
+    @property
+    def frames_seen(self) -> int:
+        """Number of frames looked at."""
+        return int((self.stopped_at != UNSEEN).sum())
 
     @property
     def probabilities(self) -> Array:
         """`(K,)` class probabilities."""
         return _softmax(self.logits)
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a session's videos did with one frame each.
-
-    Attributes:
-        stopped_at: `(B,)` gate that stopped the frame; `N` if it was used, -1 if the video had ended before.
-        logits: `(B, K)` running mean over the used frames; NaN before the first.
-        ended: `(B,)` boolean, videos that need no more frames.
-        macs: `(B,)` executed cost so far.
-    """
-
-    stopped_at: Array
-    logits: Array
-    ended: Array
-    macs: Array
-
-
-@dataclass(frozen=True)
-class Served:
-    """The end of one stream: its number, and its result or what went wrong."""
-
-    stream: int
-    result: Result | None
-    error: Exception | None = None
 
 
 @dataclass(eq=False)
@@ -91,34 +240,39 @@ class _Frame:
     values: list[Array]  # what enters stage `depth`
     depth: int = 0  # stages run
     pooled: list[Array] = field(default_factory=list)
-    states: list[list[Array]] = field(default_factory=list)  # proposed by each gate reached
-    gate_logits: list[Array] = field(default_factory=list)
     logits: Array | None = None
+    # What gates say of it as their memories stand now:
+    gate_logits: Array = field(default_factory=lambda: np.empty(0))
+    states: list[list[Array]] = field(default_factory=list)  # proposed by each gate reached
     stopped_at: int = UNSEEN
+    error: Exception | None = None  # what it made a stage, a gate or the head raise
 
 
 @dataclass(eq=False)
 class _Video:
-    """Where a video stands: gate states, the running sum, and what became of its frames."""
+    """Where a video stands: gate states, the sums of its mean, and what became of its frames."""
 
     states: list[list[Array]]
-    logit_sum: Array
-    last: Array  # logits of the last used frame
-    pending: list[_Frame] = field(default_factory=list)
+    sums: Sums
     stopped_at: list[int] = field(default_factory=list)
-    frame_logits: list[Array | None] = field(default_factory=list)
-    gate_logits: list[list[Array]] = field(default_factory=list)
-    counted: int = 0  # logits in the sum: used frames and those that repeat one
+    frame_logits: list[Array] = field(default_factory=list)
+    gate_logits: list[Array] = field(default_factory=list)
+    answered: bool = False  # whether a frame has been used
     ended: bool = False
     macs: float = 0.0
     executed: float = 0.0
-    best_score: float = -1.0
-    best: tuple[int, _Frame] | None = None  # the stopped frame that got furthest, while none has been used
+    furthest: _Furthest | None = None
 
-    @property
-    def running(self) -> Array:
-        """`(K,)` mean logits so far; NaN before the first used frame."""
-        return self.logit_sum / self.counted if self.counted else np.full_like(self.logit_sum, np.nan)
+
+class _Furthest(NamedTuple):
+    """The stopped frame that got furthest. Without a used frame, its video's answer is made from it."""
+
+    score: float
+    number: int
+    frame: _Frame
+
+
+# The runner
 
 
 def load(folder: str | Path, *, threads: int = 0, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Runner:
@@ -173,10 +327,21 @@ class Runner:
         self._shape = tuple(manifest["input"]["shape"])
         self._advance_all = {"used": False, "reached": True}[manifest["state_update"]]
         self._termination = manifest["termination"]
-        self._repeats = [stage["gate"]["repeats_last"] for stage in self._stages]
-        self._margins = [_margin(stage["gate"]["forward_threshold"]) for stage in self._stages]
+        if self._termination and manifest["num_classes"] < 2:
+            raise DynskipOnnxError(
+                "The manifest ends videos early with one class. The probability of one class alone is always 1, so "
+                "that every video would end at once. Set `model.terminator` to None, or give the model two outputs, "
+                "and export it again."
+            )
+        self._repeats = [bool(stage["gate"]["repeats_last"]) for stage in self._stages]
+        # In float32, as the margins are: a margin has to mean the same here as in torch.
+        self._bounds = bounds([stage["gate"]["forward_threshold"] for stage in self._stages]).astype(np.float32)
         self._stage_macs = np.array([stage["macs"] for stage in self._stages])
         self._gate_macs = np.array([stage["gate"]["macs"] for stage in self._stages])
+        stopping = np.cumsum(self._stage_macs + self._gate_macs)
+        # Of a frame by what became of it: unseen, stopped at each gate, used.
+        self._frame_macs = np.array([0.0, *stopping, stopping[-1] + self._head["macs"]])
+        self._unknown = np.full(manifest["num_classes"], np.nan, np.float32)  # logits of all frames that were not used
         self._boundaries: list[list[dict[str, Any]]] = [[{"rows": 1, "shape": list(self._shape), "dtype": "float32"}]]
         self._boundaries += [stage["values"] for stage in self._stages]
         self._check_graphs()
@@ -200,7 +365,7 @@ class Runner:
         """Open a session for frames that arrive one by one, of one video or of `batch` videos in lock-step."""
         return Session(self, batch)
 
-    def clip(self, video: Array, window: int = 16) -> Result:
+    def clip(self, video: Array, window: int = 16) -> VideoResult:
         """Run a stored video: stages take up to `window` frames at once, and decisions stay those of the online run.
 
         Args:
@@ -218,12 +383,12 @@ class Runner:
         images = [self._image(frame) for frame in video]
         state = self._begin()
         for start in range(0, len(images), window):
-            self._advance([state], [[image] for image in images[start : start + window]])
+            self._decide(state, images[start : start + window])
             if state.ended:
                 break
         return self._finish(state, len(images))
 
-    def serve(self, sources: Iterable[Iterable[Array]], capacity: int = 16) -> Iterator[Served]:
+    def serve(self, sources: Iterable[Iterable[Array]], capacity: int = 16) -> Iterator[VideoResult]:
         """Run many streams together, one frame of each at a time; a finished one's place goes to the next at once.
 
         Args:
@@ -232,37 +397,49 @@ class Runner:
             capacity: streams that run at the same time.
 
         Yields:
-            The end of each stream as it comes. A stream that raises or sends a bad frame fails alone.
+            The result of each stream as it ends, with its number as `key`. A stream that raises, sends a bad frame or
+            one that a stage, a gate or the head cannot take fails alone: its result has an `error`.
         """
         if capacity < 1:
             raise DynskipOnnxError(f"{capacity=} streams can never finish; give a positive number.")
         waiting = enumerate(sources)
         active: dict[int, tuple[_Video, Generator[Array, None, None]]] = {}
         while True:
-            for number, opened in islice(waiting, capacity - len(active)):
-                active[number] = (self._begin(), _frames_of(opened))
+            for key, opened in islice(waiting, capacity - len(active)):
+                active[key] = (self._begin(), _frames_of(opened))
             if not active:
                 return
-            ready, images, over = [], [], []
-            for number, (video, source) in active.items():
+            frames: dict[int, _Frame] = {}
+            over: dict[int, Exception | None] = {}
+            for key, (video, source) in active.items():
                 try:
-                    images.append(self._image(next(source)))
-                    ready.append(video)
+                    frames[key] = _Frame(video, [self._image(next(source))])
                 except StopIteration:
-                    over.append(self._served(number, video))
+                    over[key] = None
                 except Exception as error:
-                    over.append(Served(number, None, error))
-            if ready:
-                self._advance(ready, [images])
-            over += [self._served(number, video) for number, (video, _) in active.items() if video.ended]
-            for served in over:
-                active.pop(served.stream)[1].close()
-            yield from over
+                    over[key] = error
+            self._propose(list(frames.values()))
+            for key, frame in frames.items():
+                if frame.error is None:
+                    self._accept(frame)
+                if frame.error is not None or frame.video.ended:
+                    over[key] = frame.error
+            results = []
+            for key, fault in over.items():
+                video, source = active.pop(key)
+                with contextlib.suppress(Exception):
+                    source.close()
+                results.append(self._conclude(key, video, fault))
+            yield from results
 
-    def _served(self, number: int, video: _Video) -> Served:
-        if not video.stopped_at:
-            return Served(number, None, DynskipOnnxError(f"Stream {number} ended before its first frame."))
-        return Served(number, self._finish(video, len(video.stopped_at)))
+    def _conclude(self, key: int, video: _Video, error: Exception | None) -> VideoResult:
+        """Answer for a stream; what goes wrong on the way is its own fault, too."""
+        if error is None and not video.stopped_at:
+            error = DynskipOnnxError(f"Stream {key} ended before its first frame.")
+        try:
+            return self._finish(video, len(video.stopped_at), key, error)
+        except Exception as fault:
+            return self._finish(video, len(video.stopped_at), key, fault)
 
     def _image(self, frame: Array) -> Array:
         frame = np.asarray(frame)
@@ -271,50 +448,66 @@ class Runner:
                 f"A frame must be normalised floats of shape {self._shape}; got {frame.dtype} of {frame.shape}. "
                 "`runner.normalise` turns 8-bit (H, W, C) frames into them."
             )
-        if not np.isfinite(frame).all():
+        image = frame[None].astype(np.float32)
+        if not np.isfinite(image).all():
             raise DynskipOnnxError("A frame has NaN or infinite values. Check decoding and normalisation.")
-        return frame[None].astype(np.float32)
+        return image
 
     def _begin(self) -> _Video:
         states = [
             [np.full(state["shape"], state["value"], np.float32) for state in stage["gate"]["initial_state"]]
             for stage in self._stages
         ]
-        zeros = np.zeros(self.manifest["num_classes"], np.float32)
-        return _Video(states, zeros, zeros)
+        return _Video(states, nothing_counted(self.manifest["num_classes"]))
 
-    def _advance(self, videos: list[_Video], steps: Sequence[Sequence[Array]]) -> None:
-        """Take frames of some videos as far as their gates let them: `steps` holds one image a video each."""
-        for images in steps:
-            for video, image in zip(videos, images, strict=True):
-                video.pending.append(_Frame(video, [image]))
-        # All pending frames are decided from the states committed so far. A used frame changes its video's states: the
-        # frames after it are decided anew, from features that stay valid.
-        while pending := [frame for video in videos for frame in video.pending]:
+    def _decide(self, video: _Video, images: Sequence[Array]) -> None:
+        """Take frames of one video as far as their gates let them."""
+        pending = [_Frame(video, [image]) for image in images]
+        while pending:
             self._propose(pending)
-            for video in videos:
-                while video.pending:
-                    frame = video.pending.pop(0)
-                    self._accept(video, frame)
-                    if video.ended:
-                        video.pending.clear()
-                    elif frame.stopped_at == len(self._stages) and not self._advance_all:
-                        break
+            while pending:
+                frame = pending.pop(0)
+                if frame.error is not None:
+                    raise frame.error
+                self._accept(frame)
+                if video.ended:
+                    return
+                if frame.stopped_at == len(self._stages) and not self._advance_all:
+                    # A used frame has changed the states. The frames after it are decided anew, on features that stay.
+                    break
 
     def _propose(self, frames: list[_Frame]) -> None:
-        for frame in frames:
-            frame.stopped_at, frame.states, frame.gate_logits = len(self._stages), [], []
-        for n in range(len(self._stages)):
-            self._run_stage(n, [frame for frame in frames if frame.depth == n])
-            self._run_gate(n, frames)
-            frames = [frame for frame in frames if frame.stopped_at > n]
-            if not frames:
+        """Take frames as far as their gates let them, as the memories stand now. Errors stay with the frames."""
+        stages, going = len(self._stages), frames
+        said = np.full((len(frames), stages, 2), np.nan, np.float32)
+        for frame, row in zip(frames, said, strict=True):
+            frame.gate_logits, frame.states, frame.error = row, [], None
+        for n in range(stages):
+            self._each(self._run_stage, n, [frame for frame in going if frame.depth == n])
+            for together in _one_of_each_video(going) if self._advance_all else [going]:
+                self._each(self._run_gate, n, together)
+            # Of gates that were not asked there is a NaN, which stops: a frame that goes on has `n + 1`.
+            for frame, gate in zip(frames, stopped(forwards(margins(said), self._bounds)).tolist(), strict=True):
+                frame.stopped_at = gate
+            if not (going := [frame for frame in going if frame.stopped_at > n]):
                 return
-        self._run_head([frame for frame in frames if frame.logits is None])
+        self._each(self._run_head, stages, [frame for frame in going if frame.logits is None])
 
-    def _run_stage(self, n: int, frames: list[_Frame]) -> None:
+    def _each(self, run: Callable[[int, list[_Frame]], None], n: int, frames: list[_Frame]) -> None:
+        """Run a part on a batch; where that raises, on each frame alone, so that a frame's fault is its own."""
+        frames = [frame for frame in frames if frame.error is None]
         if not frames:
             return
+        try:
+            run(n, frames)
+        except Exception as error:
+            if len(frames) == 1:
+                frames[0].error = error
+                return
+            for frame in frames:
+                self._each(run, n, [frame])
+
+    def _run_stage(self, n: int, frames: list[_Frame]) -> None:
         pooled, *outputs = self._call(self._stages[n]["file"], self._join(n, frames))
         for i, frame in enumerate(frames):
             frame.pooled.append(pooled[i])
@@ -326,70 +519,69 @@ class Runner:
             frame.video.executed += self._stage_macs[n]
 
     def _run_gate(self, n: int, frames: list[_Frame]) -> None:
-        for together in _one_of_each_video(frames) if self._advance_all else [frames]:
-            states = zip(*(frame.video.states[n] for frame in together), strict=True)
-            inputs = [np.stack([frame.pooled[n] for frame in together]), *(np.stack(parts) for parts in states)]
-            logits, *new = self._call(self._stages[n]["gate"]["file"], inputs)
-            for i, frame in enumerate(together):
-                frame.gate_logits.append(logits[i])
-                frame.states.append([state[i] for state in new])
-                if self._advance_all:
-                    frame.video.states[n] = frame.states[n]
-                if not logits[i, 1] - logits[i, 0] > self._margins[n]:
-                    frame.stopped_at = n
-                frame.video.executed += self._gate_macs[n]
+        states = zip(*(frame.video.states[n] for frame in frames), strict=True)
+        inputs = [np.stack([frame.pooled[n] for frame in frames]), *(np.stack(parts) for parts in states)]
+        logits, *new = self._call(self._stages[n]["gate"]["file"], inputs)
+        for i, frame in enumerate(frames):
+            frame.gate_logits[n] = logits[i]
+            frame.states.append([state[i] for state in new])
+            if self._advance_all:
+                frame.video.states[n] = frame.states[n]
+            frame.video.executed += self._gate_macs[n]
 
-    def _run_head(self, frames: list[_Frame]) -> None:
-        if not frames:
-            return
-        (logits,) = self._call(self._head["file"], self._join(len(self._stages), frames))
+    def _run_head(self, n: int, frames: list[_Frame]) -> None:
+        (logits,) = self._call(self._head["file"], self._join(n, frames))
         for frame, row in zip(frames, logits, strict=True):
             frame.logits = row
             frame.video.executed += self._head["macs"]
 
-    def _accept(self, video: _Video, frame: _Frame) -> None:
-        """Let a decided frame count."""
-        stages, n = len(self._stages), frame.stopped_at
-        used = n == stages
-        video.stopped_at.append(n)
-        video.gate_logits.append(frame.gate_logits)
-        video.frame_logits.append(frame.logits if used else None)
-        video.macs += (self._stage_macs + self._gate_macs)[: n + 1].sum() + (self._head["macs"] if used else 0.0)
-        if used:
+    def _accept(self, frame: _Frame) -> None:
+        """Make what was proposed for a video's next frame final."""
+        video, n = frame.video, frame.stopped_at
+        logits = self._unknown
+        if n == len(self._stages):
             assert frame.logits is not None
-            video.last, video.best = frame.logits, None
+            logits, video.answered, video.furthest = frame.logits, True, None
             if not self._advance_all:
                 video.states = frame.states
-        if used or (video.counted and self._repeats[n]):
-            video.logit_sum = video.logit_sum + video.last
-            video.counted += 1
-        elif not video.counted and (score := n + _nearness(frame.gate_logits[n])) > video.best_score:
-            video.best_score, video.best = score, (len(video.stopped_at) - 1, frame)
-        if self._termination and video.counted and len(video.stopped_at) > self._termination["min_frames"]:
-            video.ended = bool(_softmax(video.running).max() > self._termination["threshold"])
+        elif not video.answered:
+            got, best = float(score(n, margins(frame.gate_logits[n]))), video.furthest
+            if best is None or further(got, best.score, tie(np.float32)):
+                video.furthest = _Furthest(got, len(video.stopped_at), frame)
+        video.stopped_at.append(n)
+        video.gate_logits.append(frame.gate_logits)
+        video.frame_logits.append(logits)
+        video.macs += self._frame_macs[n + 1]
+        video.sums = count(n, logits, self._repeats, video.sums)
+        if self._termination:
+            video.ended = ends(self._termination, running(video.sums), len(video.stopped_at))
 
-    def _finish(self, video: _Video, frames: int) -> Result:
-        stages, seen = len(self._stages), len(video.stopped_at)
-        classes = self.manifest["num_classes"]
+    def _finish(
+        self, video: _Video, frames: int, key: int | None = None, error: Exception | None = None
+    ) -> VideoResult:
+        """Conclude a video as if it ended here; one that failed is not run any further."""
+        stages, seen, classes = len(self._stages), len(video.stopped_at), self.manifest["num_classes"]
         frame_logits = np.full((frames, classes), np.nan, np.float32)
         gate_logits = np.full((frames, stages, 2), np.nan, np.float32)
         for t in range(seen):
-            gate_logits[t, : len(video.gate_logits[t])] = video.gate_logits[t]
-            if (logits := video.frame_logits[t]) is not None:
-                frame_logits[t] = logits
-        logits, macs, fallback = video.running, video.macs, -1
-        if video.best is not None:
-            fallback, furthest = video.best
-            logits = frame_logits[fallback] = self._complete(furthest)
-            macs += self._stage_macs[furthest.stopped_at + 1 :].sum() + self._head["macs"]
-        return Result(
+            frame_logits[t], gate_logits[t] = video.frame_logits[t], video.gate_logits[t]
+        logits, macs, fallback = running(video.sums), video.macs, -1
+        if video.furthest is not None and error is None:
+            _, fallback, frame = video.furthest
+            frame_logits[fallback] = self._complete(frame)
+            # It counts as the one used frame of its video.
+            logits = running(count(stages, frame_logits[fallback], self._repeats, nothing_counted(classes)))
+            macs += self._stage_macs[frame.stopped_at + 1 :].sum() + self._head["macs"]
+        return VideoResult(
             logits=logits,
-            stopped_at=np.array(video.stopped_at + [UNSEEN] * (frames - seen)),
+            stopped_at=np.array(video.stopped_at + [UNSEEN] * (frames - seen), int),
             frame_logits=frame_logits,
             gate_logits=gate_logits,
             macs=float(macs),
-            extra_macs=float(video.executed - macs),
+            speculative_macs=float(video.executed - macs),
             fallback_frame=fallback,
+            key=key,
+            error=error,
         )
 
     def _complete(self, frame: _Frame) -> Array:
@@ -397,7 +589,7 @@ class Runner:
         for n in range(frame.depth, len(self._stages)):
             self._run_stage(n, [frame])
         if frame.logits is None:
-            self._run_head([frame])
+            self._run_head(len(self._stages), [frame])
         assert frame.logits is not None
         return frame.logits
 
@@ -444,7 +636,7 @@ class Session:
         self._runner = runner
         self._videos = [runner._begin() for _ in range(batch)]
 
-    def __call__(self, frames: Array) -> Step:
+    def __call__(self, frames: Array) -> FrameResult:
         """Take the next frame of each video; those of ended videos are not looked at.
 
         Args:
@@ -452,20 +644,35 @@ class Session:
 
         Returns:
             What became of them.
+
+        Raises:
+            DynskipOnnxError: if there is not one frame a video, or a frame has the wrong shape, dtype or values. What
+                raises leaves the session as it was.
         """
         if len(frames) != len(self._videos):
             raise DynskipOnnxError(f"Got {len(frames)} frames for {len(self._videos)} videos; give one for each.")
+        runner, stages = self._runner, len(self._runner._stages)
         rows = [row for row, video in enumerate(self._videos) if not video.ended]
-        self._runner._advance([self._videos[row] for row in rows], [[self._runner._image(frames[row]) for row in rows]])
-        stopped_at = [video.stopped_at[-1] if row in rows else UNSEEN for row, video in enumerate(self._videos)]
-        return Step(
-            stopped_at=np.array(stopped_at),
-            logits=np.stack([video.running for video in self._videos]),
+        taken = [_Frame(self._videos[row], [runner._image(frames[row])]) for row in rows]
+        states = [list(frame.video.states) for frame in taken]
+        runner._propose(taken)
+        if errors := [frame.error for frame in taken if frame.error is not None]:
+            for frame, before in zip(taken, states, strict=True):
+                frame.video.states = before
+            raise errors[0]
+        stopped_at = np.full(len(self._videos), UNSEEN)
+        for row, frame in zip(rows, taken, strict=True):
+            runner._accept(frame)
+            stopped_at[row] = frame.stopped_at
+        return FrameResult(
+            stopped_at=stopped_at,
+            used=stopped_at == stages,
+            running_logits=np.stack([running(video.sums) for video in self._videos]),
             ended=np.array([video.ended for video in self._videos]),
-            macs=np.array([video.macs for video in self._videos]),
+            frame_macs=runner._frame_macs[stopped_at + 1],
         )
 
-    def result(self, row: int = 0) -> Result:
+    def result(self, row: int = 0) -> VideoResult:
         """Conclude a video as if it ended here: where no frame was used, the furthest one is run to the end."""
         video = self._videos[row]
         if not video.stopped_at:
@@ -532,21 +739,3 @@ def _one_of_each_video(frames: list[_Frame]) -> Iterator[list[_Frame]]:
         queues.setdefault(id(frame.video), []).append(frame)
     for group in zip_longest(*queues.values()):
         yield [frame for frame in group if frame is not None]
-
-
-def _margin(probability: float) -> float:
-    """Return how far the forward logit must lie above the stop logit for this forward probability."""
-    if probability in (0.0, 1.0):
-        return math.inf if probability else -math.inf
-    return math.log(probability) - math.log1p(-probability)
-
-
-def _nearness(logits: Array) -> float:
-    """Rise with a gate's forward probability, from 0 to 1, without the rounding of an exponential."""
-    margin = float(logits[1]) - float(logits[0])
-    return min(0.5 + 0.5 * margin / (1 + abs(margin)), 1 - 1e-12)
-
-
-def _softmax(logits: Array) -> Array:
-    shifted = np.exp(logits - logits.max())
-    return shifted / shifted.sum()  # type: ignore[no-any-return]

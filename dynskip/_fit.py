@@ -67,7 +67,7 @@ def check_wrapper_setting(model: Any, name: str, value: Any) -> Any:
         classes = model.backbone.num_classes
         if len(names) != classes or not all(isinstance(each, str) for each in names):
             raise DynskipError(
-                f"`class_names` has {len(names)} entries; give a list of strings, one for each of {classes} classes."
+                f"`class_names` has {len(names)} entries; give one string for each of {classes} classes."
             )
     return value
 

@@ -217,7 +217,7 @@ class EarlyExit(Pretrained, Checked):
         stopped_at = engine.decide(rows).stopped_at.squeeze(1)
         inner_logits = torch.stack([answer for (answer,) in engine.proposed], 1)
         size = (images.shape[2], images.shape[3])
-        return self._output(stopped_at, engine.gate_logits, inner_logits, engine.frame_logits, size)
+        return self._output(stopped_at, engine.gate_logits.to(engine.dtype), inner_logits, engine.frame_logits, size)
 
     def _output(
         self, stopped_at: Tensor, gate_logits: Tensor, inner_logits: Tensor, final: Tensor, size: tuple[int, int]

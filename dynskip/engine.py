@@ -59,7 +59,7 @@ class Engine:
         sums: what the videos' means are made of.
         seen: `(V,)` frames decided.
         ended: `(V,)` boolean, videos that the terminator has ended.
-        gate_logits: `(V * W, N, 2)` what gates said of the frames in flight.
+        gate_logits: `(V * W, N, 2)` what gates said of the frames in flight, in float32 or better.
         frame_logits: `(V * W, K)` their logits, where the head has run.
         features: where frames are, and how many stages they have been through.
         pending: on the host, whether each frame waits for a decision.
@@ -109,7 +109,7 @@ class Engine:
         self._bounds = rules.drawn_bounds(bounds) if self.sample else bounds
         self._device_bounds = self.upload(self._bounds)
         with torch.inference_mode(False), torch.no_grad():
-            self.gate_logits = torch.zeros(frames, self.stages, 2, dtype=self.dtype, device=self.device)
+            self.gate_logits = torch.zeros(frames, self.stages, 2, dtype=self.wide, device=self.device)
             self.frame_logits = torch.zeros(frames, self.backbone.num_classes, dtype=self.dtype, device=self.device)
             self.proposed = [tuple(s.clone() for s in state) for state in self.states] if window == 1 else []
             self.pending = torch.zeros(frames, dtype=torch.bool)
@@ -210,7 +210,7 @@ class Engine:
             if self.window == 1 or self.reached:
                 for old, value in zip((self.states if self.reached else self.proposed)[stage], new, strict=True):
                     _put(old, rows, value.to(old.dtype))
-        self.gate_logits[index, stage] = logits.to(self.dtype)
+        self.gate_logits[index, stage] = logits.to(self.wide)
         self.tie = max(self.tie, rules.tie(logits.dtype))
         if self.counts:
             often = videos.bincount(minlength=self.videos)
@@ -241,7 +241,6 @@ class Engine:
 
         Args:
             videos: `(R,)` rows.
-
         """
         shape, rows = (self.videos, self.window), self._rows(videos)
         known = torch.where(self.pending, self.features.depth, self.stages + 2).view(shape)[videos]

@@ -5,7 +5,7 @@ Shapes: `B` videos of `T` frames, `N` gates, `K` classes. All functions are pure
     margins    forward logit minus stop logit              nearness, score    how far a stopped frame got
     forwards   does a frame go forward?                    further, fallback  which one answers for its video
     draw       the same, drawn, and with gradients         count              what adds to a video's mean
-    stopped    the first gate that says stop               running, unseen    the running prediction; a video's end
+    stopped    the first gate that says stop               running, ends      the running prediction; a video's end
     keep       which rows keep a new state                 known              what was not computed is NaN
 """
 

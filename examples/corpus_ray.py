@@ -98,8 +98,8 @@ class Classify:
         return {
             "label": self.config.classes[int(label)],
             "probability": float(probability),
-            "used": result.used,
-            "seen": result.seen,
+            "used": result.frames_used,
+            "seen": result.frames_seen,
             "fallback": result.fallback_frame >= 0,
             "gmacs": result.macs / 1e9,
         }

@@ -166,11 +166,11 @@ class Watcher:
         self.decisions.append(int(step.stopped_at[0]))
         self.recent.append(self.decisions[-1])
         self.ends.append(False)
-        self.macs += float(step.macs[0])
+        self.macs += float(step.frame_macs[0])
         self.frames += 1
         self.used += bool(step.used[0])
-        if not step.probabilities.isnan().any():
-            self.answer = self._say(step.probabilities[0])
+        if not step.running_probabilities.isnan().any():
+            self.answer = self._say(step.running_probabilities[0])
         return self.finish() if len(self.decisions) == self.prep.num_frames else None
 
     def finish(self) -> str | None:

@@ -101,7 +101,9 @@ class World:
             return module
         gc.collect()  # an earlier wrapping of the same parameters must be gone
         index = [torch.device(self.device).index] if self.device.startswith("cuda") else None
-        return DistributedDataParallel(module, index, forward_sync_buffers=False)
+        wrapped = DistributedDataParallel(module, index)  # buffers start as the first process's ...
+        wrapped.broadcast_buffers = False  # ... and go their own ways; as an argument, this would skip the start, too
+        return wrapped
 
     def leave(self) -> None:
         """Leave the others; nothing can be shared afterwards."""

@@ -38,7 +38,9 @@ calibrate.to_accuracy(model, [(clips, answers)], max_loss=0.05).apply(model)
 
 session = model.stream()
 for frame in video:
-    step = session(frame)  # what became of it: step.stopped_at, step.probabilities, step.macs
+    step = session(frame)  # what became of it: step.stopped_at, step.running_probabilities, step.frame_macs
 result = session.result()
-print(f"class {result.logits.argmax()}: {result.used[0]} of {len(video)} frames used, {result.macs[0] / 1e9:.3f} GMACs")
+print(
+    f"class {result.logits.argmax()}: {result.frames_used[0]} of {len(video)} frames used, {result.macs[0] / 1e9:.3f} GMACs"
+)
 # -- to here

@@ -59,15 +59,18 @@ class Named(StopOrForward):
     place = "the back door"
 
 
+NAMES = [f"class {n}" for n in range(1000)]
+
+
 def test_the_fast_copy_keeps_what_the_model_is_set_to() -> None:
     plain, video = real_model("test_resnet")
     model = Named(plain.backbone, list(plain.gates), forward_threshold=0.4, state_update="reached").eval()
-    model.class_names, model.preprocessing, model.temperature = ["a", "b"], {"mean": (0.5, 0.5, 0.5)}, 2.5
+    model.class_names, model.preprocessing, model.temperature = NAMES, {"mean": (0.5, 0.5, 0.5)}, 2.5
     model.place = "the front door"
     fast, _ = model.optimize(video, compile=False)
     assert isinstance(fast, Named)
     assert (fast.place, fast.temperature, fast.forward_threshold) == ("the front door", 2.5, model.forward_threshold)
-    assert (fast.class_names, fast.preprocessing, fast.state_update) == (["a", "b"], model.preprocessing, "reached")
+    assert (fast.class_names, fast.preprocessing, fast.state_update) == (NAMES, model.preprocessing, "reached")
     assert not any(p.requires_grad for p in fast.parameters())
     assert all(p.requires_grad for p in model.parameters())
     assert not {id(p) for p in fast.parameters()} & {id(p) for p in model.parameters()}

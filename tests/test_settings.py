@@ -81,10 +81,10 @@ def test_temperatures_elsewhere() -> None:
         ("terminator", nn.Identity(), "give an EarlyTerminator"),
         ("terminator", 0.9, "give an EarlyTerminator"),
         ("state_update", "sometimes", "use 'used' or 'reached'"),
-        ("class_names", ["cat"], "has 1 entries; give a list of strings, one for each of 4 classes"),
-        ("class_names", "cats", "give a list of strings"),
-        ("class_names", 4, "give a list of strings"),
-        ("class_names", [1, 2, 3, 4], "give a list of strings"),
+        ("class_names", ["cat"], "has 1 entries; give one string for each of 4 classes"),
+        ("class_names", "cats", "give one string for each"),
+        ("class_names", 4, "give one string for each"),
+        ("class_names", [1, 2, 3, 4], "give one string for each"),
     ],
 )
 def test_other_settings_of_a_model(name: str, value: Any, telling: str) -> None:

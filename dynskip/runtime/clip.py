@@ -166,7 +166,7 @@ def _output(engine: Engine, video: Tensor, tables: list[tuple[Tensor, Tensor, Te
         left = frames - whole.shape[1]
         return torch.cat([whole, whole.new_zeros(batch, left, *whole.shape[2:])], 1) if left else whole
 
-    gate_logits, frame_logits = joined(1), joined(2)
+    gate_logits, frame_logits = joined(1).to(engine.dtype), joined(2)
     fallback = torch.full((batch,), -1)
     left = {row: furthest for row, furthest in enumerate(engine.furthest) if furthest is not None}
     executed = torch.tensor([engine.executed(row, lookup) for row in range(batch)], dtype=torch.float64)

@@ -102,7 +102,7 @@ class Session:
         return FrameResult(
             stopped_at=stopped_at,
             used=used,
-            gate_logits=rules.known(engine.gate_logits, evaluated),
+            gate_logits=rules.known(engine.gate_logits.to(engine.dtype), evaluated),
             frame_logits=rules.known(engine.frame_logits, used),
             running_logits=running,
             ended=engine.ended.clone(),

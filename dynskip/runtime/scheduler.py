@@ -219,7 +219,7 @@ class Scheduler:
         stopped_at, lacking, ended = engine.learn(decisions)
         shape, index = (engine.videos, engine.window), engine.upload(rows)
         evaluated = torch.arange(self.stages, device=engine.device) <= decisions.stopped_at[..., None]
-        gate_logits = rules.known(engine.gate_logits.unflatten(0, shape)[index], evaluated)
+        gate_logits = rules.known(engine.gate_logits.unflatten(0, shape)[index].to(engine.dtype), evaluated)
         frame_logits = engine.frame_logits.unflatten(0, shape)[index]
         frame_logits = rules.known(frame_logits, decisions.stopped_at == self.stages)
         tables = (gate_logits, frame_logits, decisions.running_logits)
