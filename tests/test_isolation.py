@@ -36,12 +36,13 @@ from dynskip.rules import tie
 NAN = math.nan
 
 
-def plain_network() -> nn.Sequential:
+def plain_network() -> Any:
     """Pass brightness on: the mean of the first stage's features is the frame's mean."""
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1), head).eval()
-    nn.init.constant_(network[0].weight, 1 / 3)  # type: ignore[arg-type]
-    nn.init.zeros_(network[0].bias)  # type: ignore[arg-type]
+    first: Any = network[0]
+    nn.init.constant_(first.weight, 1 / 3)
+    nn.init.zeros_(first.bias)
     return network
 
 
@@ -110,7 +111,7 @@ def test_a_video_of_such_verdicts_alone_is_answered_by_its_first_frame() -> None
 def test_features_that_overflow_half_precision_stop(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     network = plain_network()
-    nn.init.constant_(network[0].weight, 100.0)  # type: ignore[arg-type]
+    nn.init.constant_(network[0].weight, 100.0)
     gates = [PolicyGate(4, 8, forward_bias=-3.0), PolicyGate(6, 8)]
     model = StopOrForward(stage_model(network, input_size=(3, 8, 8)), gates).eval().to(dtype)
     video = torch.randn(1, 3, 3, 8, 8)
@@ -133,8 +134,8 @@ def test_frames_whose_logits_are_not_finite_do_not_count() -> None:
             bright = x.mean((1, 2, 3)) > 0.5
             return torch.where(bright[:, None], NAN, self.head(x))
 
-    nn.init.constant_(network[1].weight, 1 / 4)  # type: ignore[arg-type]
-    nn.init.zeros_(network[1].bias)  # type: ignore[arg-type]
+    nn.init.constant_(network[1].weight, 1 / 4)
+    nn.init.zeros_(network[1].bias)
     backbone = stage_model([network[0], network[1]], head=Broken(network[2]), input_size=(3, 8, 8))
     model = StopOrForward(backbone, [FixedGate(), FixedGate()], terminator=EarlyTerminator(1.0, 0)).eval()
     video = 0.1 * torch.randn(1, 4, 3, 8, 8)
@@ -184,15 +185,15 @@ def faulty(what: str) -> StopOrForward:
     elif what == "terminator":
         terminator = Choosy(1.0, 100)
         with torch.no_grad():
-            network[2][2].weight.zero_()  # type: ignore[index, union-attr]
-            network[2][2].weight[0] = network[1].weight.sum((1, 2, 3)).sign()  # type: ignore[index, union-attr]
+            network[2][2].weight.zero_()
+            network[2][2].weight[0] = network[1].weight.sum((1, 2, 3)).sign()
     table = FLOPsLookup([1.0, 1.0])
     backbone = stage_model(network, input_size=(3, 8, 8))
     if what == "stage":
         backbone = stage_model([network[0], Picky(network[1])], head=network[2], input_size=(3, 8, 8))
     elif what == "head":
         backbone = stage_model([network[0], network[1]], head=Picky(network[2]), input_size=(3, 8, 8))
-        nn.init.constant_(network[1].weight, 1.0)  # type: ignore[arg-type]
+        nn.init.constant_(network[1].weight, 1.0)
     return StopOrForward(backbone, gates, terminator=terminator, lookup=table).eval()
 
 
@@ -223,6 +224,33 @@ def test_a_stream_at_which_something_raises_ends_alone(what: str, way: str, bad_
         assert results[n].frames_seen == 4
         assert results[n].macs == float(alone.macs)
         torch.testing.assert_close(results[n].logits, alone.logits[0])
+
+
+@pytest.mark.parametrize("look_ahead", [1, 2, 4])
+def test_a_fault_beyond_what_is_looked_at_does_no_harm(look_ahead: int) -> None:
+    """Frames may be run ahead of the decisions; only those that a video gets to are its own."""
+    network = plain_network().double()
+    backbone = stage_model(network, input_size=(3, 8, 8))
+    terminator = EarlyTerminator(1e-6, 1)
+    table = FLOPsLookup([1.0, 1.0])
+    model = StopOrForward(backbone, [Picky(), FixedGate()], terminator=terminator, lookup=table).eval()
+    video = 0.1 * torch.randn(1, 6, 3, 8, 8, dtype=torch.float64)
+    expected = model(video)
+    assert expected.seen.sum() == 2
+    video[:, 3] = 1000.0
+    for window in (1, 2, 4, 6):
+        assert_same(model.run_clip(video, window), expected)
+    (result,) = [e for e in model.serve_streams(video, 2, 4, look_ahead) if isinstance(e, VideoResult)]
+    assert (result.error, result.frames_seen) == (None, 2)
+    torch.testing.assert_close(result.logits, expected.logits[0])
+    model.terminator = None
+    for window in (1, 4, 6):
+        with pytest.raises(FaultError):
+            model.run_clip(video, window)
+    *_, last = model.serve_streams(video, 2, 4, look_ahead)
+    assert isinstance(last, VideoResult)
+    assert isinstance(last.error, FaultError)
+    assert last.frames_seen == 3
 
 
 def test_a_batch_that_runs_out_of_memory_is_run_frame_by_frame() -> None:
@@ -297,10 +325,22 @@ class Adapter(nn.Module):
         return self.base(x) + self.up(x)  # type: ignore[no-any-return]
 
 
+def loud(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda _, __, out: tuple(1.5 * x for x in out) if isinstance(out, tuple) else 1.5 * out)
+
+
 def prune(layer: nn.Module) -> None:
     from torch.nn.utils import prune
 
     prune.l1_unstructured(layer, "weight" if isinstance(layer, nn.Linear) else "weight_hh", 0.3)
+
+
+def to_layers(change: Callable[[Any], object]) -> Callable[[Any], None]:
+    def apply(gate: Any) -> None:
+        for layer in (gate.project, gate.cell, gate.decide):
+            change(layer)
+
+    return apply
 
 
 @torch.no_grad()
@@ -309,19 +349,11 @@ def weight_norm(layer: Any) -> None:
     layer.parametrizations.weight.original0.mul_(1.5)
 
 
-CHANGES: dict[str, Callable[[Any], None]] = {
-    "hooks": lambda gate: (
-        [
-            layer.register_forward_hook(
-                lambda _, __, out: tuple(1.5 * x for x in out) if isinstance(out, tuple) else 1.5 * out
-            )
-            for layer in (gate.project, gate.cell, gate.decide)
-        ]
-        and None
-    ),
-    "pruning": lambda gate: [prune(layer) for layer in (gate.project, gate.cell, gate.decide)] and None,
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "hooks": to_layers(loud),
+    "pruning": to_layers(prune),
     "weight norm": lambda gate: weight_norm(gate.project),
-    "spectral norm": lambda gate: nn.utils.parametrizations.spectral_norm(gate.cell, "weight_hh") and None,
+    "spectral norm": lambda gate: nn.utils.parametrizations.spectral_norm(gate.cell, "weight_hh"),
     "an adapter": lambda gate: setattr(gate, "project", Adapter(gate.project)),
 }
 

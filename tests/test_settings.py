@@ -146,7 +146,7 @@ def test_one_output_is_refused_where_a_softmax_would_answer() -> None:
 
 
 def with_norm() -> StopOrForward:
-    network = toy_network()
+    network: Any = toy_network()
     network[1].add_module("norm", nn.BatchNorm2d(8).double())
     backbone = stage_model(network.eval(), input_size=(3, SIZE, SIZE))
     return StopOrForward(backbone, [FixedGate() for _ in backbone.num_features], terminator=EarlyTerminator()).eval()
@@ -156,10 +156,11 @@ def with_norm() -> StopOrForward:
 def test_parts_left_in_training_mode_are_refused(which: str) -> None:
     model, video = with_norm(), toy_video(2, 3)
     session = model.stream(2)
-    norm: Any = model.backbone.model[1].norm
+    network: Any = model.backbone.model
+    norm = network[1].norm
     encoded, before = model.encode(video), norm.running_mean.clone()
-    part = {"backbone": model.backbone, "norm": norm, "gate": model.gates[1], "terminator": model.terminator}[which]
-    part.train()  # type: ignore[union-attr]
+    parts = {"backbone": model.backbone, "norm": norm, "gate": model.gates[1], "terminator": model.terminator}
+    parts[which].train()
     calls: list[Callable[[], Any]] = [
         lambda: model(video),
         lambda: model(video, dense=True),

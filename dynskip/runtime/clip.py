@@ -68,6 +68,16 @@ def run_clip(model: StopOrForward, video: Tensor, window: int | None = None, sam
     video = check_video(video, model.backbone)
     if window is not None and window < 1:
         raise DynskipError(f"window={window}: a window has at least one frame; give 1 to go frame by frame.")
+    model.lookup_for((video.shape[3], video.shape[4]))  # first, so that a model without costs says so at once
+    try:
+        return _run(model, video, window, sample)
+    except Exception:
+        if window == 1:
+            raise
+    return _run(model, video, 1, sample)  # what raised ahead of the decisions may never be reached
+
+
+def _run(model: StopOrForward, video: Tensor, window: int | None, sample: bool) -> SkipOutput:
     batch, frames = video.shape[:2]
     engine = Engine(model, batch, counts=True, sample=sample)
     on_cpu, live, start, tables = engine.device.type == "cpu", torch.arange(batch), 0, []

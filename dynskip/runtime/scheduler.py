@@ -34,7 +34,9 @@ class Stream:
         source: the iterator of its frames.
         row: its row in the engine.
         wants: whether it can take a frame.
-        loaded: its frames in flight.
+        images: its frames in flight.
+        held: frames that were in flight behind one that raised, to be run again one by one.
+        ahead: most frames of it in flight.
         waiting: those of them that wait in front of a stage.
         over: whether it has no more frames.
         size: of its frames, once that is known.
@@ -48,8 +50,10 @@ class Stream:
     key: Hashable
     source: Any
     row: int
+    ahead: int
     wants: bool = True
-    loaded: int = 0
+    images: list[Tensor] = field(default_factory=list)
+    held: list[Tensor] = field(default_factory=list)
     waiting: int = 0
     over: bool = False
     size: tuple[int, int] | None = None
@@ -115,7 +119,7 @@ class Scheduler:
     @torch.no_grad()
     def admit(self, key: Hashable, source: Any) -> Stream:
         """Take in a stream; there has to be room."""
-        stream = Stream(key, source, self._free.pop())
+        stream = Stream(key, source, self._free.pop(), self.look_ahead)
         self._engine.reset(torch.tensor([stream.row]))
         self.streams.append(stream)
         self._by_row[stream.row] = stream
@@ -141,10 +145,13 @@ class Scheduler:
                 "The frame is {}x{} and earlier ones of this stream were ".format(*size)
                 + "{}x{}. Resize a stream's frames to one size.".format(*stream.size)
             )
-        number = self._engine.window * stream.row + stream.loaded
-        self._engine.load(torch.tensor([number]), frames, torch.tensor([stream.seen + stream.loaded]))
-        stream.loaded += 1
-        stream.wants = stream.loaded < self.look_ahead
+        self._load(stream, frames)
+
+    def _load(self, stream: Stream, image: Tensor) -> None:
+        number, before = self._engine.window * stream.row + len(stream.images), len(stream.images)
+        self._engine.load(torch.tensor([number]), image, torch.tensor([stream.seen + before]))
+        stream.images.append(image)
+        stream.wants = not stream.over and not stream.held and len(stream.images) < stream.ahead
         self._enqueue(0, [number])
 
     @torch.no_grad()
@@ -152,7 +159,7 @@ class Scheduler:
         """Take note that a stream has no more frames; answer for it once those in flight are decided."""
         stream.wants, stream.over = False, True
         stream.error = error
-        return [] if stream.loaded else self._finish([stream])
+        return [] if stream.images or stream.held else self._finish([stream])
 
     @torch.no_grad()
     def step(self) -> list[Event]:
@@ -171,9 +178,9 @@ class Scheduler:
             self._enqueue(place[0] + 1, going)
         events: list[Event] = []
         for frame, error in failed.items():
-            events += self._fail(self._stream(frame), error)
-        ready = dict.fromkeys(self._stream(frame) for frame in frames if frame not in failed)
-        return events + self._decide([s for s in ready if not s.waiting and s.loaded and s in self.streams])
+            events += self._fault(self._stream(frame), frame % self._engine.window, error)
+        ready = dict.fromkeys(self._stream(frame) for frame in frames)
+        return events + self._decide([s for s in ready if not s.waiting and s.images and s in self.streams])
 
     def _advance(self, stage: int, frames: list[int]) -> list[int]:
         """Run a stage on frames, and the head on those that get there; return which go on."""
@@ -211,7 +218,8 @@ class Scheduler:
         events: list[Event] = self._each(self._decided, streams, failed)
         for stream, error in failed.items():
             events += self._fail(stream, error)
-        return events + self._finish([s for s in streams if s.over and not s.loaded and s in self.streams])
+        done = [s for s in streams if s.over and not s.images and not s.held and s in self.streams]
+        return events + self._finish(done)
 
     def _decided(self, streams: list[Stream]) -> list[Event]:
         engine, rows = self._engine, torch.tensor([stream.row for stream in streams])
@@ -240,10 +248,12 @@ class Scheduler:
                 frame = stream.row * engine.window + column
                 self._enqueue(int(engine.features.depth[frame]), [frame])
             if not engine.pending.view(shape)[stream.row].any():
-                stream.loaded = 0
+                stream.images = []
                 if ended[i]:  # whatever the source did further on is no part of the video
-                    stream.over, stream.error = True, None
+                    stream.over, stream.error, stream.held = True, None, []
                 stream.wants = not stream.over
+                if stream.held:
+                    self._load(stream, stream.held.pop(0))
         return events
 
     def _choose(self) -> tuple[int, tuple[int, int]]:
@@ -262,19 +272,37 @@ class Scheduler:
     def _stream(self, frame: int) -> Stream:
         return self._by_row[frame // self._engine.window]
 
+    def _fault(self, stream: Stream, column: int, error: Exception) -> list[Event]:
+        """Deal with a frame of a stream that raised: it ends the stream, if the stream really gets to it."""
+        if stream not in self.streams or column >= len(stream.images):
+            return []
+        pending = self._engine.pending.view(-1, self._engine.window)[stream.row]
+        if not pending[:column].any():
+            return self._fail(stream, error)
+        # Frames before it may end the video, or let it stop before it comes that far: it waits until they are decided.
+        self._withdraw(stream, column)
+        stream.held, stream.images = stream.images[column:] + stream.held, stream.images[:column]
+        stream.ahead, stream.wants = 1, False
+        return []
+
     def _fail(self, stream: Stream, error: Exception) -> list[Event]:
         """End a stream whose frames cannot be gone on with."""
         if stream not in self.streams:
             return []
-        own = range(stream.row * self._engine.window, (stream.row + 1) * self._engine.window)
+        self._withdraw(stream, 0)
+        stream.error = error
+        return self._finish([stream])
+
+    def _withdraw(self, stream: Stream, column: int) -> None:
+        """Take the frames of a stream out of flight, from one on."""
+        own = range(stream.row * self._engine.window + column, (stream.row + 1) * self._engine.window)
         for place in list(self._queues):
             left = deque(item for item in self._queues[place] if item[0] not in own)
+            stream.waiting -= len(self._queues[place]) - len(left)
             self._queues[place] = left
             if not left:
                 del self._queues[place]
         self._engine.pending[own.start : own.stop] = False
-        stream.error = error
-        return self._finish([stream])
 
     def _finish(self, streams: list[Stream]) -> list[Event]:
         """Answer for streams that have no more frames, and let them go."""

@@ -63,7 +63,7 @@ def _serve(scheduler: Scheduler, sources: Iterator[Any]) -> Iterator[Event]:
 def _pull(scheduler: Scheduler, stream: Stream) -> list[Event]:
     """Take a stream's next frame; whatever goes wrong here is its own fault."""
     try:
-        if stream.seen + stream.loaded == 0:
+        if stream.seen == 0 and not stream.images:
             stream.source = iter(stream.source)
         if (frame := next(stream.source, _END)) is not _END:
             scheduler.offer(stream, frame)
