@@ -32,7 +32,8 @@ class Features:
 
     def load(self, frames: Tensor, images: Tensor) -> None:
         """Take images in, `(M, C, H, W)`."""
-        if images.device.type == "cpu" and takes_channels_last(self.backbone):
+        # What a few images gain from it does not pay for their way into that layout.
+        if images.device.type == "cpu" and len(images) >= 4 and takes_channels_last(self.backbone):
             images = images.contiguous(memory_format=torch.channels_last)
         self.keep(frames, self.backbone.start(images), 0)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Frames held at a time, over all videos of a batch: enough to fill a CPU, and a GPU.
 FRAMES_IN_FLIGHT = {"cpu": 64, "gpu": 1024}
 FEW_FRAMES = 128  # up to here, a GPU runs all stages sooner than it hears of one stage's gate
-LONGEST_STEP = 8  # frames to look ahead where some may be wasted; a CPU gains little more from larger batches
+LONGEST_STEP = 16  # frames to look ahead where some may be wasted; a CPU gains little from more
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,13 @@ def _run(model: StopOrForward, video: Tensor, window: int | None, sample: bool) 
     size = window or min(plan.frames, bound)
     stages = 0 if engine.reached or size == 1 else plan.stages
     grows = window is None and on_cpu and model.look_ahead is None
+    sure = 0 if model.terminator is None else model.terminator.min_frames + 1  # no video ends before
     while start < frames and len(live):
         engine.open(min(size, frames - start))
         stopped_at, live = _run_window(engine, video, start, live, stages, 1 if on_cpu else engine.window)
         tables.append((stopped_at, engine.gate_logits, engine.frame_logits))
         start += engine.window
-        if grows:  # the longer a video has been looked at, the more of it is likely to be
+        if grows and start >= sure:  # the longer a video has been looked at, the more of it there is likely to be
             size = min(2 * size, max(size, LONGEST_STEP), bound)
     return _output(engine, video, tables)
 
