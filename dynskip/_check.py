@@ -40,14 +40,20 @@ def check_positive(value: Any, name: str) -> float:
 
 def check_eval(model: Any, what: str) -> None:
     """Refuse to skip with a part in training mode: its answers depend on their neighbours and move statistics."""
-    for part in (model.backbone, *getattr(model, "exits", model.gates), model.terminator):
-        if part is None or not any(map(_in_training, part.modules())):
+    for part in running_parts(model):
+        if not any(map(_in_training, part.modules())):
             continue
         name = next(name for name, module in part.named_modules() if _in_training(module))
         raise DynskipError(
             f"{what} runs a model in evaluation mode, and {type(part).__name__}{'.' * bool(name)}{name} is in training "
             "mode; call `model.eval()` first."
         )
+
+
+def running_parts(model: Any) -> list[nn.Module]:
+    """Return the parts of a model that run in evaluation."""
+    parts = (model.backbone, *getattr(model, "exits", model.gates), model.terminator)
+    return [part for part in parts if part is not None]
 
 
 def _in_training(module: nn.Module) -> bool:
@@ -79,7 +85,7 @@ def check_video(video: Any, backbone: StagedBackbone) -> Tensor:
 def check_frames(frames: Any, backbone: StagedBackbone, batch: int) -> Tensor:
     """Return one normalised frame for each of `batch` videos, `(B, C, H, W)`, on the backbone's device.
 
-    Whether a frame on a GPU is finite is not looked at, since that would wait for it: see `refuse_not_finite`.
+    Whether it is finite is not looked at, since on a GPU that would wait: see `refuse_not_finite`.
     """
     channels = backbone.input_size[0]
     _check_floating(frames, "frame")
@@ -88,14 +94,13 @@ def check_frames(frames: Any, backbone: StagedBackbone, batch: int) -> Tensor:
         got = tuple(frames.shape[1:] if batch == 1 and frames.ndim > 1 and len(frames) == 1 else frames.shape)
         raise DynskipError(f"A frame must have shape {wanted}; got {got}. Keep channels before height and width.")
     _check_dtype(frames, backbone, "frame")
-    if frames.device.type == "cpu" and not _all_finite(frames):
-        refuse_not_finite((~frames.isfinite()).flatten(1).any(-1).nonzero().flatten().tolist(), batch)
     return to_device_of(backbone, frames)
 
 
-def refuse_not_finite(videos: list[int], batch: int) -> None:
-    """Refuse frames of which some have NaN or infinite values."""
-    if videos:
+def refuse_not_finite(frames: Tensor, batch: int) -> None:
+    """Refuse frames of which some have NaN or infinite values. Waits for the device."""
+    if not _all_finite(frames):
+        videos = (~frames.isfinite()).flatten(1).any(-1).nonzero().flatten().tolist()
         where = "" if batch == 1 else f" of videos {videos}"
         raise DynskipError(f"The frame{where} has NaN or infinite values. Check decoding and normalisation.")
 

@@ -156,24 +156,23 @@ class Engine:
             frames: `(M,)` frames, none twice.
         """
         carry, frames = self.features.gather(frames, self.device)
-        index = self.upload(frames)
+        index = self._index(frames, self.videos * self.window)
         for n in range(first, min(last + 1, self.stages)):
             carry = self.backbone.run(n, carry)
             embedded = self.parts[n].embed(self.backbone.pool(n, carry))
             final = self.in_order or self.window == 1 or not self.parts[n].has_memory
             if not final:
-                self._keep_embedded(n, frames, index, embedded)
+                self._keep_embedded(n, index, embedded)
             if final or last < self.stages:
                 self._judge(n, frames, index, embedded)
         if last == self.stages:
-            self.frame_logits[index] = self.backbone.head(carry).to(self.dtype)
+            _put(self.frame_logits, index, self.backbone.head(carry).to(self.dtype))
         if self.counts:
             self.ran[:, first : last + 1] += self._videos(frames).bincount(minlength=self.videos)[:, None]
-        self.features.keep(frames, carry, last + 1)
-        self.features.let_go(self.pending)
+        self.features.move(frames, carry, last + 1, self.pending)
 
-    def _keep_embedded(self, stage: int, frames: Tensor, index: Tensor, embedded: Tensor) -> None:
-        if _is_range(frames, self.videos * self.window):
+    def _keep_embedded(self, stage: int, index: Tensor | None, embedded: Tensor) -> None:
+        if index is None:
             self._embedded[stage] = embedded
             return
         table = self._embedded[stage]
@@ -183,34 +182,35 @@ class Engine:
                 self._embedded[stage] = table = torch.zeros(shape, dtype=embedded.dtype, device=self.device)
         table[index] = embedded.to(table.dtype)
 
-    def _judge(self, stage: int, frames: Tensor, index: Tensor, embedded: Tensor) -> None:
+    def _judge(self, stage: int, frames: Tensor, index: Tensor | None, embedded: Tensor) -> None:
         """Ask a gate about frames from the states of now, and write down what it says."""
         part, videos = self.parts[stage], self._videos(frames)
-        columns = frames % self.window
-        if self.reached and part.has_memory and columns.min() != columns.max():
+        if self.reached and part.has_memory and len(columns := (frames % self.window).unique()) > 1:
             # Memories advance gate by gate: the frames of each video one after the other.
-            for column in columns.unique().tolist():
-                chosen = (columns == column).nonzero().squeeze(1)
+            for column in columns.tolist():
+                chosen = (frames % self.window == column).nonzero().squeeze(1)
                 at = self.upload(chosen)
-                self._judge(stage, frames[chosen], index[at], embedded[at])
+                self._judge(stage, frames[chosen], self.upload(frames[chosen]), embedded[at])
             return
         shared = len(frames) // self.window  # videos, where all their frames are asked about
         if (
             part.broadcasts
             and self.window > 1
             and frames[0] % self.window == 0
-            and _is_range(frames - frames[0], shared * self.window)
+            and _is_range(frames - frames[0], shared * self.window)  # then in order, too
         ):
-            rows, videos = self._rows(videos[:: self.window]), videos[:: self.window]
-            by_video = embedded.unflatten(0, (shared, self.window))
-            logits = part.step(by_video, self._states(stage, rows))[0].flatten(0, 1)
+            videos = videos[:: self.window]
+            state = self._states(stage, self._index(videos, self.videos))
+            logits = part.step(embedded.unflatten(0, (shared, self.window)), state)[0].flatten(0, 1)
         else:
-            rows, shared = self._rows(videos), 0
+            rows, shared = index if self.window == 1 else self.upload(videos), 0
             logits, new = part.step(embedded, self._states(stage, rows))
-            if self.window == 1 or self.reached:
-                for old, value in zip((self.states if self.reached else self.proposed)[stage], new, strict=True):
+            if self.reached:
+                self._keep_state(stage, rows, new)
+            elif self.window == 1:
+                for old, value in zip(self.proposed[stage], new, strict=True):
                     _put(old, rows, value.to(old.dtype))
-        self.gate_logits[index, stage] = logits.to(self.wide)
+        _put(self.gate_logits[:, stage], index, logits.to(self.wide))
         self.tie = max(self.tie, rules.tie(logits.dtype))
         if self.counts:
             often = videos.bincount(minlength=self.videos)
@@ -227,9 +227,11 @@ class Engine:
         Returns:
             `(M,)` boolean, on the host.
         """
-        margins = rules.margins(self.gate_logits[self.upload(frames), first : last + 1]).cpu()
+        said = _take(self.gate_logits, self._index(frames, self.videos * self.window))
+        margins = rules.margins(said[:, first : last + 1]).cpu()
         self._margins[frames, first : last + 1] = margins
-        going: Tensor = rules.forwards(margins, self._bounds[frames, first : last + 1]).all(1)
+        bounds = self._bounds[frames] if self.sample else self._bounds[:1]
+        going: Tensor = rules.forwards(margins, bounds[:, first : last + 1]).all(1)
         return going
 
     # Decisions
@@ -242,39 +244,35 @@ class Engine:
         Args:
             videos: `(R,)` rows.
         """
-        shape, rows = (self.videos, self.window), self._rows(videos)
+        shape, rows = (self.videos, self.window), self._index(videos, self.videos)
         known = torch.where(self.pending, self.features.depth, self.stages + 2).view(shape)[videos]
         on_device = self.upload(known)
-        states = said = None
+        groups: list[Group] = []
         if self.in_order or self.window == 1:
             margins = rules.margins(_take(self.gate_logits.unflatten(0, shape), rows))
             bounds = _take(self._device_bounds.unflatten(0, shape), rows)
             stop = rules.stopped(rules.forwards(margins, bounds))
             new = (stop < on_device) & (on_device < self.stages + 2)
-            if not self.in_order:
-                used = ((stop == self.stages) & new).squeeze(1)
-                states = [
-                    rules.keep(used, tuple(_take(p, rows) for p in proposed), self._states(n, rows))
-                    for n, proposed in enumerate(self.proposed)
-                ]
         else:
             groups = self._groups(rows)
             table = _take(self.gate_logits.unflatten(0, shape), rows)
             stop, new, said = scan(groups, table, self._device_bounds[0], on_device, known)
-            moved = {n: state for group in groups for n, state in group.states().items()}
-            states = [moved.get(n, ()) for n in range(self.stages)]
-        decisions = self._count(videos, rows, stop, new)
-        if states is not None:  # written last: whatever raises above leaves the videos as they were
-            for old, value in zip(self.states, states, strict=True):
-                for table, part in zip(old, value, strict=False):  # gates without memory have not moved
-                    _put(table, rows, part)
-        if said is not None:
+        decisions = self._count(videos, rows, stop, new)  # before all else is written: a terminator may raise
+        if groups:
             _put(self.gate_logits.unflatten(0, shape), rows, said)
-            for group in groups:
-                self.judged[videos[:, None], torch.tensor(group.gates)] += group.asked
+        for group in groups:
+            self.judged[videos[:, None], torch.tensor(group.gates)] += group.asked
+            for n, state in group.states().items():
+                self._keep_state(n, rows, state)
         if self.window == 1:
-            stopped_at = rules.stopped(rules.forwards(self._margins[videos], self._bounds[videos]))[:, None]
-            self._remember(videos, torch.minimum(stopped_at, known - 1))
+            used = videos[(known == self.stages + 1).squeeze(1)]
+            if len(used) and not self.in_order:
+                index = self._index(used, self.videos)
+                for n, proposed in enumerate(self.proposed):
+                    self._keep_state(n, index, tuple(_take(part, index) for part in proposed))
+            if not all(self.answered[row] for row in videos.tolist()):
+                stopped_at = rules.stopped(rules.forwards(self._margins[videos], self._bounds[videos]))[:, None]
+                self._remember(videos, torch.minimum(stopped_at, known - 1))
             self.pending[videos] = False
         return decisions
 
@@ -361,14 +359,16 @@ class Engine:
         steps = torch.stack([lookup.shared, lookup.steps - lookup.shared], 1)
         return float((self.ran[video] * stages).sum() + (self.judged[video] * steps).sum())
 
-    # Where things are
-
     def _videos(self, frames: Tensor) -> Tensor:
         return frames.div(self.window, rounding_mode="floor") if self.window > 1 else frames
 
-    def _rows(self, videos: Tensor) -> Tensor | None:
-        """Return an index of videos on the device; `None` for all, whose tables are then used as they are."""
-        return None if _is_range(videos, self.videos) else self.upload(videos)
+    def _index(self, rows: Tensor, count: int) -> Tensor | None:
+        """Return an index of a table's rows on the device; `None` for all of them, in order."""
+        return None if _is_range(rows, count) else self.upload(rows)
+
+    def _keep_state(self, stage: int, rows: Tensor | None, state: GateState) -> None:
+        for old, new in zip(self.states[stage], state, strict=True):
+            _put(old, rows, new.to(old.dtype))
 
     def _states(self, stage: int, rows: Tensor | None) -> GateState:
         return tuple(_take(state, rows) for state in self.states[stage])
@@ -396,4 +396,4 @@ def _at(table: Tensor, column: Tensor) -> Tensor:
 
 
 def _is_range(values: Tensor, count: int) -> bool:
-    return len(values) == count > 0 and torch.equal(values, torch.arange(count))
+    return len(values) == count > 0 and (count == 1 or torch.equal(values, torch.arange(count)))

@@ -28,6 +28,7 @@ class Features:
         self.backbone = backbone
         self.depth = torch.zeros(frames, dtype=torch.long)
         self._batches: list[Carry | None] = []
+        self._whole: int | None = None  # the batch that was gathered last, if it was a whole one
         self._place = torch.zeros(frames, dtype=torch.long)  # batch << 32, plus the row in it
 
     def load(self, frames: Tensor, images: Tensor) -> None:
@@ -44,8 +45,13 @@ class Features:
         self._place[frames] = torch.arange(free << 32, (free << 32) + len(frames))
         self.depth[frames] = depth
 
-    def let_go(self, pending: Tensor) -> None:
-        """Free what no pending frame needs any more."""
+    def move(self, frames: Tensor, carry: Carry, depth: int, pending: Tensor) -> None:
+        """Keep what frames that were gathered are now, and let go what no pending frame needs any more."""
+        if self._whole is not None:  # all of a batch moved on: what is in its place is the new one
+            self._batches[self._whole] = carry
+            self.depth[frames] = depth
+            return
+        self.keep(frames, carry, depth)
         in_use = set((self._place[pending] >> 32).tolist())
         self._batches = [batch if i in in_use else None for i, batch in enumerate(self._batches)]
 
@@ -55,7 +61,9 @@ class Features:
         number, row = divmod(int(place[0]), 1 << 32)
         batch = self._batches[number]
         assert batch is not None
-        if row == 0 and batch.batch == len(frames) and torch.equal(place, torch.arange(len(frames)) + place[0]):
+        ordered = len(frames) == 1 or torch.equal(place, torch.arange(len(frames)) + place[0])
+        self._whole = number if row == 0 and batch.batch == len(frames) and ordered else None
+        if self._whole is not None:
             return batch, frames
         place, order = place.sort()
         rows = (place & 0xFFFFFFFF).to(device, non_blocking=True)

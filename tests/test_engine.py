@@ -184,6 +184,7 @@ def test_gates_that_broadcast_are_asked_once_a_video() -> None:
     backbone = toy_backbone(0, 1)
     model = StopOrForward(backbone, [Noted(backbone.num_features[0], 4).double()]).eval()
     video = toy_video(3, 6)
+    model.lookup_for((SIZE, SIZE))  # asks the gates as well
     rows.clear()
     model.run_clip(video, 6)
     assert rows[0] == (3, 3)

@@ -84,11 +84,11 @@ def _run(model: StopOrForward, video: Tensor, window: int | None, sample: bool) 
     plan = model.look_ahead or _usual(model, batch, frames, on_cpu, engine.in_order)
     bound = max(1, FRAMES_IN_FLIGHT["cpu" if on_cpu else "gpu"] // batch)
     size = window or min(plan.frames, bound)
-    stages = 0 if engine.reached or size == 1 else plan.stages
     grows = window is None and on_cpu and model.look_ahead is None
     sure = 0 if model.terminator is None else model.terminator.min_frames + 1  # no video ends before
     while start < frames and len(live):
         engine.open(min(size, frames - start))
+        stages = 0 if engine.reached or engine.window == 1 else plan.stages  # there, each verdict is heard at once
         stopped_at, live = _run_window(engine, video, start, live, stages, 1 if on_cpu else engine.window)
         tables.append((stopped_at, engine.gate_logits, engine.frame_logits))
         start += engine.window

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dynskip import rules
-from dynskip._check import check_eval, check_frames, refuse_not_finite
+from dynskip._check import check_eval, check_frames, refuse_not_finite, running_parts
 from dynskip.backbone import Carry
 from dynskip.engine import Engine
 from dynskip.errors import DynskipError
@@ -39,6 +39,7 @@ class Session:
             raise DynskipError(f"A session needs at least one video; got batch={batch}.")
         self.model = model
         self.batch = batch
+        self._modules = [module for part in running_parts(model) for module in part.modules()]
         self._engine = Engine(model, batch)
         with torch.inference_mode(False):  # see `Engine`
             self._macs = torch.zeros(batch, dtype=torch.float64, device=self._engine.device)
@@ -64,7 +65,8 @@ class Session:
         Raises:
             DynskipError: if the frame has another shape, size or dtype than expected, or NaN or infinite values.
         """
-        check_eval(self.model, "A session")
+        if any(module.training for module in self._modules):
+            check_eval(self.model, "A session")
         frames = frame[None] if isinstance(frame, Tensor) and frame.ndim == 3 and self.batch == 1 else frame
         frames = check_frames(frames, self.model.backbone, self.batch)
         engine, stages = self._engine, self.model.backbone.num_stages
@@ -72,11 +74,9 @@ class Session:
         sound = frames.flatten(1).sum(1, dtype=torch.float32).isfinite()
         told = torch.stack([sound, engine.ended, engine.seen]).cpu()
         if not told[0].all():
-            refuse_not_finite((~frames.isfinite()).flatten(1).any(-1).nonzero().flatten().tolist(), self.batch)
+            refuse_not_finite(frames, self.batch)
         self._set_size((frames.shape[2], frames.shape[3]))
         alive = rows = (told[1] == 0).nonzero().squeeze(1)
-        stopped_at = torch.full((self.batch,), rules.UNSEEN, device=engine.device)
-        running = rules.running(engine.sums, engine.dtype)
         if len(rows):
             some = frames if len(rows) == self.batch else frames[engine.upload(rows)]
             engine.load(rows, some, told[2, rows])
@@ -88,12 +88,13 @@ class Session:
             else:
                 engine.run(stages, stages, alive)
             decisions = engine.decide(rows)
-            if len(rows) == self.batch:
-                stopped_at, running = decisions.stopped_at.squeeze(1), decisions.running_logits.squeeze(1)
-            else:
-                index = engine.upload(rows)
-                stopped_at[index] = decisions.stopped_at.squeeze(1)
-                running[index] = decisions.running_logits.squeeze(1)
+        if len(rows) == self.batch:
+            stopped_at, running = decisions.stopped_at.squeeze(1), decisions.running_logits.squeeze(1)
+        else:
+            stopped_at = torch.full((self.batch,), rules.UNSEEN, device=engine.device)
+            running = rules.running(engine.sums, engine.dtype)
+            if len(rows):
+                stopped_at[engine.upload(rows)] = decisions.stopped_at.squeeze(1)
         used = stopped_at == stages
         self._used += used
         macs = self._costs[stopped_at + 1]

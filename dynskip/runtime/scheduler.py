@@ -134,6 +134,8 @@ class Scheduler:
         """
         frames = frame[None] if isinstance(frame, Tensor) and frame.ndim == 3 else frame
         frames = check_frames(frames, self.model.backbone, 1)
+        if frames.device.type == "cpu":  # on a GPU a whole batch is looked at, before it runs
+            refuse_not_finite(frames, 1)
         size = (frames.shape[2], frames.shape[3])
         if stream.size is None:
             if size not in self._tables:
@@ -339,9 +341,7 @@ class Scheduler:
 
     def _refuse_not_finite(self, frames: Tensor) -> None:
         """Look at frames that came on a GPU, a whole batch at once."""
-        images = self._engine.images(frames)
-        if not images.flatten(1).sum(1, dtype=torch.float32).isfinite().all() and not images.isfinite().all():
-            refuse_not_finite([0], 1)
+        refuse_not_finite(self._engine.images(frames), 1)
 
     def _costs(self, size: tuple[int, int]) -> FLOPsLookup:
         """Return the cost table for a size that the model can run; a model of one fixed size cannot run others."""
