@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import importlib
 import itertools
 import statistics
 import time
@@ -34,6 +33,8 @@ import torch
 from torch import Tensor
 
 from dynskip import UNSEEN, EarlyTerminator, FrameResult, PolicyGate, StagedBackbone, StopOrForward
+from dynskip.engine import Engine
+from dynskip.scan import scan
 
 VIDEOS = {"cuda": (1, 8, 64), "cpu": (1, 2)}
 STREAMS = {"cuda": ((64, 64), (16, 16), (1, 1)), "cpu": ((2, 2), (1, 1))}  # streams, and the size of their batches
@@ -298,13 +299,9 @@ def dense_gmacs(model: StopOrForward, video: Tensor) -> float:
 
 
 def captured(model: StopOrForward, video: Tensor) -> dict[str, Job]:
-    """Return a pass of decisions, eager and as a CUDA graph; nothing where there is none or it cannot be captured.
-
-    `dynskip.engine.one_pass(model, video)` is to return a function without arguments, that decides on frames whose
-    features are there: fixed shapes, no waits.
-    """
+    """Return a pass of decisions, eager and as a CUDA graph, on frames whose features are there."""
     name, count = "decisions as a CUDA graph", len(video)
-    decide = torch.no_grad()(importlib.import_module("dynskip.engine").one_pass(model, video))
+    decide = one_pass(model, video)
     # Recording wants everything allocated and chosen before, on another stream.
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
@@ -316,6 +313,20 @@ def captured(model: StopOrForward, video: Tensor) -> dict[str, Job]:
     with torch.cuda.graph(graph):
         decide()
     return {f"decisions {count}": Job(decide, 0.0, count), f"{name} {count}": Job(graph.replay, 0.0, count)}
+
+
+@torch.no_grad()
+def one_pass(model: StopOrForward, video: Tensor) -> Callable[[], Any]:
+    """Run all stages on all frames; return the scan over them, which has fixed shapes and waits for nothing."""
+    (batch, window), stages = video.shape[:2], model.backbone.num_stages
+    engine = Engine(model, batch, window)
+    frames = torch.arange(batch * window)
+    engine.load(frames, video.flatten(0, 1), frames % window)
+    engine.run(0, stages, frames)
+    known = torch.full((batch, window), stages + 1)
+    said, bounds = engine.gate_logits.unflatten(0, (batch, window)), engine.bounds
+    on_device, groups = engine.upload(known), engine.groups(None)
+    return torch.no_grad()(lambda: scan(groups, said, bounds, on_device, known))
 
 
 # How it is timed

@@ -49,7 +49,7 @@ class Engine:
         model: the model, a `StopOrForward` or what has the same settings.
         videos: number of rows `V`.
         window: most frames `W` of a video in flight.
-        counts: count what is executed, for `executed`; with a window of 1, that is what decisions cost.
+        counts: count what is executed, for `executed`.
         sample: draw decisions; with a window of 1 only.
         gates: the gates to ask; by default the model's.
 
@@ -65,6 +65,7 @@ class Engine:
         pending: on the host, whether each frame waits for a decision.
         answered: on the host, whether each video has a used frame.
         furthest: for each video without a used frame, the stopped frame that got furthest so far.
+        bounds: `(N,)` margins that frames have to exceed.
         in_order: whether no gate waits for what later ones say: without memory, or where memories advance gate by gate.
     """
 
@@ -88,8 +89,7 @@ class Engine:
         self.dtype, self.device = weight.dtype, weight.device
         self.wide = torch.promote_types(self.dtype, torch.float32)
         self.tie = rules.tie(self.dtype)
-        # Tables are written in place, so every tensor is our own (a gate may hand out one twice), and a normal one even
-        # where the caller is in inference mode now and leaves it later.
+        # Tables are written in place: every tensor is our own, and a normal one even in a caller's inference mode.
         with torch.inference_mode(False), torch.no_grad():
             self.states: list[GateState] = [tuple(s.clone() for s in g.initial_state(videos)) for g in self.gates]
             self.sums = rules.nothing_counted(videos, self.backbone.num_classes, self.device)
@@ -107,7 +107,7 @@ class Engine:
         self.window, frames = window, self.videos * window
         bounds = rules.bounds(self.model.forward_threshold).to(self.wide).expand(frames, -1)
         self._bounds = rules.drawn_bounds(bounds) if self.sample else bounds
-        self._device_bounds = self.upload(self._bounds)
+        self.bounds = self.upload(bounds[0])
         with torch.inference_mode(False), torch.no_grad():
             self.gate_logits = torch.zeros(frames, self.stages, 2, dtype=self.wide, device=self.device)
             self.frame_logits = torch.zeros(frames, self.backbone.num_classes, dtype=self.dtype, device=self.device)
@@ -205,11 +205,8 @@ class Engine:
         else:
             rows, shared = index if self.window == 1 else self.upload(videos), 0
             logits, new = part.step(embedded, self._states(stage, rows))
-            if self.reached:
-                self._keep_state(stage, rows, new)
-            elif self.window == 1:
-                for old, value in zip(self.proposed[stage], new, strict=True):
-                    _put(old, rows, value.to(old.dtype))
+            if self.reached or self.window == 1:
+                self._keep_state((self.states if self.reached else self.proposed)[stage], rows, new)
         _put(self.gate_logits[:, stage], index, logits.to(self.wide))
         self.tie = max(self.tie, rules.tie(logits.dtype))
         if self.counts:
@@ -227,9 +224,9 @@ class Engine:
         Returns:
             `(M,)` boolean, on the host.
         """
-        said = _take(self.gate_logits, self._index(frames, self.videos * self.window))
-        margins = rules.margins(said[:, first : last + 1]).cpu()
-        self._margins[frames, first : last + 1] = margins
+        index = self._index(frames, self.videos * self.window)
+        margins = rules.margins(_take(self.gate_logits, index)[:, first : last + 1]).cpu()
+        _put(self._margins[:, first : last + 1], None if index is None else frames, margins)
         bounds = self._bounds[frames] if self.sample else self._bounds[:1]
         going: Tensor = rules.forwards(margins, bounds[:, first : last + 1]).all(1)
         return going
@@ -245,39 +242,38 @@ class Engine:
             videos: `(R,)` rows.
         """
         shape, rows = (self.videos, self.window), self._index(videos, self.videos)
-        known = torch.where(self.pending, self.features.depth, self.stages + 2).view(shape)[videos]
-        on_device = self.upload(known)
-        groups: list[Group] = []
-        if self.in_order or self.window == 1:
-            margins = rules.margins(_take(self.gate_logits.unflatten(0, shape), rows))
-            bounds = _take(self._device_bounds.unflatten(0, shape), rows)
-            stop = rules.stopped(rules.forwards(margins, bounds))
-            new = (stop < on_device) & (on_device < self.stages + 2)
-        else:
-            groups = self._groups(rows)
-            table = _take(self.gate_logits.unflatten(0, shape), rows)
-            stop, new, said = scan(groups, table, self._device_bounds[0], on_device, known)
-        decisions = self._count(videos, rows, stop, new)  # before all else is written: a terminator may raise
-        if groups:
-            _put(self.gate_logits.unflatten(0, shape), rows, said)
-        for group in groups:
-            self.judged[videos[:, None], torch.tensor(group.gates)] += group.asked
-            for n, state in group.states().items():
-                self._keep_state(n, rows, state)
-        if self.window == 1:
-            used = videos[(known == self.stages + 1).squeeze(1)]
+        known = torch.where(self.pending, self.features.depth, self.stages + 2).view(shape)
+        known = known if rows is None else known[videos]
+        if self.window == 1:  # the host has heard all verdicts
+            stop = rules.stopped(rules.forwards(self._margins[videos], self._bounds[videos]))[:, None]
+            stop = torch.minimum(stop, known - 1)
+            decisions = self._count(videos, rows, self.upload(stop), None)
+            used = videos[(stop == self.stages).squeeze(1)]
             if len(used) and not self.in_order:
                 index = self._index(used, self.videos)
                 for n, proposed in enumerate(self.proposed):
-                    self._keep_state(n, index, tuple(_take(part, index) for part in proposed))
-            if not all(self.answered[row] for row in videos.tolist()):
-                stopped_at = rules.stopped(rules.forwards(self._margins[videos], self._bounds[videos]))[:, None]
-                self._remember(videos, torch.minimum(stopped_at, known - 1))
+                    self._keep_state(self.states[n], index, tuple(_take(part, index) for part in proposed))
+            self._remember(videos, stop)
             self.pending[videos] = False
+            return decisions
+        on_device, groups = self.upload(known), [] if self.in_order else self.groups(rows)
+        said = _take(self.gate_logits.unflatten(0, shape), rows)
+        if self.in_order:
+            stop = rules.stopped(rules.forwards(rules.margins(said), self.bounds))
+            new = (stop < on_device) & (on_device < self.stages + 2)
+        else:
+            stop, new, said = scan(groups, said, self.bounds, on_device, known)
+        decisions = self._count(videos, rows, stop, new)  # before all else is written: a terminator may raise
+        for group in groups:
+            self.judged[videos[:, None], torch.tensor(group.gates)] += group.asked
+            for n, state in group.states().items():
+                self._keep_state(self.states[n], rows, state)
+        if groups:
+            _put(self.gate_logits.unflatten(0, shape), rows, said)
         return decisions
 
-    def _groups(self, rows: Tensor | None) -> list[Group]:
-        """Return the gates with memory, all as one where they allow it; that copies weights, so not on a CPU."""
+    def groups(self, rows: Tensor | None) -> list[Group]:
+        """Return the gates with memory, as one where they allow it; that copies weights, so not on a CPU."""
         shape, tables = (self.videos, self.window), [table for table in self._embedded if table is not None]
         find = getattr(type(self.gates[0]), "step_together", None)
         step = find(self.gates) if find is not None and self.device.type != "cpu" else None
@@ -293,25 +289,28 @@ class Engine:
             if table is not None
         ]
 
-    def _count(self, videos: Tensor, rows: Tensor | None, stop: Tensor, new: Tensor) -> Decisions:
-        """Let decided frames count in their videos' means, and end videos."""
-        stopped_at = torch.where(new, stop, rules.UNSEEN)
+    def _count(self, videos: Tensor, rows: Tensor | None, stop: Tensor, new: Tensor | None) -> Decisions:
+        """Let frames count in their videos' means, those that are `new` or all, and end videos."""
+        stopped_at = stop if new is None else torch.where(new, stop, rules.UNSEEN)
         frame_logits = _take(self.frame_logits.unflatten(0, (self.videos, self.window)), rows)
         before = rules.Sums(*(_take(table, rows) for table in self.sums))
         after = rules.count(stopped_at, frame_logits, self.model.repeats, before)
-        seen = _take(self.seen, rows)[:, None] + (new.cumsum(1) if self.window > 1 else new)
+        seen = _take(self.seen, rows)[:, None] + (1 if new is None else new.cumsum(1))
         running, ended = rules.running(after, self.wide), _take(self.ended, rows)
-        last = torch.full_like(seen[:, :1], self.window - 1)
+        ends, last = None, self.window - 1
         if self.model.terminator is not None:
-            ends = rules.ends(self.model.terminator, running, seen) & new
-            if self.window > 1:
-                stopped_at = rules.unseen_after(ends, stopped_at)
-                last = torch.where(ends.any(1, keepdim=True), ends.long().argmax(1, keepdim=True), last)
+            ends = rules.ends(self.model.terminator, running, seen)
+            ends = ends if new is None else ends & new
             ended = ended | ends.any(1)
-        tables = [_at(table, last) if self.window > 1 else table.squeeze(1) for table in (*after, seen)]
+        if ends is not None and new is not None:
+            stopped_at = rules.unseen_after(ends, stopped_at)
+            at = torch.where(ends.any(1), ends.long().argmax(1), last)[:, None]
+            tables = [_at(table, at) for table in (*after, seen)]
+        else:
+            tables = [table[:, last] for table in (*after, seen)]
         for table, value in zip((*self.sums, self.seen, self.ended), (*tables, ended), strict=True):
             _put(table, rows, value)
-        codes = torch.where(new, stopped_at, stop + self.stages + 2)
+        codes = stopped_at if new is None else torch.where(new, stopped_at, stop + self.stages + 2)
         codes = torch.cat([codes, ended[:, None].long()], 1)
         return Decisions(videos, stopped_at, running.to(self.dtype), codes)
 
@@ -340,6 +339,8 @@ class Engine:
 
     def _remember(self, videos: Tensor, stopped_at: Tensor) -> None:
         """Keep the furthest of the frames that stopped, of videos without a used frame."""
+        if all(self.answered[row] for row in videos.tolist()):
+            return
         for row, gates in zip(videos.tolist(), stopped_at.tolist(), strict=True):
             self.answered[row] = self.answered[row] or self.stages in gates
             if self.answered[row]:
@@ -366,8 +367,8 @@ class Engine:
         """Return an index of a table's rows on the device; `None` for all of them, in order."""
         return None if _is_range(rows, count) else self.upload(rows)
 
-    def _keep_state(self, stage: int, rows: Tensor | None, state: GateState) -> None:
-        for old, new in zip(self.states[stage], state, strict=True):
+    def _keep_state(self, table: GateState, rows: Tensor | None, state: GateState) -> None:
+        for old, new in zip(table, state, strict=True):
             _put(old, rows, new.to(old.dtype))
 
     def _states(self, stage: int, rows: Tensor | None) -> GateState:

@@ -95,6 +95,8 @@ class StopOrForward(Pretrained, Checked):
 
     def check_setting(self, name: str, value: Any) -> Any:
         """Refuse settings that make no sense; thresholds become one a gate."""
+        if name == "look_ahead" and not isinstance(value, LookAhead | None):
+            raise DynskipError(f"look_ahead={value!r} is none; give a LookAhead(frames, stages), or None.")
         return check_wrapper_setting(self, name, value)
 
     def forward(self, video: Tensor, *, dense: bool = False, sample: bool | None = None) -> SkipOutput:
@@ -143,14 +145,10 @@ class StopOrForward(Pretrained, Checked):
     def tune(self, video: Tensor) -> LookAhead:
         """Measure how far ahead of the gates clips run fastest on this machine, and keep that as `look_ahead`.
 
-        Answers do not depend on it, times and `speculative_macs` do. It depends on the number of videos in a batch, on
-        their length, and on what the gates decide.
+        Answers do not depend on it. It depends on the videos' number and length, and on what the gates decide.
 
         Args:
             video: `(B, T, C, H, W)` normalised frames, like those to come.
-
-        Returns:
-            The choice.
         """
         self.look_ahead = tune(self, video)
         return self.look_ahead

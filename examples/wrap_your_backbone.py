@@ -40,7 +40,5 @@ session = model.stream()
 for frame in video:
     step = session(frame)  # what became of it: step.stopped_at, step.running_probabilities, step.frame_macs
 result = session.result()
-print(
-    f"class {result.logits.argmax()}: {result.frames_used[0]} of {len(video)} frames used, {result.macs[0] / 1e9:.3f} GMACs"
-)
+print(f"class {result.logits.argmax()}, {result.frames_used[0]} frames used, {result.macs[0] / 1e9:.3f} GMACs")
 # -- to here

@@ -81,6 +81,7 @@ def test_temperatures_elsewhere() -> None:
         ("terminator", nn.Identity(), "give an EarlyTerminator"),
         ("terminator", 0.9, "give an EarlyTerminator"),
         ("state_update", "sometimes", "use 'used' or 'reached'"),
+        ("look_ahead", 4, r"give a LookAhead\(frames, stages\)"),
         ("class_names", ["cat"], "has 1 entries; give one string for each of 4 classes"),
         ("class_names", "cats", "give one string for each"),
         ("class_names", 4, "give one string for each"),

@@ -71,6 +71,8 @@ def run_clip(model: StopOrForward, video: Tensor, window: int | None = None, sam
     model.lookup_for((video.shape[3], video.shape[4]))  # first, so that a model without costs says so at once
     try:
         return _run(model, video, window, sample)
+    except DynskipError:
+        raise
     except Exception:
         if window == 1:
             raise
