@@ -202,18 +202,12 @@ class EarlyExit(Pretrained, Checked):
     def _skip(self, images: Tensor, sample: bool) -> SkipOutput:
         check_eval(self, "EarlyExit")
         images = check_images(images, self.backbone)
-        batch, stages = len(images), self.backbone.num_stages
+        batch = len(images)
         engine = Engine(self, batch, sample=sample, gates=self.exits)
         engine.answered = [True] * batch  # an exit answers for what it stops: nothing has to be kept to go on with
-        rows = alive = torch.arange(batch)
+        rows = torch.arange(batch)
         engine.load(rows, images, torch.zeros_like(rows))
-        for n in range(stages):
-            engine.run(n, n, alive)
-            alive = alive[engine.ask(n, n, alive)]
-            if not len(alive):
-                break
-        else:
-            engine.run(stages, stages, alive)
+        engine.advance(rows)
         stopped_at = engine.decide(rows).stopped_at.squeeze(1)
         inner_logits = torch.stack([answer for (answer,) in engine.proposed], 1)
         size = (images.shape[2], images.shape[3])

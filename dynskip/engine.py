@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dynskip import rules
+from dynskip._tables import at_column, is_range, put, take
 from dynskip.features import Features, Furthest
 from dynskip.gates import GateState, parts_of
 from dynskip.scan import Group, scan
@@ -143,10 +144,6 @@ class Engine:
         self.features.load(frames, images)
         self._number[frames], self.pending[frames] = numbers, True
 
-    def images(self, frames: Tensor) -> Any:
-        """Return the images of frames that have not been through a stage yet."""
-        return self.features.gather(frames, self.device)[0].values[0]
-
     def run(self, first: int, last: int, frames: Tensor) -> None:
         """Run stages on frames that have been through all stages before; the head is stage `N`.
 
@@ -166,7 +163,7 @@ class Engine:
             if final or last < self.stages:
                 self._judge(n, frames, index, embedded)
         if last == self.stages:
-            _put(self.frame_logits, index, self.backbone.head(carry).to(self.dtype))
+            put(self.frame_logits, index, self.backbone.head(carry).to(self.dtype))
         if self.counts:
             self.ran[:, first : last + 1] += self._videos(frames).bincount(minlength=self.videos)[:, None]
         self.features.move(frames, carry, last + 1, self.pending)
@@ -197,7 +194,7 @@ class Engine:
             part.broadcasts
             and self.window > 1
             and frames[0] % self.window == 0
-            and _is_range(frames - frames[0], shared * self.window)  # then in order, too
+            and is_range(frames - frames[0], shared * self.window)  # then in order, too
         ):
             videos = videos[:: self.window]
             state = self._states(stage, self._index(videos, self.videos))
@@ -207,7 +204,7 @@ class Engine:
             logits, new = part.step(embedded, self._states(stage, rows))
             if self.reached or self.window == 1:
                 self._keep_state((self.states if self.reached else self.proposed)[stage], rows, new)
-        _put(self.gate_logits[:, stage], index, logits.to(self.wide))
+        put(self.gate_logits[:, stage], index, logits.to(self.wide))
         self.tie = max(self.tie, rules.tie(logits.dtype))
         if self.counts:
             often = videos.bincount(minlength=self.videos)
@@ -225,11 +222,29 @@ class Engine:
             `(M,)` boolean, on the host.
         """
         index = self._index(frames, self.videos * self.window)
-        margins = rules.margins(_take(self.gate_logits, index)[:, first : last + 1]).cpu()
-        _put(self._margins[:, first : last + 1], None if index is None else frames, margins)
+        margins = rules.margins(take(self.gate_logits, index)[:, first : last + 1]).cpu()
+        put(self._margins[:, first : last + 1], None if index is None else frames, margins)
         bounds = self._bounds[frames] if self.sample else self._bounds[:1]
         going: Tensor = rules.forwards(margins, bounds[:, first : last + 1]).all(1)
         return going
+
+    def advance(self, frames: Tensor, stages: int = 0) -> None:
+        """Take frames as far as their gates let them, as the memories stand now, and those that pass through the head.
+
+        Args:
+            frames: `(M,)` frames, wherever they are.
+            stages: stages that are run before the gates of earlier ones are heard.
+        """
+        for first in range(self.stages + 1):
+            here = self.features.depth[frames] == first
+            if not here.any():
+                continue
+            some, last = frames[here], min(first + stages, self.stages)
+            self.run(first, last, some)
+            if last < self.stages:
+                going = torch.ones(len(frames), dtype=torch.bool)
+                going[here] = self.ask(first, last, some)
+                frames = frames[going]
 
     # Decisions
 
@@ -252,12 +267,12 @@ class Engine:
             if len(used) and not self.in_order:
                 index = self._index(used, self.videos)
                 for n, proposed in enumerate(self.proposed):
-                    self._keep_state(self.states[n], index, tuple(_take(part, index) for part in proposed))
+                    self._keep_state(self.states[n], index, tuple(take(part, index) for part in proposed))
             self._remember(videos, stop)
             self.pending[videos] = False
             return decisions
         on_device, groups = self.upload(known), [] if self.in_order else self.groups(rows)
-        said = _take(self.gate_logits.unflatten(0, shape), rows)
+        said = take(self.gate_logits.unflatten(0, shape), rows)
         if self.in_order:
             stop = rules.stopped(rules.forwards(rules.margins(said), self.bounds))
             new = (stop < on_device) & (on_device < self.stages + 2)
@@ -269,7 +284,7 @@ class Engine:
             for n, state in group.states().items():
                 self._keep_state(self.states[n], rows, state)
         if groups:
-            _put(self.gate_logits.unflatten(0, shape), rows, said)
+            put(self.gate_logits.unflatten(0, shape), rows, said)
         return decisions
 
     def groups(self, rows: Tensor | None) -> list[Group]:
@@ -284,7 +299,7 @@ class Engine:
             state = tuple(torch.stack(parts) for parts in zip(*states, strict=True))
             return [Group(list(range(self.stages)), step, columns, state, together=True)]
         return [
-            Group([n], self.parts[n].step, _take(table.unflatten(0, shape), rows).unbind(1), self._states(n, rows))
+            Group([n], self.parts[n].step, take(table.unflatten(0, shape), rows).unbind(1), self._states(n, rows))
             for n, table in enumerate(self._embedded)
             if table is not None
         ]
@@ -292,11 +307,11 @@ class Engine:
     def _count(self, videos: Tensor, rows: Tensor | None, stop: Tensor, new: Tensor | None) -> Decisions:
         """Let frames count in their videos' means, those that are `new` or all, and end videos."""
         stopped_at = stop if new is None else torch.where(new, stop, rules.UNSEEN)
-        frame_logits = _take(self.frame_logits.unflatten(0, (self.videos, self.window)), rows)
-        before = rules.Sums(*(_take(table, rows) for table in self.sums))
+        frame_logits = take(self.frame_logits.unflatten(0, (self.videos, self.window)), rows)
+        before = rules.Sums(*(take(table, rows) for table in self.sums))
         after = rules.count(stopped_at, frame_logits, self.model.repeats, before)
-        seen = _take(self.seen, rows)[:, None] + (1 if new is None else new.cumsum(1))
-        running, ended = rules.running(after, self.wide), _take(self.ended, rows)
+        seen = take(self.seen, rows)[:, None] + (1 if new is None else new.cumsum(1))
+        running, ended = rules.running(after, self.wide), take(self.ended, rows)
         ends, last = None, self.window - 1
         if self.model.terminator is not None:
             ends = rules.ends(self.model.terminator, running, seen)
@@ -305,11 +320,11 @@ class Engine:
         if ends is not None and new is not None:
             stopped_at = rules.unseen_after(ends, stopped_at)
             at = torch.where(ends.any(1), ends.long().argmax(1), last)[:, None]
-            tables = [_at(table, at) for table in (*after, seen)]
+            tables = [at_column(table, at) for table in (*after, seen)]
         else:
             tables = [table[:, last] for table in (*after, seen)]
         for table, value in zip((*self.sums, self.seen, self.ended), (*tables, ended), strict=True):
-            _put(table, rows, value)
+            put(table, rows, value)
         codes = stopped_at if new is None else torch.where(new, stopped_at, stop + self.stages + 2)
         codes = torch.cat([codes, ended[:, None].long()], 1)
         return Decisions(videos, stopped_at, running.to(self.dtype), codes)
@@ -365,36 +380,15 @@ class Engine:
 
     def _index(self, rows: Tensor, count: int) -> Tensor | None:
         """Return an index of a table's rows on the device; `None` for all of them, in order."""
-        return None if _is_range(rows, count) else self.upload(rows)
+        return None if is_range(rows, count) else self.upload(rows)
 
     def _keep_state(self, table: GateState, rows: Tensor | None, state: GateState) -> None:
         for old, new in zip(table, state, strict=True):
-            _put(old, rows, new.to(old.dtype))
+            put(old, rows, new.to(old.dtype))
 
     def _states(self, stage: int, rows: Tensor | None) -> GateState:
-        return tuple(_take(state, rows) for state in self.states[stage])
+        return tuple(take(state, rows) for state in self.states[stage])
 
     def upload(self, values: Tensor) -> Tensor:
         """Copy a tensor of the host to the device, without waiting."""
         return values.to(self.device, non_blocking=True)
-
-
-def _take(table: Tensor, rows: Tensor | None) -> Tensor:
-    return table if rows is None else table[rows]
-
-
-def _put(table: Tensor, rows: Tensor | None, value: Tensor) -> None:
-    if rows is None:
-        table.copy_(value)
-    else:
-        table[rows] = value
-
-
-def _at(table: Tensor, column: Tensor) -> Tensor:
-    """Take one column of each row."""
-    index = column.view(column.shape + (1,) * (table.ndim - 2)).expand(-1, 1, *table.shape[2:])
-    return table.gather(1, index).squeeze(1)
-
-
-def _is_range(values: Tensor, count: int) -> bool:
-    return len(values) == count > 0 and (count == 1 or torch.equal(values, torch.arange(count)))

@@ -19,7 +19,7 @@ FLOORS = (
     ("gates", "terminate"),
     ("flops", "rules"),
     ("output",),
-    ("features", "scan"),
+    ("features", "scan", "_tables"),
     ("engine", "summary"),
     ("_fit",),
     ("runtime", "metrics", "losses", "_card", "_config"),

@@ -139,7 +139,7 @@ def _run_window(
     table = torch.full((engine.videos, size), rules.UNSEEN)
     left = live
     while len(left):
-        _look(engine, frames, stages)
+        engine.advance(frames, stages)
         decided, lacking, ended = engine.learn(engine.decide(left))
         table[left] = torch.maximum(table[left], decided)
         # Where a used frame has moved the states, frames lack what nobody asked for before. Far ahead that is a guess.
@@ -148,21 +148,6 @@ def _run_window(
         going = engine.pending.view(-1, size)[left].any(1)
         live, left = live[~torch.isin(live, left[ended])], left[going]
     return table, live
-
-
-def _look(engine: Engine, frames: Tensor, stages: int) -> None:
-    """Take frames as far as their gates let them, as the memories stand now."""
-    for first in range(engine.stages + 1):
-        here = engine.features.depth[frames] == first
-        if not here.any():
-            continue
-        last = min(first + stages, engine.stages)
-        some = frames[here]
-        engine.run(first, last, some)
-        if last < engine.stages:
-            going = torch.ones(len(frames), dtype=torch.bool)
-            going[here] = engine.ask(first, last, some)
-            frames = frames[going]
 
 
 def _output(engine: Engine, video: Tensor, tables: list[tuple[Tensor, Tensor, Tensor]]) -> SkipOutput:

@@ -76,17 +76,11 @@ class Session:
         if not told[0].all():
             refuse_not_finite(frames, self.batch)
         self._set_size((frames.shape[2], frames.shape[3]))
-        alive = rows = (told[1] == 0).nonzero().squeeze(1)
+        rows = (told[1] == 0).nonzero().squeeze(1)
         if len(rows):
             some = frames if len(rows) == self.batch else frames[engine.upload(rows)]
             engine.load(rows, some, told[2, rows])
-            for n in range(stages):
-                engine.run(n, n, alive)
-                alive = alive[engine.ask(n, n, alive)]
-                if not len(alive):
-                    break
-            else:
-                engine.run(stages, stages, alive)
+            engine.advance(rows)
             decisions = engine.decide(rows)
         if len(rows) == self.batch:
             stopped_at, running = decisions.stopped_at.squeeze(1), decisions.running_logits.squeeze(1)

@@ -341,7 +341,7 @@ class Scheduler:
 
     def _refuse_not_finite(self, frames: Tensor) -> None:
         """Look at frames that came on a GPU, a whole batch at once."""
-        refuse_not_finite(self._engine.images(frames), 1)
+        refuse_not_finite(self._engine.features.gather(frames, self._engine.device)[0].values[0], 1)
 
     def _costs(self, size: tuple[int, int]) -> FLOPsLookup:
         """Return the cost table for a size that the model can run; a model of one fixed size cannot run others."""
