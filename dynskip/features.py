@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dynskip import rules
 from dynskip.backbone import Carry, StagedBackbone
 from dynskip.flops import takes_channels_last
 
@@ -106,7 +105,7 @@ def run_to_end(backbone: StagedBackbone, frames: Sequence[Furthest]) -> Tensor:
     """Run stopped frames through the rest of the stages, and the head, without gates.
 
     Returns:
-        `(M, K)` logits; NaN where one of them is not finite, for such logits do not count.
+        `(M, K)` logits.
     """
     order = sorted(range(len(frames)), key=lambda i: frames[i].depth)
     carry: list[Carry] = []
@@ -114,5 +113,4 @@ def run_to_end(backbone: StagedBackbone, frames: Sequence[Furthest]) -> Tensor:
         carry = [backbone.run(n, Carry.cat(carry))] if carry else []
         carry += [frames[i].carry for i in order if frames[i].depth == n + 1]
     logits = backbone.head(Carry.cat(carry))
-    logits = logits[torch.tensor(order).argsort().to(logits.device, non_blocking=True)]
-    return rules.known(logits, (logits - logits == 0).all(-1))
+    return logits[torch.tensor(order).argsort().to(logits.device, non_blocking=True)]

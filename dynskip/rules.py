@@ -219,7 +219,7 @@ def count(stopped_at: Tensor, frame_logits: Tensor, repeats: Sequence[bool], bef
         added, counts = last, used | (_repeating(stopped_at, repeats) & seen_one)
     else:
         last, added, counts = before.last[:, None].expand_as(wide), wide, used
-    counts = counts & (added - added == 0).all(-1)  # false for NaN and infinite values
+    counts = counts & _finite(added)
     added = torch.where(counts[..., None], added, 0.0)
     if used.shape[1] == 1:
         return Sums(before.total[:, None] + added, before.counted[:, None] + counts, last)
@@ -273,9 +273,18 @@ def read(stopped_at: Tensor, frame_logits: Tensor, repeats: Sequence[bool]) -> T
     return running(count(stopped_at, frame_logits, repeats, before), wide)
 
 
+def answer(fallback_logits: Tensor) -> Tensor:
+    """Return what a fallback frame's `(..., K)` logits answer: NaN where they are not finite, and so do not count."""
+    return known(fallback_logits, _finite(fallback_logits))
+
+
 def known(values: Tensor, where: Tensor) -> Tensor:
     """Put NaN in the place of what was not computed."""
     return values.masked_fill(~where.view(where.shape + (1,) * (values.ndim - where.ndim)), math.nan)
+
+
+def _finite(logits: Tensor) -> Tensor:
+    return (logits - logits == 0).all(-1)  # false for NaN and infinite values, in fewer launches than `isfinite`
 
 
 def _repeating(stopped_at: Tensor, repeats: Sequence[bool]) -> Tensor:

@@ -1015,7 +1015,8 @@ def test_unreadable_videos_are_left_out_and_listed(
 
 def test_nothing_but_unreadable_videos(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [bad_video(name, tmp_path).name for name in ("noise.mp4", "words.mp4")]
-    rows = [(names[0], "high_kick", "train"), (names[0], "jump", "train"), (names[1], "high_kick", "test")]
+    (tmp_path / "again.mp4").write_bytes((tmp_path / names[0]).read_bytes())
+    rows = [(names[0], "high_kick", "train"), ("again.mp4", "jump", "train"), (names[1], "high_kick", "test")]
     folder = write_labels(tmp_path, rows)
     assert train(folder, tmp_path / "run") == 2
     assert re.search(r"None of the training videos could be read.*noise\.mp4", capsys.readouterr().err)

@@ -151,7 +151,7 @@ class Session:
         left = {row: furthest for row, furthest in enumerate(engine.furthest) if furthest is not None}
         if left and self._image_size is not None:
             rows = engine.upload(torch.tensor(list(left)))
-            logits[rows] = run_to_end(self.model.backbone, list(left.values())).to(logits.dtype)
+            logits[rows] = rules.answer(run_to_end(self.model.backbone, list(left.values()))).to(logits.dtype)
             fallback_frame[rows] = engine.upload(torch.tensor([f.frame for f in left.values()]))
             completion = self.model.lookup_for(self._image_size).completion
             macs[rows] += engine.upload(completion[[f.stopped_at for f in left.values()]])

@@ -336,7 +336,7 @@ class Scheduler:
     def _complete(self, streams: list[Stream]) -> list[tuple[Stream, Tensor]]:
         """Run the furthest frames of streams without a used one to the end."""
         frames = [furthest for stream in streams if (furthest := self._engine.furthest[stream.row]) is not None]
-        logits = run_to_end(self.model.backbone, frames).to(self._engine.dtype)
+        logits = rules.answer(run_to_end(self.model.backbone, frames)).to(self._engine.dtype)
         return list(zip(streams, logits.unbind(0), strict=True))
 
     def _refuse_not_finite(self, frames: Tensor) -> None:
