@@ -80,18 +80,6 @@ def _use(cls: str, name: str, images: bool) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
-_WHAT_IT_IS = (
-    "A video classifier that spends less compute on frames that do not deserve it: after each stage a gate decides, "
-    "frame by frame, to stop or to go forward.",
-    "An image classifier with exits: after each stage a gate decides, image by image, to answer here or to go forward.",
-)
-_FRONT_MATTER = """---
-library_name: dynskip
-pipeline_tag: {task}
-tags: [dynskip, timm, dynamic-inference, early-exit]
----"""
-
-
 def _costs(model: Wrapped, size: tuple[int, int]) -> str:
     lookup = getattr(model, "_given_lookup", None) or model.lookup_for(size)
     scale, unit = (1e6, "MMACs") if lookup.unit == "MACs" else (1.0, lookup.unit)

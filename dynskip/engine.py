@@ -141,7 +141,7 @@ class Engine:
             images: `(M, C, H, W)`.
             numbers: `(M,)` their numbers in their videos.
         """
-        self.features.load(frames, images)
+        self.features.load(frames, images, self.pending)
         self._number[frames], self.pending[frames] = numbers, True
 
     def run(self, first: int, last: int, frames: Tensor) -> None:

@@ -30,19 +30,23 @@ class Features:
         self._whole: int | None = None  # the batch that was gathered last, if it was a whole one
         self._place = torch.zeros(frames, dtype=torch.long)  # batch << 32, plus the row in it
 
-    def load(self, frames: Tensor, images: Tensor) -> None:
-        """Take images in, `(M, C, H, W)`."""
+    def load(self, frames: Tensor, images: Tensor, pending: Tensor) -> None:
+        """Take images in, `(M, C, H, W)`; what no pending frame needs any more is let go."""
         # What a few images gain from it does not pay for their way into that layout.
         if images.device.type == "cpu" and len(images) >= 4 and takes_channels_last(self.backbone):
             images = images.contiguous(memory_format=torch.channels_last)
-        self.keep(frames, self.backbone.start(images), 0)
+        self._keep(frames, self.backbone.start(images), 0, pending)
 
-    def keep(self, frames: Tensor, carry: Carry, depth: int) -> None:
-        """Keep what frames are now that they have been through so many stages."""
+    def _keep(self, frames: Tensor, carry: Carry, depth: int, pending: Tensor) -> None:
+        self._let_go(pending)
         free = next((i for i, batch in enumerate(self._batches) if batch is None), len(self._batches))
         self._batches[free : free + 1] = [carry]
         self._place[frames] = torch.arange(free << 32, (free << 32) + len(frames))
         self.depth[frames] = depth
+
+    def _let_go(self, pending: Tensor) -> None:
+        in_use = set((self._place[pending] >> 32).tolist())
+        self._batches = [batch if i in in_use else None for i, batch in enumerate(self._batches)]
 
     def move(self, frames: Tensor, carry: Carry, depth: int, pending: Tensor) -> None:
         """Keep what frames that were gathered are now, and let go what no pending frame needs any more."""
@@ -50,9 +54,8 @@ class Features:
             self._batches[self._whole] = carry
             self.depth[frames] = depth
             return
-        self.keep(frames, carry, depth)
-        in_use = set((self._place[pending] >> 32).tolist())
-        self._batches = [batch if i in in_use else None for i, batch in enumerate(self._batches)]
+        self._keep(frames, carry, depth, pending)
+        self._let_go(pending)
 
     def gather(self, frames: Tensor, device: torch.device) -> tuple[Carry, Tensor]:
         """Return frames of one depth as a batch, and which frame is in which row of it."""

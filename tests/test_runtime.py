@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -540,3 +542,15 @@ def test_runtime_networks_are_left_as_they_were() -> None:
     model = StopOrForward(stage_model(network, input_size=(3, SIZE, SIZE)), random_gates((6, 8), 0)).eval()
     model(toy_video())
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_runtime_a_long_session_holds_no_more_features_than_a_short_one(batch: int) -> None:
+    model, made = toy_model(seed=2), []
+    for stage in list(model.backbone.model.children())[:-1]:
+        stage.register_forward_hook(lambda _, __, out: made.append(weakref.ref(out)))
+    session = model.stream(batch)
+    for frame in toy_video(batch, 40).unbind(1):
+        session(frame)
+    gc.collect()
+    assert sum(ref() is not None for ref in made) <= 2 * 3 * batch
