@@ -27,20 +27,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import common
 import torch
+from compose_untrimmed import STEPS, Composition, compose, split_off_validation
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
-
-import common  # noqa: E402
-import frozen_gates  # noqa: E402
-from compose_untrimmed import STEPS, Composition, compose, split_off_validation  # noqa: E402
-from frozen_gates import Features  # noqa: E402
-from sofnet_activitynet import load_weights, move_strides, to_device  # noqa: E402
-from video_data import Clips, Preprocessing, class_names, pick_split, read_csv  # noqa: E402
-
-from dynskip import (  # noqa: E402
+from dynskip import (
     ConfidenceGate,
     DynskipError,
     EarlyTerminator,
@@ -57,9 +49,23 @@ from dynskip import (  # noqa: E402
     sofnet,
     stage_model,
 )
-from dynskip.losses import self_supervision_targets  # noqa: E402
-from dynskip.sofnet import Recipe  # noqa: E402
+from dynskip.backbone.weights import load_weights
+from dynskip.losses import self_supervision_targets
+from dynskip.sofnet import Recipe
+from dynskip.video import (
+    Clips,
+    Preprocessing,
+    StoredFeatures,
+    class_names,
+    derive_seed,
+    encode_clips,
+    fit_classifier,
+    load_items,
+    pick_split,
+)
+from dynskip.video.stored import fit_linear
 
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "ablation"
 # Classes that only surround the actions, named by where in the network a linear probe tells them from the others.
 IRRELEVANT = {"early": ("HorseRace", "Surfing"), "late": ("HorseRace", "PlayingViolin")}
@@ -138,7 +144,7 @@ SWEPT: dict[str, dict[str, Any]] = {"SoF-Net": {}, "SoF-Net, alpha 0.7": {"alpha
 class Part:
     """The videos of a split as features."""
 
-    features: Features
+    features: StoredFeatures
     targets: Tensor  # (V,)
     relevant: Tensor  # (V, T) the frames of the action
 
@@ -161,7 +167,9 @@ class Data:
         return self.compose("train", epoch + 1)
 
 
-def put_together(clips: dict[str, Features], compositions: Sequence[Composition], rows: dict[Path, int]) -> Features:
+def put_together(
+    clips: dict[str, StoredFeatures], compositions: Sequence[Composition], rows: dict[Path, int]
+) -> StoredFeatures:
     """Take the features of composed videos from those of their clips.
 
     Args:
@@ -173,7 +181,7 @@ def put_together(clips: dict[str, Features], compositions: Sequence[Composition]
     clip = torch.tensor([[rows[item.path] for item, _ in composition.steps] for composition in compositions])
     step = torch.tensor([[step for _, step in composition.steps] for composition in compositions])
     pooled = tuple(features[clip, step] for features in source.pooled)
-    return Features(pooled, source.embedding[clip, step], torch.arange(len(compositions)), source.image_size)
+    return StoredFeatures(pooled, source.embedding[clip, step], torch.arange(len(compositions)), source.image_size)
 
 
 def relevant_frames(compositions: Sequence[Composition]) -> Tensor:
@@ -190,14 +198,13 @@ def load(data: Path, weights: Path, folder: Path, size: int, irrelevant: tuple[s
 
     The seed decides which groups are held out for validation and how videos are composed.
     """
-    items = read_csv(data)
+    items = load_items(data)
     prep = Preprocessing(size, STEPS)
-    model = to_device(sofnet(network(weights, 1000)), "cpu")
+    model = sofnet(network(weights, 1000)).to(memory_format=torch.channels_last)
     clips, rows = {}, {}
     for split in ("train", "test"):
         listed = pick_split(items, split)
-        file = folder / str(size) / f"{split}.safetensors"
-        clips[split] = frozen_gates.encode(model, Clips(listed, class_names(items), prep, training=False, seed=0), file)
+        clips[split] = encode_clips(model, Clips(listed, class_names(items), prep), folder / str(size) / split)
         if len(clips[split]) < len(listed):
             raise DynskipError("Composing needs every clip; leave the unreadable ones out of labels.csv.")
         rows.update({item.path: row for row, item in enumerate(listed)})
@@ -213,9 +220,8 @@ def load(data: Path, weights: Path, folder: Path, size: int, irrelevant: tuple[s
 
 
 def network(weights: Path, num_classes: int) -> Any:
-    """Return the frozen backbone: ResNet-50, its strides in the 1x1 convolutions, as the first weights have them."""
-    backbone = stage_model("resnet50", num_classes=num_classes)
-    move_strides(backbone.model)
+    """Return the frozen backbone."""
+    backbone = stage_model("resnet50_v1", num_classes=num_classes)
     load_weights(backbone.model, weights)
     return backbone
 
@@ -223,10 +229,11 @@ def network(weights: Path, num_classes: int) -> Any:
 # ----------------------------------------------------------------------------------------------------- one run
 
 
+@torch.no_grad()
 def measure(model: StopOrForward, part: Part) -> dict[str, Any]:
     """Say how accurate and how costly a model is on a part, what it did with frames, and with which ones."""
     model.eval()
-    outputs = list(frozen_gates.decide(model, part.features))
+    outputs = [model.decide(part.features.rows(model, rows)) for rows in torch.arange(len(part.features)).split(256)]
     stopped_at, used = joined(outputs, "stopped_at"), joined(outputs, "used")
     probabilities = joined(outputs, "probabilities")
     usage = metrics.frame_usage(stopped_at, model.backbone.num_stages)
@@ -255,12 +262,10 @@ def run_gates(run: Run, data: Data, model: StopOrForward) -> dict[str, Any]:
     criterion = SoFLoss(lookup, run.alpha, run.beta)
     if criterion.guidance is not None:
         criterion.guidance.self_supervision = SelfSupervisionLoss(run.supervise_last)
-    optimizer = frozen_gates.gate_optimizer(model, RECIPE)
+    group = RECIPE.parameter_groups(model)[1]
+    optimizer = torch.optim.AdamW([group], RECIPE.lr, weight_decay=RECIPE.weight_decay)
     for epoch in range(RECIPE.epochs):
-        train = data.training(epoch)
-        logged = frozen_gates.gate_epoch(
-            model, train.features, train.targets, criterion, optimizer, RECIPE, epoch, seed=run.seed
-        )
+        logged = train_epoch(model, data.training(epoch), criterion, optimizer, epoch, run.seed)
         common.progress(f"epoch {epoch + 1}/{RECIPE.epochs} {logged['total']:.3f}", end="")
     common.progress("")
     results: dict[str, Any] = {"last_epoch": logged}
@@ -285,6 +290,29 @@ def run_gates(run: Run, data: Data, model: StopOrForward) -> dict[str, Any]:
     results["modes"]["calibrated"] = {split: measure(model, parts[split]) for split in ("val", "test")}
     results["calibrated_thresholds"] = asdict(calibration.point)
     return results
+
+
+def train_epoch(
+    model: StopOrForward, part: Part, criterion: SoFLoss, optimizer: torch.optim.Optimizer, epoch: int, seed: int
+) -> dict[str, float]:
+    """Train gates and inner classifiers for one epoch; return the means of what is logged."""
+    torch.manual_seed(derive_seed(seed, epoch))
+    model.train()
+    model.temperature = RECIPE.temperature_at(epoch)
+    optimizer.param_groups[0]["lr"] = RECIPE.lr_at(epoch)
+    sums: dict[str, float] = {}
+    for rows in torch.randperm(len(part.features)).split(64):
+        with torch.no_grad():
+            encoded = part.features.rows(model, rows)
+        output = model.decide(encoded)
+        losses = criterion(output, part.targets[rows])
+        optimizer.zero_grad()
+        losses.total.backward()
+        optimizer.step()
+        accuracy = (output.logits.argmax(-1) == part.targets[rows]).float().mean()
+        for name, value in {"accuracy": accuracy, "used": output.used.float().mean(), **vars(losses)}.items():
+            sums[name] = sums.get(name, 0.0) + value.item() * len(rows) / len(part.features)
+    return sums
 
 
 @torch.no_grad()
@@ -336,7 +364,7 @@ def pairs(args: argparse.Namespace) -> Iterator[str]:
     """Say for every pair of classes how well a linear probe of each stage tells it from the others, on val."""
     yield "| irrelevant, % right | res1 | res2 | res3 | res4 | res5 |"
     yield "|---|" + "---:|" * 5
-    for pair in itertools.combinations(class_names(read_csv(args.data)), 2):
+    for pair in itertools.combinations(class_names(load_items(args.data)), 2):
         parts = load(args.data, args.weights, args.cache, Run.size, pair, SEEDS[0]).parts
         accuracies = [found["val"] for found in probe(parts)]
         yield f"| {', '.join(pair)} | " + " | ".join(f"{100 * value:.1f}" for value in accuracies) + " |"
@@ -349,7 +377,7 @@ def probe(parts: dict[str, Part]) -> list[dict[str, float]]:
         mean, deviation = pooled.mean((0, 1)), pooled.std((0, 1)) + 1e-6
         layer = nn.Linear(len(mean), 2)
         relevant = parts["train"].relevant.flatten().long()
-        frozen_gates.fit_linear(layer, ((pooled - mean) / deviation).flatten(0, 1), relevant, 0.1)
+        fit_linear(layer, ((pooled - mean) / deviation).flatten(0, 1), relevant, 0.1)
         found = {}
         with torch.no_grad():
             for split in ("val", "test"):
@@ -369,7 +397,7 @@ def inner_classifiers(part: Part, features: Sequence[int], classes: int) -> list
     """Train a linear classifier of single frames on each stage's pooled features, with their video's label."""
     classifiers = [nn.Linear(channels, classes) for channels in features]
     for classifier, pooled in zip(classifiers, part.features.pooled, strict=True):
-        frozen_gates.fit_linear(classifier, pooled.flatten(0, 1), part.targets.repeat_interleave(STEPS), HEAD_DECAY)
+        fit_linear(classifier, pooled.flatten(0, 1), part.targets.repeat_interleave(STEPS), HEAD_DECAY)
         classifier.requires_grad_(False)
     return classifiers
 
@@ -402,7 +430,7 @@ def perform(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         state_update=run.state_update,
     )
     model.backbone.requires_grad_(False)
-    frozen_gates.fit_head(model, parts["train"].features, parts["train"].targets, HEAD_DECAY)
+    fit_classifier(model, parts["train"].features, parts["train"].targets, HEAD_DECAY)
     results = (run_baselines if run.kind == "baselines" else run_gates)(run, data, model)
     counts = {
         split: {"videos": len(part.targets), "relevant": float(part.relevant.float().mean())}
@@ -683,7 +711,7 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> None:
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--data", type=Path, help="folder with labels.csv (path,label,split)")
-    result.add_argument("--weights", type=Path, help="ImageNet weights of ResNet-50, strides in the 1x1 convolutions")
+    result.add_argument("--weights", type=Path, help="ImageNet weights of resnet50_v1")
     result.add_argument("--cache", type=Path, default=Path("runs/ablation"), help="folder for encoded clips")
     result.add_argument("--only", nargs="+", metavar="NAME", help="these runs, even if they have results")
     result.add_argument("--pairs", action="store_true", help="probe every pair of classes as what is irrelevant")

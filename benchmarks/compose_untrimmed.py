@@ -18,13 +18,11 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import random
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +30,9 @@ import torch
 from torchvision.transforms.v2.functional import center_crop
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
-import av
-from video_data import Item, read_csv, read_frames
-
 from dynskip import DynskipError
+from dynskip.video import Item, load_items, open_source, sample_frames
+from dynskip.video.stick_figures import write_video
 
 STEPS = 16
 ACTION_STEPS = (4, 10)  # 25 to 62.5 % of the video
@@ -152,7 +147,8 @@ def _filling(clips: Sequence[Item], steps: int, rng: random.Random) -> list[Shot
 def pictures(composition: Composition, short_side: int) -> np.ndarray:
     """Return the video's pictures `(STEPS * PICTURES_A_STEP, H, W, 3)`, all of the size of the action's clip."""
     decoded = {
-        shot.clip: read_frames(shot.clip.path, STEPS * PICTURES_A_STEP, short_side) for shot in composition.shots
+        shot.clip: sample_frames(open_source(shot.clip.path), STEPS * PICTURES_A_STEP, short_side)
+        for shot in composition.shots
     }
     height, width = (side // 2 * 2 for side in decoded[composition.shots[composition.action].clip].shape[1:3])
     shots = []
@@ -163,23 +159,12 @@ def pictures(composition: Composition, short_side: int) -> np.ndarray:
     return torch.cat(shots).numpy()
 
 
-def write_video(file: Path, frames: np.ndarray) -> None:
-    """Encode `(F, H, W, 3)` pictures as H.264, in one step: a kill leaves no half file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".writing.mp4")
-    with av.open(str(unfinished), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(FPS), options={"crf": "18", "preset": "veryfast"})
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    os.replace(unfinished, file)
-
-
 def write_set(compositions: Sequence[Composition], out: Path, short_side: int = 240) -> None:
     """Write videos, `labels.csv` and `segments.csv`; the lists come last, when all videos are there."""
     for composition in tqdm(compositions, "compose", leave=False, disable=None):
-        write_video(out / f"{composition.name}.mp4", pictures(composition, short_side))
+        file = out / f"{composition.name}.mp4"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_video(file, pictures(composition, short_side), FPS)
     for name, columns in (("labels.csv", ("path", "label", "split")), ("segments.csv", ("path", "start", "end"))):
         with (out / name).open("w", newline="", encoding="utf-8") as handle:
             writer = csv.writer(handle)
@@ -203,11 +188,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
-    av.logging.set_libav_level(av.logging.PANIC)
     try:
         if (args.out / "labels.csv").exists():
             raise DynskipError(f"{args.out} holds a data set already; choose another --out.")
-        items = split_off_validation(read_csv(args.data), args.val, args.seed)
+        items = split_off_validation(load_items(args.data), args.val, args.seed)
         compositions = compose(items, args.irrelevant, args.copies, args.seed)
         write_set(compositions, args.out)
     except (DynskipError, OSError) as error:

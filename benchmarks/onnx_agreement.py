@@ -17,13 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dynskip import StopOrForward, sofnet
+from dynskip.backbone.weights import load_weights
+from dynskip.video import Preprocessing, load_items, open_source, sample_frames
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
-
-from sofnet_activitynet import load_weights, move_strides  # noqa: E402
-from video_data import Preprocessing, read_csv, read_frames  # noqa: E402
-
-from dynskip import StopOrForward, sofnet  # noqa: E402
 
 WITHOUT_TORCH = """
 import json, sys
@@ -50,24 +48,23 @@ def spread_decisions(model: StopOrForward, video: torch.Tensor, share: float = 0
 
 
 def read_clips(path: Path, count: int, prep: Preprocessing) -> torch.Tensor:
-    items = read_csv(path)
+    items = load_items(path)
     chosen = items[:: max(1, len(items) // count)][:count]
-    frames = [prep.crop(read_frames(item.path, prep.num_frames, prep.short_side)) for item in chosen]
+    sources = [open_source(item.path) for item in chosen]
+    frames = [prep.crop(sample_frames(source, prep.num_frames, prep.short_side)) for source in sources]
     return prep.normalize(torch.stack(frames))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="CSV of videos with the columns path and label")
-    parser.add_argument("--weights", type=Path, required=True, help="ResNet-50 weights, as the example reads them")
-    parser.add_argument("--strides-in-1x1", action="store_true", help="for weights in Caffe's layout")
+    parser.add_argument("--backbone", default="resnet50", help="any timm model of 1000 classes")
+    parser.add_argument("--weights", type=Path, required=True, help="weights of the backbone")
     parser.add_argument("--clips", type=int, default=20)
     args = parser.parse_args()
     prep = Preprocessing()
     torch.manual_seed(0)
-    model = sofnet("resnet50", 1000, threshold=0.9).eval()
-    if args.strides_in_1x1:
-        move_strides(model.backbone.model)
+    model = sofnet(args.backbone, 1000, threshold=0.9).eval()
     load_weights(model.backbone.model, args.weights)
     video = read_clips(args.data, args.clips, prep)
     spread_decisions(model, video[:4])

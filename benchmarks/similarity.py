@@ -1,6 +1,6 @@
 """What does a SimilarityGate save on a finished classifier, without training, and how often is the answer the same?
 
-    python benchmarks/similarity.py --data DIR --weights resnet50.safetensors --strides-in-1x1
+    python benchmarks/similarity.py --data DIR --backbone resnet50_v1 --weights resnet50_v1.safetensors
 
 One gate after the stem compares every second frame with the last used one; stages after it have no say. Its threshold
 grows for as long as enough clips of the split `train` keep their answer, the most probable of the network's own
@@ -10,7 +10,6 @@ classes. Savings and agreement are those of the split `test`, where the frames t
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,20 +18,15 @@ import common
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
-from sofnet_activitynet import load_weights, move_strides
-from video_data import Item, OpenVideo, Preprocessing, pick_split, read_csv, read_frames
-
 from dynskip import EncodedVideo, FixedGate, SimilarityGate, StopOrForward, stage_model
+from dynskip.backbone.weights import load_weights
+from dynskip.video import Item, Preprocessing, load_items, open_source, pick_split, sample_frames
 
 THRESHOLDS = [0.0005 * 1.25**k for k in range(20)]  # 0.0005 to 0.035
 
 
 def build(args: argparse.Namespace) -> StopOrForward:
     backbone = stage_model(args.backbone, input_size=(3, args.size, args.size))
-    if args.strides_in_1x1:
-        move_strides(backbone.model)
     load_weights(backbone.model, args.weights)
     first, *others = backbone.num_features
     return StopOrForward(backbone, [SimilarityGate(first), *(FixedGate() for _ in others)]).eval().to(args.device)
@@ -41,9 +35,9 @@ def build(args: argparse.Namespace) -> StopOrForward:
 def read(item: Item, args: argparse.Namespace) -> Tensor:
     """Read a `(1, T, 3, size, size)` normalised clip of every so many frames."""
     prep = Preprocessing(size=args.size)
-    with OpenVideo(item.path) as (_, stream):
-        frames = max(stream.frames // args.every, 1)
-    return prep.normalize(prep.crop(read_frames(item.path, frames, prep.short_side)))[None].to(args.device)
+    source = open_source(item.path)
+    frames = sample_frames(source, max(len(source) // args.every, 1), prep.short_side)
+    return prep.normalize(prep.crop(frames))[None].to(args.device)
 
 
 @torch.no_grad()
@@ -116,7 +110,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with a labels.csv, or such a file")
     parser.add_argument("--weights", type=Path, required=True, help="weights of the backbone with their classifier")
-    parser.add_argument("--strides-in-1x1", action="store_true", help="for weights in Caffe's layout")
     parser.add_argument("--every", type=int, default=2, help="take every so manyth frame")
     parser.add_argument(
         "--tune-every", type=int, default=3, help="choose the threshold on every so manyth training clip"
@@ -124,16 +117,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--wanted", type=float, default=0.97, help="share of them that has to keep its answer")
     parser.add_argument("--cache", type=Path, help="file to keep encoded clips in, for other runs on the same data")
     args = parser.parse_args(argv)
-    items = read_csv(args.data)
+    items = load_items(args.data)
     train, test = pick_split(items, "train")[:: args.tune_every], pick_split(items, "test")
     if args.quick:
         train, test = train[:: max(len(train) // 12, 1)], test[:: max(len(test) // 12, 1)]
     report = common.Report(__doc__, args)
-    layout = " --strides-in-1x1" if args.strides_in_1x1 else ""
     # Without the paths of this machine.
-    report.content["command"] = f"python benchmarks/similarity.py --data DIR --weights FILE{layout}" + (
-        " --quick" if args.quick else ""
-    )
+    report.content["command"] = "python benchmarks/similarity.py --data DIR --weights FILE" + " --quick" * args.quick
     model = build(args)
     agreement = tune(model, encode(model, train, args), args.wanted)
     threshold = model.gates[0].threshold

@@ -152,9 +152,9 @@ def _class_names(model: Wrapped) -> list[str] | None:
 
 
 def _preprocessing(model: Wrapped) -> Any:
-    known = inspect.signature(timm.data.create_transform).parameters
+    known = {*inspect.signature(timm.data.create_transform).parameters, "num_frames"}
     given = model.preprocessing
-    if given is not None and not (isinstance(given, Mapping) and set(given) <= set(known)):
+    if given is not None and not (isinstance(given, Mapping) and set(given) <= known):
         raise DynskipError(
             f"`preprocessing` holds arguments of timm.data.create_transform, such as input_size, mean and std; got "
             f"{given!r}. Of a timm model as published, timm.data.resolve_model_data_config gives them."

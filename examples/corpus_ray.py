@@ -1,13 +1,14 @@
 """Classify a corpus of videos of any size, on one machine or a cluster, with Ray Data.
 
-    python examples/corpus_ray.py VIDEOS --out runs/corpus --checkpoint runs/mine/last.pt
-    python examples/corpus_ray.py paths.txt --out runs/corpus --backbone resnet50 --weights FILE --similarity 0.003
+    python examples/corpus_ray.py runs/mine/model VIDEOS --out runs/corpus
+    python examples/corpus_ray.py runs/mine/model paths.txt --out runs/corpus
 
-VIDEOS is a folder, searched with all its folders, or a text file with one path a line. CPU workers decode; each actor
-of a pool holds the model on its device and runs many videos at once (`model.serve_streams`). Ray keeps only so many
-decoded videos in memory as the actors can take. Results are Parquet files in OUT/videos, one row a video, written as
-they come; the same command again does only what is missing. What failed is listed in OUT/failed.csv and tried again
-then. docs/corpus.md tells how this file runs on a cluster. GMACs are 10^9 multiply-adds.
+MODEL is a folder that `save_pretrained` or a recipe wrote; similarity_gates.py makes one without training. VIDEOS is a
+folder, searched with all its folders, or a text file with one path a line. CPU workers decode; each actor of a pool
+holds the model on its device and runs many videos at once (`model.serve_streams`). Ray keeps only as many decoded
+videos in memory as the actors can take. Results are Parquet files in OUT/videos, one row a video, written as they come.
+The same command again does only what is missing. What failed is listed in OUT/failed.csv and tried again then.
+docs/corpus.md tells how this file runs on a cluster. GMACs are 10^9 multiply-adds.
 """
 
 from __future__ import annotations
@@ -24,13 +25,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import torch
-from sofnet_activitynet import above_zero, add_source, model_from, positive, to_device
-from video_data import VIDEO_SUFFIXES, Preprocessing, VideoError, read_frames
 
-from dynskip import DynskipError, VideoResult
+from dynskip import DynskipError, StopOrForward, VideoResult
+from dynskip.video import Preprocessing, VideoError, open_source, sample_frames
+from dynskip.video.source import VIDEO_SUFFIXES
 
 try:
     import pyarrow as pa
@@ -57,9 +57,8 @@ COLUMNS = pa.schema(
 
 def decode(row: dict[str, Any], prep: Preprocessing) -> dict[str, Any]:
     """Add to a row the bytes of the video's frames `(T, 3, H, W)`, or the error why there are none."""
-    av.logging.set_libav_level(av.logging.PANIC)  # the message says it better
     try:
-        clip = prep.crop(read_frames(Path(row["path"]), prep.num_frames, prep.short_side))
+        clip = prep.crop(sample_frames(open_source(Path(row["path"])), prep.num_frames, prep.short_side))
     except VideoError as error:
         return {**row, "frames": b"", "error": str(error)}
     return {**row, "frames": clip.numpy().tobytes(), "error": ""}
@@ -71,8 +70,8 @@ class Classify:
     def __init__(self, args: argparse.Namespace) -> None:
         self.device = "cuda" if ray.get_gpu_ids() else "cpu"
         self.streams = args.streams
-        model, self.config = model_from(args, None)
-        self.model = to_device(model, self.device).eval()
+        self.model = StopOrForward.from_pretrained(args.model).to(self.device)
+        self.prep = Preprocessing.of(self.model)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
         """Return a row for every video of a batch."""
@@ -86,17 +85,17 @@ class Classify:
         return pa.Table.from_pylist(rows, schema=COLUMNS)
 
     def _frames(self, frames: bytes) -> Iterator[torch.Tensor]:
-        size = self.config.prep.size
+        size = self.prep.size
         clip = torch.frombuffer(bytearray(frames), dtype=torch.uint8).view(-1, 3, size, size)
         for frame in clip:  # one at a time, so that what the model never asks for is not prepared
-            yield self.config.prep.normalize(frame.to(self.device))
+            yield self.prep.normalize(frame.to(self.device))
 
     def _answer(self, result: VideoResult) -> dict[str, Any]:
         if result.error is not None:
             return {"error": f"{type(result.error).__name__}: {result.error}"}
         probability, label = result.logits.softmax(-1).max(-1)
         return {
-            "label": self.config.classes[int(label)],
+            "label": self.model.class_names[int(label)] if self.model.class_names else str(int(label)),
             "probability": float(probability),
             "used": result.frames_used,
             "seen": result.frames_seen,
@@ -144,27 +143,22 @@ def read_results(folder: Path) -> tuple[set[str], dict[str, str]]:
     return done, {path: reason for path, reason in errors.items() if path not in done}
 
 
-def check_settings(out: Path, args: argparse.Namespace) -> None:
-    """Write what the answers depend on, or compare it with what an earlier run wrote: one table has one model."""
-    settings = {
-        key: getattr(args, key) for key in ("backbone", "size", "frames", "similarity", "threshold", "min_frames")
-    }
-    weights = args.checkpoint or args.weights
-    if weights is not None and weights.is_file():
-        settings["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
-    file = out / "settings.json"
+def check_model(out: Path, model: str) -> None:
+    """Note which model the answers are of, or compare it with what an earlier run noted: one table has one model."""
+    folder, file = Path(model), out / "model.json"
+    found = {"model": model}
+    if folder.is_dir():
+        found = {
+            name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            for name in ("config.json", "model.safetensors")
+        }
     if file.is_file():
-        before = json.loads(file.read_text())
-        differ = [key for key in settings if settings[key] != before.get(key)]
-        if differ:
-            raise DynskipError(
-                f"{out} holds the answers of another model or other options: {', '.join(differ)} differ. Choose "
-                "another --out, or give the same options to go on."
-            )
+        if json.loads(file.read_text()) != found:
+            raise DynskipError(f"{out} holds the answers of another model. Choose another --out.")
         return
     out.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
-    part.write_text(json.dumps(settings, indent=2) + "\n")
+    part.write_text(json.dumps(found, indent=2) + "\n")
     os.replace(part, file)
 
 
@@ -205,13 +199,13 @@ def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = top.add_argument
+    add("model", metavar="MODEL", help="folder of a saved model, or its name on the Hugging Face Hub")
     add("corpus", metavar="VIDEOS", type=Path, help="a folder, or a text file with one path a line")
     add("--out", type=Path, required=True, help="folder for the results; every machine must see it")
-    add_source(add)
-    add("--actors", type=positive, help="copies of the model (default: one a GPU, or on half of the CPUs)")
-    add("--actor-cpus", type=above_zero, default=1.0, help="CPUs of an actor where there are no GPUs (default: 1)")
-    add("--streams", type=positive, default=16, help="videos that an actor runs at once (default: 16)")
-    add("--batch", type=positive, default=64, help="videos that an actor is handed at a time (default: 64)")
+    add("--actors", type=int, help="copies of the model (default: one a GPU, or on half of the CPUs)")
+    add("--actor-cpus", type=float, default=1.0, help="CPUs of an actor where there are no GPUs (default: 1)")
+    add("--streams", type=int, default=16, help="videos that an actor runs at once (default: 16)")
+    add("--batch", type=int, default=64, help="videos that an actor is handed at a time (default: 64)")
     return top
 
 
@@ -221,18 +215,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = False
     try:
         paths = find_videos(args.corpus)
-        _, config = model_from(args, None)  # so that what is wrong with the model is said once, before anything starts
-        check_settings(args.out, args)
+        model = StopOrForward.from_pretrained(args.model)  # what is wrong with it is said once, before anything starts
+        check_model(args.out, args.model)
         done, _ = read_results(args.out / "videos")
         missing = [path for path in paths if path not in done]
         print(f"{len(paths)} videos, {len(paths) - len(missing)} of them done.")
         if missing:
             if not ray.is_initialized():
-                # Joins the cluster that RAY_ADDRESS names, or starts one of this machine; workers find the files here.
-                path = [str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-                ray.init(runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(path)}})
+                ray.init()  # joins the cluster that RAY_ADDRESS names, or starts one of this machine
                 started = True
-            classify(missing, args, config.prep)
+            classify(missing, args, Preprocessing.of(model))
         return report(paths, args.out)
     except (DynskipError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

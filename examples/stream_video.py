@@ -1,16 +1,14 @@
 """Watch a video or a camera with a model that skips, and write down what it saw and what every frame cost.
 
-    python examples/stream_video.py clip.mp4 out.mp4 --checkpoint runs/mine/last.pt
-    python examples/stream_video.py clip.mp4 out.mp4 --backbone resnet50 --weights FILE --similarity 0.003
-    python examples/stream_video.py 0 out.mkv --checkpoint runs/mine/last.pt         (camera 0, until Ctrl-C)
-    python examples/stream_video.py rtsp://HOST/live out.mkv --checkpoint runs/mine/last.pt
+    python examples/stream_video.py runs/mine/model clip.mp4 out.mp4
+    python examples/stream_video.py runs/mine/model 0 out.mkv                  (camera 0, until Ctrl-C)
+    python examples/stream_video.py runs/mine/model rtsp://HOST/live out.mkv
 
-Frames go one at a time through an online session (`model.stream()`), --rate of them a second. As many as the model was
-trained on make one prediction; then the session starts anew, so that a camera may run for days. --checkpoint takes a
-SoF-Net that sofnet_activitynet.py trained; --weights takes any finished timm classifier, and --similarity then stops
-the frames that barely differ from the last used one, without training. The output shows, below every picture, the
-running prediction, the multiply-adds (MACs) executed against those of a model that skips nothing, and how deep the
-latest frames ran.
+MODEL is a folder that `save_pretrained` or a recipe wrote; similarity_gates.py makes one without training. Frames go
+one at a time through an online session (`model.stream()`), --rate of them a second. As many as the model was trained
+on make one prediction; then the session starts anew, so that a camera may run for days. The output shows, below every
+picture, the running prediction, the multiply-adds (MACs) executed against those of a model that skips nothing, and how
+deep the latest frames ran.
 """
 
 from __future__ import annotations
@@ -29,11 +27,10 @@ import av
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from sofnet_activitynet import above_zero, add_source, device, model_from, to_device
 from tqdm import tqdm
-from video_data import OpenVideo, Preprocessing, VideoError, to_array
 
 from dynskip import UNSEEN, DynskipError, StopOrForward, plot
+from dynskip.video import Preprocessing, VideoError, open_video, to_array
 
 # ----------------------------------------------------------------------------------------------------------- frames
 
@@ -51,19 +48,13 @@ class Source:
             self.address, self.options = camera(int(name))
 
     def __iter__(self) -> Iterator[Any]:
-        try:
-            with OpenVideo(self.address, timeout=(20.0, 20.0), **self.options) as (container, stream):
-                self.length = stream.frames
-                packets = container.demux(stream)
-                while (packet := next(packets, None)) is not None:
-                    try:
-                        yield from packet.decode()
-                    except av.error.InvalidDataError:
-                        self.damaged += 1
-        except av.error.FileNotFoundError:
-            raise VideoError(f"{self.name}: no such file, address or camera.") from None
-        except (av.error.FFmpegError, OSError, ValueError) as error:
-            raise VideoError(f"{self.name}: not a readable video ({error}). Try to play or re-encode it.") from error
+        with open_video(self.address, timeout=(20.0, 20.0), **self.options) as (container, stream):
+            self.length = stream.frames
+            for packet in container.demux(stream):
+                try:
+                    yield from packet.decode()
+                except av.error.InvalidDataError:
+                    self.damaged += 1
 
 
 def camera(number: int) -> tuple[str, dict[str, Any]]:
@@ -141,10 +132,11 @@ class Output:
 class Watcher:
     """An online session that starts anew after every prediction, and its accounts."""
 
-    def __init__(self, model: StopOrForward, classes: Sequence[str], prep: Preprocessing, device: str) -> None:
-        self.model, self.classes, self.prep, self.device = model, classes, prep, device
+    def __init__(self, model: StopOrForward, device: str) -> None:
+        self.model, self.prep, self.device = model, Preprocessing.of(model), device
+        self.classes = model.class_names or [f"class {i}" for i in range(model.backbone.num_classes)]
         self.session = model.stream()
-        self.dense_macs = model.lookup_for((prep.size, prep.size)).dense  # a frame
+        self.dense_macs = model.lookup_for((self.prep.size, self.prep.size)).dense  # a frame
         self.answer = "no answer yet"
         self.decisions: list[int] = []  # of the prediction that is being made
         self.macs = 0.0  # of all predictions so far
@@ -278,29 +270,29 @@ def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = top.add_argument
+    add("model", metavar="MODEL", help="folder of a saved model, or its name on the Hugging Face Hub")
     add("source", metavar="SOURCE", help="a video file, an address that FFmpeg opens, or the number of a camera")
     add("output", metavar="OUT", type=Path, help="the video to write; .mkv stays playable even if the power fails")
-    add_source(add)
-    add("--rate", type=above_zero, default=4.0, help="frames a second that the model is shown (default: 4)")
+    add("--rate", type=float, default=4.0, help="frames a second that the model is shown (default: 4)")
     add(
         "--format",
         metavar="NAME",
         help="FFmpeg's name of the source's format, where it does not say: dshow, lavfi, ...",
     )
-    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    av.logging.set_libav_level(av.logging.PANIC)  # our own errors say it better
     args = parser().parse_args(arguments)
     source, output = Source(args.source, args.format), Output(args.output)
     try:
         if args.output.exists() and Path(args.source).exists() and args.output.samefile(args.source):
             raise DynskipError(f"{args.output} is the source itself. Name another file to write.")
-        model, config = model_from(args, None)
-        watcher = Watcher(to_device(model, args.device).eval(), config.classes, config.prep, args.device)
+        if not args.rate > 0:
+            raise DynskipError(f"--rate {args.rate} is out of range; give a number above 0.")
+        watcher = Watcher(StopOrForward.from_pretrained(args.model).to(args.device), args.device)
         with contextlib.closing(output), stop_signals() as stopped:
             watch(source, output, watcher, args.rate, stopped)
         if output.container is None:

@@ -9,10 +9,10 @@ all there is to it; with a model and frames of your own, they stay as they are.
 from __future__ import annotations
 
 import numpy as np
-import stick_figures
 import torch
 
 from dynskip import FixedGate, SimilarityGate, StopOrForward, calibrate, stage_model
+from dynskip.video import stick_figures
 
 
 def render(count: int, length: int, size: int = 64) -> torch.Tensor:

@@ -1,37 +1,38 @@
-"""Render a small set of real video files for trying out dynamic inference.
+"""A labelled set of rendered video files, for trying out dynamic inference without a download.
 
-Every video is untrimmed: one stick figure performs one of six actions in a single stretch, and the rest are
-shots in which nothing relevant happens (an empty scene, drifting shapes, a title card, the figure standing or
-walking by). An action swings between two key poses. There are six poses in a ring, and each class is one step
-of the ring: a frame that shows one pose fits two classes, and only several frames together tell which.
-Colours, backgrounds, sizes and positions are drawn independently of the class.
+    root = render_set(Path("runs/figures"), train_per_class=40, test_per_class=10)
+    items = load_items(root)
 
-    python examples/stick_figures.py runs/stick_figures --train-per-class 40 --test-per-class 10
+Every video is untrimmed: a stick figure does one of six actions in one part of it. The rest are shots in which nothing
+relevant happens: an empty scene, drifting shapes, a title card, the figure standing or walking by. An action swings
+between two key poses. There are six poses in a ring, and each class is one step of the ring: a frame that shows one
+pose fits two classes, and only several frames together tell which. Colours, backgrounds, sizes and positions are drawn
+independently of the class.
 """
 
 from __future__ import annotations
 
-import argparse
 import colorsys
 import contextlib
 import csv
-import importlib.util
 import itertools
 import json
 import multiprocessing
 import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
+
+from dynskip.errors import DynskipError
 
 VERSION = 1  # raise when the pictures change, so that sets on disk are rendered anew
 FPS = 12
@@ -216,7 +217,7 @@ def _title_card(rng: np.random.Generator, size: int) -> Array:
 
 
 def _shots(rng: np.random.Generator, num_frames: int) -> Iterator[tuple[str, int, int]]:
-    """Cut a video into (kind, start, end): one action, two or three distractors of different kinds."""
+    """Cut a video into (kind, start, end): one action, and two or three distractors of different kinds."""
     action = round(rng.uniform(0.3, 0.6) * num_frames)
     kinds = list(rng.permutation(["empty", "clutter", "idle", "title"])[: rng.integers(2, 4)])
     shortest = (num_frames - action) // 6 + 1
@@ -280,22 +281,20 @@ def draw_video(label: str, rng: np.random.Generator, size: int, num_frames: int)
     return next((frames, start, end) for kind, start, end in shots if kind == "action")
 
 
-def write_video(path: Path, frames: Array) -> None:
-    """Encode frames `(T, H, W, 3)`, uint8, as H.264; the same frames give the same bytes."""
-    import av
-
+def write_video(path: Path, frames: Array, fps: int = FPS) -> None:
+    """Encode frames `(T, H, W, 3)`, uint8, as H.264 in an .mp4 file; the same frames give the same bytes."""
     unfinished = path.with_suffix(".part")
     bitexact = {"fflags": "+bitexact"}
     with av.open(str(unfinished), "w", format="mp4", container_options=bitexact) as container:
         # One thread, and no choices of x264 that depend on the processor or on what lies in memory.
         options = {"preset": "veryfast", "crf": "23", "x264-params": "threads=1:mbtree=0:cpu-independent=1"}
-        stream = container.add_stream("libx264", rate=FPS, options=options)
+        stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-        stream.codec_context.time_base = Fraction(1, FPS)
+        stream.codec_context.time_base = Fraction(1, fps)
         stream.codec_context.thread_count = 1
         for index, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pts, frame.time_base = index, Fraction(1, FPS)
+            frame.pts, frame.time_base = index, Fraction(1, fps)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     os.replace(unfinished, path)
@@ -310,10 +309,6 @@ def _render(job: Job) -> tuple[int, int]:
 
 
 def _check(root: Path, train_per_class: int, test_per_class: int, seed: int, size: int, num_frames: int) -> None:
-    """Refuse a set that cannot be rendered."""
-    # Imported here, because the workers import this file as well and need not wait for torch.
-    from dynskip.errors import DynskipError
-
     for name, value, least in (
         ("train_per_class", train_per_class, 1), ("test_per_class", test_per_class, 1), ("seed", seed, 0),
         ("size", size, MIN_SIZE), ("num_frames", num_frames, MIN_FRAMES),
@@ -324,8 +319,6 @@ def _check(root: Path, train_per_class: int, test_per_class: int, seed: int, siz
         raise DynskipError(f"size is {size}, but H.264 video needs an even one; use {size + 1}.")
     if root.exists() and not root.is_dir():
         raise DynskipError(f"{root} is a file, expected a folder to write videos into; name another path.")
-    if importlib.util.find_spec("av") is None:
-        raise DynskipError("Rendering videos needs PyAV. Run `pip install 'dynskip[video]'`.")
 
 
 def _write_csv(path: Path, rows: Iterable[tuple[object, ...]]) -> None:
@@ -341,7 +334,6 @@ def render_set(
     seed: int = 0,
     size: int = 96,
     num_frames: int = NUM_FRAMES,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Render a set of videos, unless `root` already holds the same one.
 
@@ -357,13 +349,12 @@ def render_set(
         seed: another number gives other videos.
         size: height and width in pixels, even.
         num_frames: length of each video in frames, at 12 per second.
-        progress: called after each video with the number done and the number to do.
 
     Returns:
         `root`.
 
     Raises:
-        DynskipError: a number is out of range, `root` is a file, or PyAV is missing.
+        DynskipError: if a number is out of range, or `root` is a file.
     """
     root = Path(root)
     _check(root, train_per_class, test_per_class, seed, size, num_frames)
@@ -391,11 +382,7 @@ def render_set(
         for stale in folder.iterdir():
             if re.fullmatch(r"(train|test)_\d{4,}\.(mp4|part)", stale.name):
                 stale.unlink()
-    segments = []
-    for segment in _render_all(jobs):
-        segments.append(segment)
-        if progress is not None:
-            progress(len(segments), len(jobs))
+    segments = list(tqdm(_render_all(jobs), "render", len(jobs), leave=False, disable=None))
     _write_csv(tables[0], [("path", "label", "split"), *((job.path, job.label, job.split) for job in jobs)])
     found = ((job.path, *segment) for job, segment in zip(jobs, segments, strict=True))
     _write_csv(tables[1], [("path", "start", "end"), *found])
@@ -408,42 +395,8 @@ def render_set(
 def _render_all(jobs: list[Job]) -> Iterator[tuple[int, int]]:
     """Render all videos, in order; in several processes where that pays for starting them."""
     workers = min(os.cpu_count() or 1, 8)
-    if workers == 1 or len(jobs) < 40:
+    if workers == 1 or len(jobs) < 100:
         yield from map(_render, jobs)
         return
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(_render, jobs, chunksize=4)
-
-
-def _print_progress(done: int, total: int) -> None:
-    if sys.stderr.isatty() or done == total:
-        end = "\n" if done == total else ""
-        print(f"\rrendering videos: {done}/{total}", end=end, file=sys.stderr, flush=True)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Render a set from the command line."""
-    parser = argparse.ArgumentParser(
-        description="Render labelled videos of a stick figure in six actions, with stretches in which "
-        "nothing relevant happens. Writes OUT_DIR/videos, labels.csv (path,label,split) and segments.csv "
-        "(path,start,end: frames of the action). A folder that already holds the same set is left as it is.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = partial(parser.add_argument, type=int, metavar="N")
-    parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="folder to write into")
-    add("--train-per-class", default=40, help="training videos of each of the six classes")
-    add("--test-per-class", default=10, help="test videos of each class")
-    add("--size", default=96, help="height and width in pixels, even")
-    add("--num-frames", default=NUM_FRAMES, help="frames of each video, at 12 per second")
-    add("--seed", default=0, help="another number gives other videos")
-    options = vars(parser.parse_args(arguments))
-    out_dir = options.pop("out_dir")
-    try:
-        render_set(out_dir, progress=_print_progress, **options)
-    except ValueError as error:
-        parser.error(str(error))
-    print(out_dir)
-
-
-if __name__ == "__main__":
-    main()

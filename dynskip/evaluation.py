@@ -1,0 +1,300 @@
+"""Evaluate a gated model: accuracy, executed MACs, what became of the frames, time.
+
+    evaluation = evaluate(model, loader)
+    print(evaluation.table())                            # Markdown
+    evaluation.write_records(Path("videos.jsonl"))       # a line for each video and way of running
+    plot.accuracy_compute(curves(model, calibrate.encode(model, loader)))
+
+Costs are MACs (multiply-adds), the literature's "FLOPs".
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from dynskip import calibrate, metrics
+from dynskip.errors import DynskipError
+from dynskip.flops import FLOPsLookup
+from dynskip.output import EncodedVideo, SkipOutput
+from dynskip.wrapper import StopOrForward
+
+MODES = ("dense", "gates", "gates + early termination")
+
+
+@dataclass(frozen=True)
+class Result:
+    """How one way of running a model did on a set of videos.
+
+    Attributes:
+        mode: one of `MODES`.
+        top1, top5: share of videos with a true class among the most probable ones.
+        mean_ap: mean average precision as ActivityNet computes it.
+        plain_ap: the same without interpolation, AR-Net's mmAP.
+        compute: executed MACs.
+        usage: what became of the frames.
+        relevance: how well used frames match the annotated ones, where they are known.
+        milliseconds: a video, network only.
+        fallbacks: videos in which the gates used no frame.
+        videos: number of videos.
+    """
+
+    mode: str
+    top1: float
+    top5: float
+    mean_ap: float
+    plain_ap: float
+    compute: metrics.ExecutedCompute
+    usage: metrics.FrameUsage
+    relevance: metrics.FrameRelevance | None
+    milliseconds: float
+    fallbacks: int
+    videos: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        results: one for each way of running.
+        records: plain values for each video and way of running: `video`, `mode`, `labels`, `correct`, `best` (the most
+            probable classes), `gmacs`, `milliseconds`, `stopped_at` of each frame, `fallback_frame`, and where they are
+            known the `relevant` parts, `[first frame, one after the last]`.
+        stage_names: names of the backbone's stages.
+        setting: how it was measured, in words.
+    """
+
+    results: Sequence[Result]
+    records: Sequence[Mapping[str, Any]]
+    stage_names: Sequence[str]
+    setting: str
+
+    def table(self, full: bool = False) -> str:
+        """Return a Markdown table, a row for each way of running.
+
+        Args:
+            full: with more metrics, and what each gate stopped.
+        """
+        rows = self.rows(full)
+        lines = ["| | " + " | ".join(list(rows[0])[1:]) + " |", "|---|" + "---:|" * (len(rows[0]) - 1)]
+        return "\n".join(lines + [f"| {' | '.join(row.values())} |" for row in rows])
+
+    def rows(self, full: bool = False) -> list[dict[str, str]]:
+        """Return the rows of the table as text by column, such as for a model card."""
+        return [self._cells(result, full) for result in self.results]
+
+    def report(self, full: bool = False) -> str:
+        """Return the table, and what its numbers mean."""
+        lines = [self.table(full), "", f"{self.results[0].videos} videos; {self.setting}."]
+        lines.append("GMACs are 10^9 multiply-adds (the literature's GFLOPs), gates and head included.")
+        if full:
+            lines.append(
+                "mAP is ActivityNet's, interpolated; plain mAP is not, as AR-Net's mmAP. All labels of a video count."
+            )
+        if full and any(result.relevance for result in self.results):
+            lines.append("Precision and recall compare used frames with the annotated segments.")
+        if fallbacks := self.results[-1].fallbacks:
+            lines.append(f"In {fallbacks} videos the gates used no frame; the furthest one was run to the end.")
+        return "\n".join(lines)
+
+    def write_records(self, file: Path) -> None:
+        """Write a line of JSON for each record."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
+
+    def _cells(self, r: Result, full: bool) -> dict[str, str]:
+        row = {
+            "mode": r.mode,
+            "top-1 %": f"{100 * r.top1:.1f}",
+            "mAP %": f"{100 * r.mean_ap:.1f}",
+            "GMACs/frame": f"{r.compute.per_frame:.4g}",
+            "GMACs/video": f"{r.compute.per_video:.4g}",
+            "used %": f"{100 * r.usage.used:.1f}",
+            "stopped %": f"{100 * sum(r.usage.stopped):.1f}",
+            "unseen %": f"{100 * r.usage.unseen:.1f}",
+            "ms/video": f"{r.milliseconds:.1f}",
+        }
+        if full:
+            row["of dense %"] = f"{100 * r.compute.share:.1f}"
+            row["top-5 %"] = f"{100 * r.top5:.1f}"
+            row["plain mAP %"] = f"{100 * r.plain_ap:.1f}"
+            for name, share in zip(self.stage_names, r.usage.stopped, strict=True):
+                row[f"stopped at {name} %"] = f"{100 * share:.1f}"
+            if r.relevance:
+                row["used: precision %"] = f"{100 * r.relevance.precision:.1f}"
+                row["used: recall %"] = f"{100 * r.relevance.recall:.1f}"
+        return row
+
+
+def evaluate(
+    model: StopOrForward,
+    loader: Iterable[tuple[Tensor, Tensor, Sequence[str]]],
+    modes: Sequence[str] = MODES,
+    relevant: Mapping[str, Tensor] | None = None,
+) -> Evaluation:
+    """Run a model over videos in several ways, and measure each.
+
+    Args:
+        model: the model; it is set to eval mode.
+        loader: batches of videos `(B, T, C, H, W)`, normalised and on the model's device, targets (`(B,)` class
+            indices or `(B, K)` with ones), and a key for each video. All videos have `T` frames of one size.
+        modes: which of `MODES`: every frame without gates, with gates, and also ending videos early.
+        relevant: `(T,)` boolean, the frames that show the action, by the videos' keys.
+
+    Returns:
+        Results, records and tables.
+
+    Raises:
+        DynskipError: if there are no videos.
+    """
+    model.eval()
+    outputs: dict[str, list[SkipOutput]] = {mode: [] for mode in modes}
+    milliseconds: dict[str, list[float]] = {mode: [] for mode in modes}
+    targets: list[Tensor] = []
+    keys: list[str] = []
+    for video, labels, names in loader:
+        for mode in modes:
+            if not keys:
+                run(model, video, mode)  # first calls allocate and choose kernels: not timed
+            begin = _clock(video.device)
+            outputs[mode].append(run(model, video, mode))
+            milliseconds[mode] += [1000 * (_clock(video.device) - begin) / len(video)] * len(video)
+        targets.append(labels.cpu())
+        keys += names
+    if not keys:
+        raise DynskipError("There are no videos to evaluate, or none of them could be read.")
+    lookup = model.lookup_for((video.shape[-2], video.shape[-1]))
+    results: list[Result] = []
+    records: list[Mapping[str, Any]] = []
+    for mode in modes:
+        joined = {
+            name: torch.cat([getattr(output, name) for output in outputs[mode]]).cpu()
+            for name in ("probabilities", "stopped_at", "macs", "fallback_frame")
+        }
+        videos = _Videos(keys, torch.cat(targets), relevant or {}, milliseconds[mode], **joined)
+        results.append(_result(mode, videos, lookup))
+        records += _records(mode, videos, model.class_names)
+    batch = len(targets[0])
+    setting = f"ms: network only, {batch} video{'s' * (batch > 1)} at a time, {machine(video.device)}"
+    return Evaluation(results, records, model.backbone.stage_names, setting)
+
+
+@torch.no_grad()
+def run(model: StopOrForward, video: Tensor, mode: str) -> SkipOutput:
+    """Run a model in one of `MODES`; `video` is `(B, T, C, H, W)`."""
+    terminator = model.terminator
+    model.terminator = terminator if mode == MODES[2] else None
+    try:
+        output: SkipOutput = model(video, dense=mode == MODES[0])
+        return output
+    finally:
+        model.terminator = terminator
+
+
+def curves(
+    model: StopOrForward,
+    encoded: Sequence[tuple[EncodedVideo, Tensor]],
+    calibration: calibrate.Calibration | None = None,
+) -> dict[str, Sequence[calibrate.CurvePoint]]:
+    """Return accuracy against compute for gates, for uniform and random frames, and for the dense network.
+
+    Args:
+        model: the model, in eval mode.
+        encoded: videos as `calibrate.encode` returns them.
+        calibration: what was found on these videos before; by default it is searched for now.
+
+    Returns:
+        Curves by name, as `plot.accuracy_compute` and `calibrate.write_curves` take them.
+    """
+    calibration = calibration or calibrate.to_accuracy(model, encoded, 0.0)
+    return {
+        "gates": calibration.curve,
+        "uniform frames": calibrate.uniform_frames(model, encoded),
+        "random frames": calibrate.random_frames(model, encoded),
+        "dense": [calibration.dense],
+    }
+
+
+def machine(device: str | torch.device) -> str:
+    """Say what computes, and with which versions."""
+    on_gpu = torch.device(device).type == "cuda"
+    where = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    return f"{where}, torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}"
+
+
+@dataclass(frozen=True)
+class _Videos:
+    """What one way of running gave for `V` videos of `T` frames."""
+
+    keys: Sequence[str]
+    targets: Tensor  # (V,) or (V, K)
+    relevant: Mapping[str, Tensor]  # (T,) by key
+    milliseconds: Sequence[float]
+    probabilities: Tensor  # (V, K)
+    stopped_at: Tensor  # (V, T)
+    macs: Tensor  # (V,)
+    fallback_frame: Tensor  # (V,)
+
+
+def _result(mode: str, videos: _Videos, lookup: FLOPsLookup) -> Result:
+    scores, targets, stages = videos.probabilities, videos.targets, len(lookup.per_stage)
+    marked = [row for row, key in enumerate(videos.keys) if key in videos.relevant]
+    relevance = None
+    if marked:
+        relevant = torch.stack([videos.relevant[videos.keys[row]] for row in marked])
+        relevance = metrics.frame_relevance(videos.stopped_at[marked] == stages, relevant)
+    return Result(
+        mode=mode,
+        top1=metrics.top_k_accuracy(scores, targets),
+        top5=metrics.top_k_accuracy(scores, targets, min(5, scores.shape[1])),
+        mean_ap=metrics.mean_average_precision(scores, targets),
+        plain_ap=metrics.mean_average_precision(scores, targets, interpolated=False),
+        compute=metrics.executed_compute(videos.macs, videos.stopped_at.shape[1], lookup),
+        usage=metrics.frame_usage(videos.stopped_at, stages),
+        relevance=relevance,
+        milliseconds=sum(videos.milliseconds) / len(videos.keys),
+        fallbacks=int((videos.fallback_frame >= 0).sum()),
+        videos=len(videos.keys),
+    )
+
+
+def _records(mode: str, videos: _Videos, class_names: Sequence[str] | None) -> list[dict[str, Any]]:
+    names = class_names or [str(index) for index in range(videos.probabilities.shape[1])]
+    records = []
+    for row, key in enumerate(videos.keys):
+        best, target = videos.probabilities[row].topk(min(5, len(names))), videos.targets[row]
+        labels = target.nonzero().flatten().tolist() if target.ndim else [int(target)]
+        record = {
+            "video": key,
+            "mode": mode,
+            "labels": [names[index] for index in labels],
+            "correct": int(best.indices[0]) in labels,
+            "best": {names[i]: p for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)},
+            "gmacs": float(videos.macs[row]) / 1e9,
+            "milliseconds": videos.milliseconds[row],
+            "stopped_at": videos.stopped_at[row].tolist(),  # a stage; their number where used, -1 where unseen
+            "fallback_frame": int(videos.fallback_frame[row]),  # -1 where frames were used
+        }
+        if key in videos.relevant:
+            steps = videos.relevant[key].long().diff(prepend=torch.zeros(1), append=torch.zeros(1))
+            firsts, ends = (steps == 1).nonzero().flatten().tolist(), (steps == -1).nonzero().flatten().tolist()
+            record["relevant"] = list(zip(firsts, ends, strict=True))
+        records.append(record)
+    return records
+
+
+def _clock(device: torch.device) -> float:
+    """Return seconds, once a GPU has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,47 @@
+"""Videos as input: files, frame folders and pictures; annotation formats; clips; the rendered demo set.
+
+`pip install 'dynskip[video]'` brings what it needs. `import dynskip` imports none of it.
+"""
+
+try:
+    import av  # noqa: F401
+    import PIL  # noqa: F401
+    import safetensors  # noqa: F401
+    import tqdm  # noqa: F401
+except ImportError as error:
+    raise ImportError(f"dynskip.video needs {error.name}. Run `pip install 'dynskip[video]'`.") from error
+
+from dynskip.video.annotations import Item, Segment, class_names, held_out_split, pick_split
+from dynskip.video.clips import Batch, Clips, EvaluationLoader, Preprocessing, derive_seed, training_batches
+from dynskip.video.formats import AnnotationReader, load_items, read_items, relevant_frames
+from dynskip.video.source import FrameSource, VideoError, open_source, open_video, sample_frames, to_array
+from dynskip.video.stick_figures import render_set
+from dynskip.video.stored import StoredFeatures, encode_clips, fit_classifier
+
+__all__ = [
+    "AnnotationReader",
+    "Batch",
+    "Clips",
+    "EvaluationLoader",
+    "FrameSource",
+    "Item",
+    "Preprocessing",
+    "Segment",
+    "StoredFeatures",
+    "VideoError",
+    "class_names",
+    "derive_seed",
+    "encode_clips",
+    "fit_classifier",
+    "held_out_split",
+    "load_items",
+    "open_source",
+    "open_video",
+    "pick_split",
+    "read_items",
+    "relevant_frames",
+    "render_set",
+    "sample_frames",
+    "to_array",
+    "training_batches",
+]

@@ -1,0 +1,319 @@
+"""Labelled videos as batches of clips, for training and for evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torchvision.transforms.v2 as T
+from einops import rearrange
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from dynskip.errors import DynskipError
+from dynskip.video.annotations import Item
+from dynskip.video.cache import CHOICES, FrameCache
+from dynskip.video.source import FrameSource, VideoError, open_source, sample_frames
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How frames become the network's input.
+
+    Attributes:
+        size: height and width of the frames in pixels.
+        num_frames: frames of a clip.
+        mean: mean of each channel, of pixels in [0, 1].
+        std: standard deviation of each channel.
+    """
+
+    size: int = 168
+    num_frames: int = 16
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    @classmethod
+    def of(cls, model: Any) -> Preprocessing:
+        """Read what a saved model says of its input (`model.preprocessing`)."""
+        known = model.preprocessing or {}
+        return cls(
+            known.get("input_size", model.backbone.input_size)[-1],
+            known.get("num_frames", cls.num_frames),
+            tuple(known.get("mean", cls.mean)),
+            tuple(known.get("std", cls.std)),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return values for `model.preprocessing`, which are saved with the model."""
+        return {
+            "input_size": (3, self.size, self.size),
+            "num_frames": self.num_frames,
+            "mean": self.mean,
+            "std": self.std,
+        }
+
+    @property
+    def short_side(self) -> int:
+        """Pixels of the shorter side before cropping."""
+        return round(self.size * 8 / 7)
+
+    def crop(self, frames: np.ndarray, training: bool = False) -> Tensor:
+        """Crop frames to squares: the middle, or in training the same random part of each, at random mirrored.
+
+        Args:
+            frames: `(T, H, W, 3)` uint8.
+            training: whether to crop at random.
+
+        Returns:
+            `(T, 3, size, size)` uint8.
+        """
+        video = rearrange(torch.from_numpy(frames), "t h w c -> t c h w")
+        if not training:
+            return T.functional.center_crop(video, [self.size, self.size])
+        augment = T.Compose(
+            [T.RandomResizedCrop(self.size, scale=(0.5, 1.0), antialias=True), T.RandomHorizontalFlip()]
+        )
+        return augment(video)
+
+    def normalize(self, video: Tensor) -> Tensor:
+        """Scale uint8 pictures `(..., 3, H, W)` to what the network was trained on."""
+        scaled = T.functional.to_dtype(video, torch.float32, scale=True)
+        return T.functional.normalize(scaled, list(self.mean), list(self.std))
+
+
+class Sample(NamedTuple):
+    """One clip, or none where its video cannot be read.
+
+    Attributes:
+        video: `(T, 3, H, W)` uint8.
+        target: class index; of several labels, the one drawn.
+        position: place of the video in the data set.
+        errors: why videos could not be read.
+    """
+
+    video: Tensor | None
+    target: int
+    position: int
+    errors: tuple[str, ...]
+
+
+class Clips(Dataset[Sample]):
+    """Labelled videos as clips of frames spread over the video.
+
+    Indexed by `(epoch, position)`, so that what is drawn at random depends on nothing else: not on the number of
+    workers or processes, and not on whether training was interrupted. Of a video with several labels, each epoch of
+    training draws one: the expected loss is the cross-entropy against all of them with equal weights. In training, the
+    next video that can be read takes the place of one that cannot.
+
+    Args:
+        items: the videos.
+        classes: name of each class, such as a model's `class_names`.
+        prep: how frames become input.
+        training: draw frames, crops and labels at random.
+        seed: different seeds draw differently.
+        cache: folder that keeps decoded frames.
+        opener: how a video is opened.
+
+    Raises:
+        DynskipError: if there are no class names, or a label is not among them.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        classes: Sequence[str] | None,
+        prep: Preprocessing,
+        training: bool = False,
+        seed: int = 0,
+        cache: Path | None = None,
+        opener: Callable[[Path], FrameSource] = open_source,
+    ) -> None:
+        self.items, self.prep, self.training, self.seed, self.opener = list(items), prep, training, seed, opener
+        if classes is None:
+            raise DynskipError("The model has no class names, so labels mean nothing to it. Set model.class_names.")
+        self.num_classes = len(classes)
+        index = {name: i for i, name in enumerate(classes)}
+        unknown = sorted({label for item in items for label in item.labels} - set(index))
+        if unknown:
+            raise DynskipError(
+                f"The data has {len(unknown)} classes that the model does not know, such as {unknown[0]!r}. It was "
+                f"trained on {len(classes)} classes: {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}."
+            )
+        self.targets = [[index[label] for label in item.labels] for item in items]
+        self.cache = FrameCache(cache, prep.num_frames, prep.short_side, opener) if cache is not None else None
+        self._memory: list[np.ndarray | VideoError] | None = None
+
+    def load_into_memory(self) -> Clips:
+        """Decode everything once and keep it; for sets that fit."""
+        self._memory = [self._kept(item.path) for item in tqdm(self.items, "decode", leave=False, disable=None)]
+        return self
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, position = key
+        errors: list[str] = []
+        for candidate in [(position + k) % len(self) for k in range(len(self) if self.training else 1)]:
+            seed = derive_seed(self.seed, epoch, candidate)
+            try:
+                frames = self._frames(candidate, random.Random(seed) if self.training else None)
+            except VideoError as error:
+                errors.append(str(error))
+                continue
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                video = self.prep.crop(frames, self.training)
+            labels = self.targets[candidate]
+            drawn = derive_seed(seed, len(labels)) % len(labels) if self.training else 0
+            return Sample(video, labels[drawn], candidate, tuple(errors))
+        return Sample(None, 0, position, tuple(errors))
+
+    def _frames(self, position: int, rng: random.Random | None) -> np.ndarray:
+        path, count = self.items[position].path, self.prep.num_frames
+        if self._memory is None and self.cache is None:
+            return sample_frames(self.opener(path), count, self.prep.short_side, rng)
+        picks = [CHOICES * i + (rng.randrange(CHOICES) if rng else CHOICES // 2) for i in range(count)]
+        if self._memory is None:
+            assert self.cache is not None
+            return self.cache.read(path, picks)[0]
+        kept = self._memory[position]
+        if isinstance(kept, VideoError):
+            raise kept
+        return kept[picks]
+
+    def _kept(self, path: Path) -> np.ndarray | VideoError:
+        count = CHOICES * self.prep.num_frames
+        try:
+            if self.cache is not None:
+                return self.cache.read(path, range(count))[0]
+            return sample_frames(self.opener(path), count, self.prep.short_side)
+        except VideoError as error:
+            return error
+
+    def multi_hot(self, positions: Sequence[int]) -> Tensor:
+        """Return all labels of some videos, `(V, K)` with ones."""
+        targets = torch.zeros(len(positions), self.num_classes, dtype=torch.long)
+        for row, position in enumerate(positions):
+            targets[row, self.targets[position]] = 1
+        return targets
+
+
+@dataclass
+class Batch:
+    """Some clips.
+
+    Attributes:
+        video: `(B, T, 3, H, W)` uint8.
+        targets: `(B,)` class indices.
+        positions: place of each video in the data set.
+        errors: why videos could not be read.
+    """
+
+    video: Tensor
+    targets: Tensor
+    positions: list[int]
+    errors: list[str]
+
+    def pin_memory(self) -> Batch:
+        """Move to memory that a GPU copies from faster."""
+        return replace(self, video=self.video.pin_memory(), targets=self.targets.pin_memory())
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Batch the clips that could be read."""
+    videos = [sample.video for sample in samples if sample.video is not None]
+    good = [sample for sample in samples if sample.video is not None]
+    return Batch(
+        torch.stack(videos) if videos else torch.empty(0),
+        torch.tensor([sample.target for sample in good], dtype=torch.long),
+        [sample.position for sample in good],
+        [error for sample in samples for error in sample.errors],
+    )
+
+
+def training_batches(
+    clips: Clips,
+    epoch: int,
+    batch_size: int,
+    workers: int = 0,
+    first: int = 0,
+    process: int = 0,
+    processes: int = 1,
+) -> DataLoader[Any]:
+    """Load an epoch of clips, shuffled by seed and epoch. The rest that fills no batch is left out.
+
+    Args:
+        clips: the videos.
+        epoch: number of the epoch.
+        batch_size: videos of a batch, all processes together; each gets an equal share.
+        workers: processes that decode.
+        first: number of the first batch, to go on within an epoch.
+        process: which of the processes this is.
+        processes: how many there are.
+
+    Returns:
+        A loader of `Batch`.
+
+    Raises:
+        DynskipError: if a batch cannot be shared evenly, or there are fewer videos than a batch has.
+    """
+    if batch_size % processes:
+        raise DynskipError(f"A batch of {batch_size} videos cannot be shared evenly by {processes} processes.")
+    if len(clips) < batch_size:
+        raise DynskipError(f"There are {len(clips)} training videos and a batch has {batch_size}. Make it smaller.")
+    order = list(range(len(clips)))
+    random.Random(derive_seed(clips.seed, epoch)).shuffle(order)
+    starts = range(first * batch_size, len(order) - batch_size + 1, batch_size)
+    share = batch_size // processes
+    keys = [[(epoch, p) for p in order[s + process * share : s + (process + 1) * share]] for s in starts]
+    return DataLoader(
+        clips, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available()
+    )
+
+
+class EvaluationLoader:
+    """Clips in order as `dynskip.evaluation` and `dynskip.calibrate` take them: `(video, targets, keys)`.
+
+    Videos `(B, T, 3, H, W)` are normalised and on the device, targets `(B, K)` have all labels, keys are paths.
+
+    Args:
+        clips: the videos.
+        batch_size: videos at a time.
+        workers: processes that decode.
+        device: where the model is.
+
+    Attributes:
+        unreadable: why videos were left out, as far as they have been read.
+    """
+
+    def __init__(self, clips: Clips, batch_size: int = 1, workers: int = 0, device: str | torch.device = "cpu") -> None:
+        self.clips, self.batch_size, self.workers, self.device = clips, batch_size, workers, device
+        self.unreadable: list[str] = []
+
+    def __len__(self) -> int:
+        return -(-len(self.clips) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+        self.unreadable = []
+        keys = [(0, position) for position in range(len(self.clips))]
+        for batch in DataLoader(
+            self.clips, self.batch_size, sampler=keys, num_workers=self.workers, collate_fn=collate
+        ):
+            self.unreadable += batch.errors
+            if batch.positions:
+                video = self.clips.prep.normalize(batch.video.to(self.device))
+                paths = [str(self.clips.items[position].path) for position in batch.positions]
+                yield video, self.clips.multi_hot(batch.positions), paths
+
+
+def derive_seed(*parts: int) -> int:
+    """Mix whole numbers into one seed."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")

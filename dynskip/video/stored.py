@@ -1,0 +1,219 @@
+"""Stored features of a frozen backbone.
+
+A data set is encoded once; then gates are trained on its features in seconds an epoch:
+
+    features = encode_clips(model, clips, Path("features/train"))   # minutes, once; goes on where it was stopped
+    fit_classifier(model, features, targets)                        # where the data have classes of their own
+    output = model.decide(features.rows(model, slice(0, 64)))       # as if the videos had been run
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from dynskip.errors import DynskipError
+from dynskip.output import EncodedVideo
+from dynskip.video.clips import Clips, collate
+from dynskip.wrapper import StopOrForward
+
+VIDEOS_A_FILE = 32  # as many can be lost when encoding is interrupted
+
+
+@dataclass
+class StoredFeatures:
+    """Features of all frames of `V` videos.
+
+    Attributes:
+        pooled: for each of `N` stages `(V, T, C_n)` pooled features.
+        embedding: `(V, T, D)` what the classifier, the network's last layer, reads.
+        positions: `(V,)` place of each video in the data set; unreadable ones are left out.
+        image_size: `(H, W)` of the frames in pixels.
+    """
+
+    pooled: tuple[Tensor, ...]
+    embedding: Tensor
+    positions: Tensor
+    image_size: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def rows(self, model: StopOrForward, rows: Tensor | slice) -> EncodedVideo:
+        """Return some videos as `StopOrForward.decide` takes them, with logits of the model's present classifier."""
+        device = next(model.backbone.parameters()).device
+        pooled = tuple(features[rows].to(device) for features in self.pooled)
+        return EncodedVideo(pooled, classifier(model)(self.embedding[rows].to(device)), self.image_size)
+
+
+def classifier(model: StopOrForward) -> nn.Module:
+    """Return the network's last layer, from an embedding to logits, as timm's models tell it."""
+    network: Any = model.backbone.model
+    last: nn.Module = network.get_classifier()
+    return last
+
+
+@torch.no_grad()
+def encode_clips(model: StopOrForward, clips: Clips, folder: Path, workers: int = 0) -> StoredFeatures:
+    """Return the features of videos: read from a folder, or made now and written to it.
+
+    Args:
+        model: the model, on the device to encode on; only its backbone is used. It is set to eval mode.
+        clips: videos as evaluation sees them.
+        folder: where the features are kept, a file for every `VIDEOS_A_FILE` videos.
+        workers: processes that decode videos.
+
+    Returns:
+        The features. A warning lists videos that cannot be read.
+
+    Raises:
+        DynskipError: if the folder holds features of another network, preprocessing or videos, a file is damaged or
+            cannot be written, or no video can be read.
+    """
+    made_from = _made_from(model.eval(), clips)
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(clips), VIDEOS_A_FILE)
+    files = [folder / f"{start:06d}.safetensors" for start in starts]
+    with tqdm(total=len(clips), desc=f"encode {folder.name}", leave=False, disable=None) as progress:
+        for start, file in zip(starts, files, strict=True):
+            positions = range(start, min(start + VIDEOS_A_FILE, len(clips)))
+            if not file.exists():
+                _write(file, *_encode(model, clips, positions, workers), made_from)
+            progress.update(len(positions))
+    read = [_read(file, made_from) for file in files]
+    if errors := [error for _, found in read for error in found]:
+        warnings.warn(f"{len(errors)} videos cannot be read and are left out:\n  " + "\n  ".join(errors), stacklevel=2)
+    parts = [tensors for tensors, _ in read if len(tensors["positions"])]
+    if not parts:
+        raise DynskipError("None of the videos could be read, so there are no features.")
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    pooled = tuple(joined[f"pooled_{n}"] for n in range(model.backbone.num_stages))
+    size = clips.prep.size
+    return StoredFeatures(pooled, joined["embedding"], joined["positions"], (size, size))
+
+
+def fit_classifier(model: StopOrForward, features: StoredFeatures, targets: Tensor, weight_decay: float = 0.03) -> None:
+    """Fit the classifier to the frozen embedding of whole videos, every frame used, as a dense TSN has it.
+
+    The mean of a linear layer's logits is the layer on the mean embedding, so this is a logistic regression over
+    videos, which has one solution.
+
+    Args:
+        model: its classifier has to be a linear layer.
+        features: of the training videos.
+        targets: `(V,)` class indices, or `(V, K)` shares of the classes.
+        weight_decay: strength of the L2 penalty on the weights.
+
+    Raises:
+        DynskipError: if the classifier is no linear layer.
+    """
+    layer = classifier(model)
+    if not isinstance(layer, nn.Linear):
+        raise DynskipError(f"The classifier is a {type(layer).__name__}; only a linear one can be fitted to features.")
+    fit_linear(layer, features.embedding.mean(1), targets, weight_decay)
+
+
+def fit_linear(layer: nn.Linear, inputs: Tensor, targets: Tensor, weight_decay: float) -> None:
+    """Fit a layer to `(M, D)` inputs by logistic regression, targets as in `fit_classifier`, from weights of zero."""
+    inputs, targets = inputs.to(layer.weight), targets.to(layer.weight.device)
+    parameters = [parameter.requires_grad_() for parameter in layer.parameters()]
+    optimizer = torch.optim.LBFGS(parameters, max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(layer(inputs), targets) + weight_decay / 2 * layer.weight.square().sum()
+        value.backward()
+        return value
+
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.zero_()
+    with torch.enable_grad():
+        optimizer.step(loss)
+    layer.zero_grad()
+
+
+def _encode(model: StopOrForward, clips: Clips, positions: range, workers: int) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors to store of some videos, and why others cannot be read."""
+    device = next(model.backbone.parameters()).device
+    embeddings: list[Tensor] = []
+    hook = classifier(model).register_forward_pre_hook(lambda _, inputs: embeddings.append(inputs[0]))
+    pooled: list[tuple[Tensor, ...]] = []
+    done: list[int] = []
+    errors: list[str] = []
+    loader = DataLoader(
+        clips, 1, sampler=[(0, position) for position in positions], num_workers=workers, collate_fn=collate
+    )
+    try:
+        for batch in loader:
+            errors += batch.errors
+            if batch.positions:
+                pooled.append(model.encode(clips.prep.normalize(batch.video.to(device))).pooled)
+                done += batch.positions
+    finally:
+        hook.remove()
+    tensors = {"positions": torch.tensor(done, dtype=torch.long)}
+    if done:
+        tensors |= {f"pooled_{n}": torch.cat(stage).cpu() for n, stage in enumerate(zip(*pooled, strict=True))}
+        tensors["embedding"] = torch.stack(embeddings).cpu()
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}, errors
+
+
+def _made_from(model: StopOrForward, clips: Clips) -> dict[str, str]:
+    """Say what features are made from: the network without its classifier, the preprocessing, the videos."""
+    network, digest = model.backbone.model, hashlib.sha256()
+    head = next(name for name, module in network.named_modules() if module is classifier(model)) + "."
+    for name, module in network.named_modules():
+        if name and not f"{name}.".startswith(head):
+            digest.update(f"{name} {type(module).__name__} {module.extra_repr()}\n".encode())
+    for name, tensor in network.state_dict().items():
+        if not name.startswith(head) and not name.endswith("num_batches_tracked"):
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    videos = [[item.path.name, item.path.stat().st_size if item.path.exists() else 0] for item in clips.items]
+    return {
+        "network": digest.hexdigest(),
+        "preprocessing": json.dumps(asdict(clips.prep)),
+        "videos": hashlib.sha256(json.dumps(videos).encode()).hexdigest(),
+    }
+
+
+def _write(file: Path, tensors: dict[str, Tensor], errors: list[str], made_from: dict[str, str]) -> None:
+    unfinished = file.with_suffix(".part")
+    try:
+        save_file(tensors, unfinished, {**made_from, "errors": json.dumps(errors)})
+        os.replace(unfinished, file)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise DynskipError(
+            f"Could not write {file} ({error}). What is there is whole. Make room and start again: the videos that are "
+            "missing are then encoded."
+        ) from error
+
+
+def _read(file: Path, made_from: dict[str, str]) -> tuple[dict[str, Tensor], list[str]]:
+    """Read a file of features, if it is made from what is asked for."""
+    try:
+        with safetensors.safe_open(file, "pt") as content:
+            header = content.metadata() or {}
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (it is no dict)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise DynskipError(f"{file} is damaged ({error}). Delete it; its videos are encoded again.") from error
+    differ = [name for name, value in made_from.items() if header.get(name) != value]
+    if differ:
+        raise DynskipError(
+            f"{file} holds features of another {', '.join(differ)}. Delete {file.parent} to encode again, or use "
+            "another folder."
+        )
+    return tensors, json.loads(header["errors"])

@@ -1,0 +1,116 @@
+"""Evaluate a model on labelled videos: accuracy, executed MACs, what became of the frames, time.
+
+    python examples/evaluate.py runs/mine/model --data DIR
+    python examples/evaluate.py runs/mine/model --data DIR --budget 20 --curve curve.png
+
+MODEL is a folder that `save_pretrained` or a training recipe wrote. With --budget or --max-loss, thresholds are first
+chosen on the split val. MACs are multiply-adds, the literature's "FLOPs".
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from dynskip import DynskipError, StopOrForward, calibrate, evaluation, plot, video
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = top.add_argument
+    add("model", metavar="MODEL", help="folder of a saved model, or its name on the Hugging Face Hub")
+    add("--data", type=Path, required=True, help="folder with labels.csv (path,label,split), or such a CSV file")
+    add("--annotations", type=Path, nargs="+", default=[], metavar="FILE", help="annotation files of another format")
+    add("--format", help="of the annotations: csv, activitynet, thumos or list; by default told from the files")
+    add("--classes", type=Path, metavar="FILE", help="class list (index,name), for annotations that number classes")
+    add("--cache", type=Path, metavar="DIR", help="keep decoded frames there, and use those that are there")
+    add("--split", help="train, val or test; by default test, or val where there is no test")
+    add("--threshold", type=float, help="probability that ends a video early, in place of the model's own")
+    add("--min-frames", type=int, help="frames that are looked at in any case, in place of the model's own")
+    add("--batch-size", type=int, default=1, help="videos at a time (default: 1, as the thesis times)")
+    add("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="processes that decode videos")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+    aim = top.add_mutually_exclusive_group()
+    aim.add_argument("--budget", type=float, metavar="GMACS", help="choose thresholds for this mean cost of a video")
+    aim.add_argument("--max-loss", type=float, metavar="POINTS", help="or for at most so many points below dense")
+    add(
+        "--curve", type=Path, metavar="PNG", help="with either: draw accuracy against compute; its data beside it, .csv"
+    )
+    add("--usage", type=Path, metavar="PNG", help="draw what happened to the frames")
+    add("--per-video", type=Path, metavar="FILE", help="write a line of JSON for each video and way of running")
+    return top
+
+
+def choose_thresholds(model: StopOrForward, loader: video.EvaluationLoader, args: argparse.Namespace) -> None:
+    """Set the model's thresholds for --budget or --max-loss on validation videos."""
+    batches = tqdm(loader, "calibrate", leave=False, disable=None)
+    encoded = calibrate.encode(model, ((clips, targets) for clips, targets, _ in batches))
+    if args.budget is not None:
+        calibration = calibrate.to_budget(model, encoded, 1e9 * args.budget)
+    else:
+        calibration = calibrate.to_accuracy(model, encoded, args.max_loss / 100)
+    calibration.apply(model)
+    point, dense = calibration.point, calibration.dense
+    print(
+        f"Calibrated on {sum(len(targets) for _, targets in encoded)} validation videos: top-1 "
+        f"{100 * point.accuracy:.1f} % at {point.macs / 1e9:.4g} GMACs/video (dense: {100 * dense.accuracy:.1f} % at "
+        f"{dense.macs / 1e9:.4g}).\nFrames go forward above {point.forward_threshold[0]:.4g}, videos end above "
+        f"{point.termination_threshold}."
+    )
+    if args.curve:
+        args.curve.parent.mkdir(parents=True, exist_ok=True)
+        curves = evaluation.curves(model, encoded, calibration)
+        calibrate.write_curves(args.curve.with_suffix(".csv"), curves)
+        plot.accuracy_compute(curves, point, title="Validation videos").savefig(args.curve)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    args = parser().parse_args(arguments)
+    try:
+        model = StopOrForward.from_pretrained(args.model).to(args.device)
+        for name in ("threshold", "min_frames"):
+            if (value := getattr(args, name)) is not None:
+                if model.terminator is None:
+                    raise DynskipError("The model reads every video to its end: it has no --threshold to set.")
+                setattr(model.terminator, name, value)
+        items = video.load_items(args.data, args.annotations, args.format, args.classes)
+        split = args.split or video.held_out_split(items)
+        if split is None:
+            raise DynskipError("The data has no videos to test on. Say with --split train if you mean those.")
+        prep = video.Preprocessing.of(model)
+
+        def loader_of(split: str, batch_size: int) -> video.EvaluationLoader:
+            clips = video.Clips(video.pick_split(items, split), model.class_names, prep, cache=args.cache)
+            return video.EvaluationLoader(clips, batch_size, args.workers, args.device)
+
+        if args.budget is not None or args.max_loss is not None:
+            if split == "val":
+                print("Thresholds are chosen and evaluated on the same videos: on others the result will be worse.")
+            choose_thresholds(model, loader_of("val", 8), args)
+        loader = loader_of(split, args.batch_size)
+        marks = video.relevant_frames(loader.clips.items, prep.num_frames, args.data)
+        found = evaluation.evaluate(model, tqdm(loader, "evaluate", leave=False, disable=None), relevant=marks)
+    except (DynskipError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"\n{found.report(full=True)}")
+    if args.per_video:
+        found.write_records(args.per_video)
+    if args.usage:
+        args.usage.parent.mkdir(parents=True, exist_ok=True)
+        plot.frame_usage(found.results[-1].usage, found.stage_names, title=f"{split}: frame usage").savefig(args.usage)
+    for reason in loader.unreadable:
+        print(f"unreadable, left out: {reason}", file=sys.stderr)
+    return 1 if loader.unreadable else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

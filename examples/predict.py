@@ -1,0 +1,97 @@
+"""Classify videos one by one, and draw what happened to each frame.
+
+    python examples/predict.py runs/mine/model VIDEO...
+
+MODEL is a folder that `save_pretrained` or a training recipe wrote. A bad file is reported and stops no other. MACs are
+multiply-adds, the literature's "FLOPs".
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dynskip import UNSEEN, DynskipError, SkipOutput, StopOrForward, plot, video
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = top.add_argument
+    add("model", metavar="MODEL", help="folder of a saved model, or its name on the Hugging Face Hub")
+    add("videos", type=Path, nargs="+", metavar="VIDEO", help="video files, folders of frames, or pictures")
+    add("--out", type=Path, default=Path("runs/predict"), help="folder for the pictures (default: runs/predict)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+    return top
+
+
+def describe(name: str, output: SkipOutput, model: StopOrForward, size: int, milliseconds: float) -> str:
+    """Say in words what happened to one video."""
+    probability, label = output.probabilities[0].max(-1)
+    answer = model.class_names[int(label)] if model.class_names else f"class {int(label)}"
+    stopped_at, stages = output.stopped_at[0], model.backbone.num_stages
+    where = [f"{int((stopped_at == n).sum())} at {name}" for n, name in enumerate(model.backbone.stage_names)]
+    stopped = ", ".join(text for text in where if not text.startswith("0 "))
+    used, unseen = int((stopped_at == stages).sum()), int((stopped_at == UNSEEN).sum())
+    dense = len(stopped_at) * model.lookup_for((size, size)).dense / 1e9
+    frames = (
+        f"{used} used, {len(stopped_at) - used - unseen} stopped{f' ({stopped})' if stopped else ''}, {unseen} unseen"
+    )
+    text = (
+        f"{name}: {answer} {100 * float(probability):.1f} %\n  frames: {frames}\n"
+        f"  {float(output.macs[0]) / 1e9:.3g} GMACs (multiply-adds) against {dense:.3g} dense, {milliseconds:.1f} ms"
+    )
+    if output.fallback[0]:
+        text += f"\n  no frame passed every gate: frame {int(output.fallback_frame[0])} was run to the end instead"
+    return text
+
+
+def predict(model: StopOrForward, path: Path, args: argparse.Namespace, picture: Path) -> None:
+    """Classify one video; print and draw what happened."""
+    prep, stages = video.Preprocessing.of(model), model.backbone.stage_names
+    clip = prep.crop(video.sample_frames(video.open_source(path), prep.num_frames, prep.short_side))
+    inputs = prep.normalize(clip.to(args.device))[None]
+    begin = time.perf_counter()
+    output = model(inputs)
+    fallback = int(output.fallback_frame[0])  # waits for a GPU
+    text = describe(path.name, output, model, prep.size, 1000 * (time.perf_counter() - begin))
+    figure = plot.timeline(
+        clip.permute(0, 2, 3, 1), output.stopped_at[0], stages, fallback_frame=fallback, title=text.splitlines()[0]
+    )
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture)
+    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    line = plot.timeline_text(output.stopped_at[0], stages, fallback_frame=fallback, color=color)
+    print(f"{text}\n{textwrap.indent(line, '  ')}\n  {picture}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    args = parser().parse_args(arguments)
+    failed, stems = 0, [path.stem for path in args.videos]
+    try:
+        model = StopOrForward.from_pretrained(args.model).to(args.device)
+        for number, path in enumerate(args.videos, start=1):
+            twin = f"_{number}" if stems.count(path.stem) > 1 else ""
+            try:
+                predict(model, path, args, args.out / f"{path.stem}{twin}.png")
+            except video.VideoError as error:
+                print(f"error: {error}", file=sys.stderr)
+                failed += 1
+    except (DynskipError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if failed:
+        print(f"{failed} of {len(args.videos)} files could not be read.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
