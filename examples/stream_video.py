@@ -32,8 +32,6 @@ from tqdm import tqdm
 from dynskip import UNSEEN, DynskipError, StopOrForward, plot
 from dynskip.video import Preprocessing, VideoError, open_video, to_array
 
-# ----------------------------------------------------------------------------------------------------------- frames
-
 
 class Source:
     """The frames of a file, an address or a camera.
@@ -147,9 +145,8 @@ class Watcher:
     @property
     def costs(self) -> str:
         """What was executed, and the share of the dense cost that was saved."""
-        dense = self.frames * self.dense_macs
-        share = 100 * (1 - self.macs / dense) if dense else 0.0
-        return f"{self.macs / 1e9:.3g} of {dense / 1e9:.3g} GMACs, {share:.0f} % saved"
+        dense = max(self.frames, 1) * self.dense_macs
+        return f"{self.macs / 1e9:.3g} of {dense / 1e9:.3g} GMACs, {100 * (1 - self.macs / dense):.0f} % saved"
 
     def look(self, picture: np.ndarray) -> str | None:
         """Give the session a frame `(H, W, 3)`; return a line about the prediction that it completed, if it did."""
@@ -223,7 +220,7 @@ def stop_signals() -> Iterator[list[bool]]:
 
 SHOWN = 48  # frames whose depth is drawn
 MIN_SIDE = 360  # pixels; smaller pictures are scaled up, so that the text can be read
-# Okabe and Ito's colours can be told apart under the common forms of colour blindness; heights say the same.
+# Colours of Okabe and Ito, which colour-blind people can tell apart.
 USED, STOPPED, INK, GROUND = (0, 158, 115), (230, 159, 0), (255, 255, 255), (13, 17, 23)
 
 
@@ -266,26 +263,17 @@ def fitting(text: str, font: Any, width: float) -> str:
 # ----------------------------------------------------------------------------------------------------- command line
 
 
-def parser() -> argparse.ArgumentParser:
-    """Describe the command line."""
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = top.add_argument
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
     add("model", metavar="MODEL", help="folder of a saved model, or its name on the Hugging Face Hub")
     add("source", metavar="SOURCE", help="a video file, an address that FFmpeg opens, or the number of a camera")
     add("output", metavar="OUT", type=Path, help="the video to write; .mkv stays playable even if the power fails")
     add("--rate", type=float, default=4.0, help="frames a second that the model is shown (default: 4)")
-    add(
-        "--format",
-        metavar="NAME",
-        help="FFmpeg's name of the source's format, where it does not say: dshow, lavfi, ...",
-    )
+    add("--format", metavar="NAME", help="FFmpeg's name of the source's format, if it does not say: dshow, lavfi, ...")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
-    return top
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
-    args = parser().parse_args(arguments)
+    args = parser.parse_args(arguments)
     source, output = Source(args.source, args.format), Output(args.output)
     try:
         if args.output.exists() and Path(args.source).exists() and args.output.samefile(args.source):

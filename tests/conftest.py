@@ -1,14 +1,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 # The tensors here are tiny: a second thread gains nothing on a free machine and costs tenfold on a busy one.
 torch.set_num_threads(1)
@@ -22,7 +19,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rendered videos of six actions: twelve to train on, six to test on."""
-    import stick_figures  # needs the extra `video`
+    from dynskip.video import render_set  # needs the extra `video`
 
     root = tmp_path_factory.mktemp("data")
-    return stick_figures.render_set(root, train_per_class=2, test_per_class=1, size=32, num_frames=24)
+    return render_set(root, train_per_class=2, test_per_class=1, size=32, num_frames=24)

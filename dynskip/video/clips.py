@@ -39,6 +39,10 @@ class Preprocessing:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.num_frames < 1:
+            raise DynskipError(f"A clip of {self.num_frames} frames of {self.size} pixels is empty; give at least 1.")
+
     @classmethod
     def of(cls, model: Any) -> Preprocessing:
         """Read what a saved model says of its input (`model.preprocessing`)."""
@@ -265,7 +269,7 @@ def training_batches(
     Raises:
         DynskipError: if a batch cannot be shared evenly, or there are fewer videos than a batch has.
     """
-    if batch_size % processes:
+    if batch_size < 1 or batch_size % processes:
         raise DynskipError(f"A batch of {batch_size} videos cannot be shared evenly by {processes} processes.")
     if len(clips) < batch_size:
         raise DynskipError(f"There are {len(clips)} training videos and a batch has {batch_size}. Make it smaller.")

@@ -1,0 +1,529 @@
+"""The recipes in `examples/`, run as their users run them."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+for needed in ("accelerate", "av", "matplotlib", "safetensors", "tqdm"):
+    pytest.importorskip(needed)
+
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import save_file
+
+from dynskip import StopOrForward
+from dynskip.evaluation import MODES
+from dynskip.video import Preprocessing
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+BACKBONE, FRAMES = "test_byobnet", 4
+TRAIN = [
+    "--weights", "none", "--backbone", BACKBONE, "--size", "32", "--frames", str(FRAMES), "--hidden", "8",
+    "--warmup-epochs", "1", "--epochs", "1", "--lr", "0.01", "--save-every", "1", "--batch-size", "6",
+    "--device", "cpu", "--workers", "0",
+]  # fmt: skip
+
+
+def recipe(name: str) -> Any:
+    """Load a recipe as Python does that runs it."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+sofnet_activitynet = recipe("sofnet_activitynet")
+evaluate, predict, prepare_data = recipe("evaluate"), recipe("predict"), recipe("prepare_data")
+frozen_gates, similarity_gates = recipe("frozen_gates"), recipe("similarity_gates")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> None:
+    """Forget what another run in this process chose; a user's process has one run."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def train(data: Path, out: Path, *more: object) -> int:
+    """Train on twelve videos: a warm-up and a joint epoch of two steps each."""
+    code: int = sofnet_activitynet.main(["train", "--data", str(data), "--out", str(out), *TRAIN, *map(str, more)])
+    return code
+
+
+def run(script: Any, *arguments: object) -> int:
+    code: int = script.main([*map(str, arguments)])
+    return code
+
+
+def command(data: Path, out: Path, *more: object, processes: int = 0) -> list[str]:
+    """The command line of a training run; with processes, under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
+    script = str(EXAMPLES / "sofnet_activitynet.py")
+    return [sys.executable, *torchrun, script, "train", "--data", str(data), "--out", str(out), *TRAIN, *map(str, more)]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def checkpoint(out: Path, name: str = "last.pt") -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(out / name, weights_only=True)
+    return content
+
+
+def log_of(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bit for bit the same weights, optimiser and log."""
+    for name in ("last.pt", "warmup.pt"):
+        a, b = checkpoint(one, name), checkpoint(other, name)
+        assert (a["epoch"], a["step"], a["log"]) == (b["epoch"], b["step"], b["log"])
+        torch.testing.assert_close(a["model"], b["model"], rtol=0, atol=0)
+        torch.testing.assert_close(a["optimizer"]["state"], b["optimizer"]["state"], rtol=0, atol=0)
+    assert log_of(one) == log_of(other)
+
+
+def table_rows(text: str) -> dict[str, list[float]]:
+    """The numbers of a printed table by the name of the row."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
+    return {name: [float(number) for number in numbers] for name, *numbers in cells[1:]}
+
+
+def is_picture(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "trained"
+    assert train(data, out) == 0
+    return out
+
+
+@pytest.fixture
+def video(data: Path) -> Path:
+    return data / "videos" / "high_kick" / "test_0000.mp4"
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+def test_training_writes_a_model_checkpoints_and_pictures(trained: Path) -> None:
+    names = {path.name for path in trained.iterdir()}
+    assert names >= {"last.pt", "warmup.pt", "log.jsonl", "model", "frame_usage.png", "timeline_high_kick.png"}
+    assert is_picture(trained / "timeline_high_kick.png")
+    log = log_of(trained)
+    assert [line["epoch"] for line in log] == [0, 1]
+    assert "used" not in log[0]
+    assert {"accuracy", "total", "classification", "efficiency", "inner", "self_supervision", "used"} < set(log[1])
+    model = StopOrForward.from_pretrained(trained / "model")
+    assert Preprocessing.of(model).num_frames == FRAMES
+    assert len(model.class_names or ()) == 6
+    assert "gates + early termination" in (trained / "model" / "README.md").read_text()
+    last, warm = checkpoint(trained), checkpoint(trained, "warmup.pt")
+    assert (warm["epoch"], last["epoch"]) == (1, 2)
+    torch.testing.assert_close(last["model"], dict(model.state_dict()), rtol=0, atol=0)
+    gates = [key for key in last["model"] if key.startswith("gates")]
+    assert any(not torch.equal(warm["model"][key], last["model"][key]) for key in gates)
+
+
+def test_the_warm_up_leaves_gates_alone(data: Path, trained: Path, tmp_path: Path) -> None:
+    assert train(data, tmp_path, "--dense", "--epochs", 2) == 0
+    start, warm, dense = (
+        checkpoint(out, name) for out, name in ((tmp_path, "warmup.pt"), (trained, "warmup.pt"), (tmp_path, "last.pt"))
+    )
+    torch.testing.assert_close(start["model"], warm["model"], rtol=0, atol=0)
+    for key, value in dense["model"].items():
+        if key.startswith(("gates", "inner")):
+            assert torch.equal(value, warm["model"][key])
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Stop a run in the middle of a step."""
+    step, count = torch.optim.SGD.step, itertools.count(1)
+
+    def interrupted(self: torch.optim.SGD, *values: Any) -> Any:
+        if next(count) == number:
+            raise KeyboardInterrupt
+        return step(self, *values)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", interrupted)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_an_interrupted_run_goes_on_exactly(
+    number: int,
+    data: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, number)
+        assert train(data, tmp_path) == 130
+    assert "with --resume goes on" in capsys.readouterr().err
+    torch.rand(7)  # whatever else happened to the random state
+    fresh_state()
+    assert train(data, tmp_path, "--resume") == 0
+    assert_same_run(tmp_path, trained)
+
+
+def fresh_state() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
+    data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, count = torch.save, itertools.count(1)
+
+    def interrupted(content: Any, file: Path) -> None:
+        save(content, file)
+        if next(count) == 3:
+            Path(file).write_bytes(Path(file).read_bytes()[:1000])
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", interrupted)
+        assert train(data, tmp_path) == 130
+    assert checkpoint(tmp_path)["step"] == 2
+    fresh_state()
+    assert train(data, tmp_path, "--resume") == 0
+    assert_same_run(tmp_path, trained)
+
+
+def test_a_killed_process_goes_on_exactly(data: Path, trained: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(command(data, tmp_path), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "last.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert train(data, tmp_path, "--resume", "--workers", 2) == 0
+    assert_same_run(tmp_path, trained)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_costs_nothing(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3)
+        assert train(data, tmp_path) == 130
+    before = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / "last.pt.part").symlink_to("/dev/full")
+    fresh_state()
+    assert train(data, tmp_path, "--resume") == 2
+    assert f"Could not write {tmp_path / 'last.pt'} (" in capsys.readouterr().err
+    assert (tmp_path / "last.pt").read_bytes() == before
+    fresh_state()
+    assert train(data, tmp_path, "--resume") == 0
+    assert_same_run(tmp_path, trained)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "named"),
+    [("--hidden", "16", "hidden"), ("--frames", "5", "frames"), ("--lr", "0.5", "lr"), ("--seed", "1", "seed")],
+)
+def test_resuming_with_other_settings_is_refused(
+    option: str, value: str, named: str, data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(trained, tmp_path / "run"))
+    assert train(data, out, "--resume", option, value) == 2
+    assert re.search(rf"last\.pt is of another run: .*\b{named}\b.* differ.*same settings", capsys.readouterr().err)
+
+
+def test_an_existing_run_is_not_overwritten(data: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(data, trained) == 2
+    assert re.search(r"last\.pt exists already\. Continue it with --resume, or choose", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "text"])
+def test_a_damaged_checkpoint_is_named(
+    damage: str, data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = (trained / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes({"half": raw[: len(raw) // 2], "empty": b"", "text": b"hello\n"}[damage])
+    assert train(data, tmp_path, "--resume") == 2
+    assert "last.pt is missing or damaged" in capsys.readouterr().err
+
+
+def test_two_processes_train_as_one(data: Path, tmp_path: Path) -> None:
+    frozen = ("--batch-norm", "frozen")
+    assert train(data, tmp_path / "one", *frozen) == 0
+    done = subprocess.run(
+        command(data, tmp_path / "two", *frozen, processes=2), env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = checkpoint(tmp_path / "one")["model"], checkpoint(tmp_path / "two")["model"]
+    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
+    for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+    assert done.stdout.count("gates + early termination") == 1  # only the first process speaks
+    fresh_state()
+    assert train(data, tmp_path / "parts", *frozen, "--accumulate", 2, "--clip", 1e9) == 0
+    torch.testing.assert_close(checkpoint(tmp_path / "parts")["model"], one, rtol=1e-5, atol=1e-5)
+
+
+def test_two_killed_processes_go_on_exactly(data: Path, tmp_path: Path) -> None:
+    frozen = ("--batch-norm", "frozen", "--resume")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(data, whole, *frozen, processes=2), env=ENVIRONMENT, check=True, capture_output=True)
+    process = subprocess.Popen(
+        command(data, killed, *frozen, processes=2), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    while not (killed / "last.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)  # torchrun; the processes that it started live on
+    _, errors = process.communicate(timeout=120)  # until they have closed their end, too
+    assert "torchrun is gone" in errors or checkpoint(killed)["epoch"] == 2
+    subprocess.run(command(data, killed, *frozen, processes=2), env=ENVIRONMENT, check=True, capture_output=True)
+    assert_same_run(killed, whole)
+
+
+def test_batch_statistics_need_gpus_for_several_processes(data: Path, tmp_path: Path) -> None:
+    done = subprocess.run(command(data, tmp_path, processes=2), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "give --batch-norm frozen" in done.stderr
+
+
+def test_statistics_of_batchnorm_stay_when_they_are_frozen(data: Path, tmp_path: Path) -> None:
+    assert train(data, tmp_path, "--batch-norm", "frozen") == 0
+    statistics = {k: v for k, v in checkpoint(tmp_path)["model"].items() if k.endswith("running_var")}
+    assert all(torch.equal(value, torch.ones_like(value)) for value in statistics.values())
+
+
+def test_half_precision_and_tensorboard(data: Path, tmp_path: Path) -> None:
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert train(data, tmp_path, "--amp", "bf16", "--tensorboard") == 0
+    (folder,) = {file.parent for file in tmp_path.rglob("events.out*")}
+    board = accumulators.EventAccumulator(str(folder))
+    board.Reload()
+    assert [event.value for event in board.Scalars("total")] == pytest.approx([e["total"] for e in log_of(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--backbone", "resnet5000", "resnet5000"),
+        ("--threshold", "1.5", r"threshold.*1\.5"),
+        ("--hidden", "0", "hidden.*0"),
+        ("--alpha", "2", r"alpha=2\.0 is out of range"),
+        ("--lr", "1e30", r"The loss became (nan|inf) in epoch \d\. Lower --lr"),
+        ("--frames", "0", "clip of 0 frames"),
+        ("--batch-size", "0", "batch of 0 videos"),
+        ("--batch-size", "13", "12 training videos and a batch has 13"),
+        ("--format", "parquet", "no format 'parquet'"),
+        ("--weights", "gone.pt", "gone.pt does not exist"),
+        ("--start", "gone.pt", "gone.pt is missing or damaged"),
+        ("--device", "toaster", "toaster"),
+    ],
+)
+def test_bad_settings(
+    option: str, value: str, message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--annotations", data / "labels.csv"] if option == "--format" else []
+    try:
+        code = train(data, tmp_path, *more, option, value)
+    except SystemExit as refused:  # by argparse
+        code = int(refused.code or 0)
+    assert code == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_weights_of_a_classifier_of_other_classes(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import timm
+
+    torch.manual_seed(11)
+    state = timm.create_model(BACKBONE, num_classes=9).state_dict()
+    save_file(state, tmp_path / "w.safetensors")
+    assert train(data, tmp_path / "run", "--weights", tmp_path / "w.safetensors", "--lr", 0) == 0
+    assert "w.safetensors has another number of classes: the classifier starts anew." in capsys.readouterr().out
+    model = StopOrForward.from_pretrained(tmp_path / "run" / "model")
+    for key, value in model.backbone.model.named_parameters():
+        assert torch.equal(value, state[key]) if value.shape == state[key].shape else key.startswith("head.fc")
+
+
+def test_unreadable_training_videos_are_replaced_and_named(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(data, tmp_path / "data"))
+    for split in ("train", "test"):
+        (folder / "videos" / "high_kick" / f"{split}_0000.mp4").write_bytes(b"no video" * 99)
+    assert train(folder, tmp_path / "run") == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("train_0000.mp4") == 1
+    assert "5 videos;" in captured.out
+    assert run(evaluate, tmp_path / "run" / "model", "--data", folder, "--workers", 0, "--device", "cpu") == 1
+    assert "unreadable, left out: " in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------- evaluation and prediction
+
+
+def test_evaluate(data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    usage, records = tmp_path / "new" / "usage.png", tmp_path / "other" / "videos.jsonl"
+    more = ("--data", data, "--workers", 0, "--device", "cpu", "--usage", usage, "--per-video", records)
+    assert run(evaluate, trained / "model", *more) == 0
+    text = capsys.readouterr().out
+    assert list(table_rows(text)) == list(MODES)
+    assert "6 videos;" in text
+    assert "multiply-adds" in text
+    assert is_picture(usage)
+    assert len(records.read_text().splitlines()) == 6 * len(MODES)
+    ending = ("--threshold", "1e-6", "--min-frames", 0, "--split", "train", "--batch-size", 5)
+    assert run(evaluate, trained / "model", *more, *ending) == 0
+    rows = table_rows(capsys.readouterr().out)
+    assert rows["gates + early termination"][6] == 75  # of four frames, three are unseen
+    assert rows["gates + early termination"][3] < 0.3 * rows["gates"][3]
+
+
+def with_validation(data: Path, folder: Path) -> Path:
+    """The training videos as a validation split."""
+    Path(shutil.copytree(data, folder))
+    labels = folder / "labels.csv"
+    labels.write_text(labels.read_text().replace(",train\n", ",val\n"))
+    return folder
+
+
+def test_evaluate_within_a_budget(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = StopOrForward.from_pretrained(trained / "model")
+    dense = FRAMES * model.lookup_for((32, 32)).dense / 1e9
+    folder, picture = with_validation(data, tmp_path / "data"), tmp_path / "new" / "curve.png"
+    more = ("--data", folder, "--workers", 0, "--device", "cpu")
+    aim = ("--budget", 0.6 * dense, "--split", "val", "--curve", picture)
+    assert run(evaluate, trained / "model", *more, *aim) == 0
+    text = capsys.readouterr().out
+    chosen = re.search(r"on 12 validation videos: top-1 (\S+) % at (\S+) GMACs/video \(dense", text)
+    assert chosen
+    row = table_rows(text)[MODES[2]]
+    # On the validation split itself, the model does exactly what was promised.
+    assert (row[0], row[3]) == (float(chosen[1]), float(chosen[2]))
+    assert row[3] <= 0.6 * dense
+    assert "the same videos" in text
+    assert is_picture(picture)
+    assert picture.with_suffix(".csv").exists()
+    assert run(evaluate, trained / "model", *more, "--max-loss", 100) == 0
+    assert "the same videos" not in capsys.readouterr().out
+    assert run(evaluate, trained / "model", *more, "--budget", 1e-9) == 2
+    assert "cannot be kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--budget", 1), "no videos of split 'val'"),
+        (("--split", "val"), "no videos of split 'val'"),
+        (("--data", "gone"), "gone.*does not exist"),
+    ],
+)
+def test_evaluate_says_what_is_missing(
+    arguments: tuple[Any, ...], message: str, data: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(evaluate, trained / "model", "--data", data, "--workers", 0, "--device", "cpu", *arguments) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_model_that_is_none(data: Path, video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for script, more in ((evaluate, ("--data", data)), (predict, (video,))):
+        assert run(script, tmp_path, *more) == 2
+        assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_predict_says_and_draws_what_happened(
+    data: Path, video: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "words.mp4"
+    bad.write_bytes(b"no video\n" * 99)
+    twin = data / "videos" / "side_lunge" / "test_0000.mp4"
+    assert run(predict, trained / "model", bad, video, twin, tmp_path / "gone.mp4", "--out", tmp_path / "pictures") == 1
+    captured = capsys.readouterr()
+    assert re.search(r"^test_0000\.mp4: \w+ \d+\.\d %$", captured.out, re.MULTILINE)
+    assert "frames: 4 used, 0 stopped, 0 unseen" in captured.out
+    assert "  ####\n  # used (4)\n" in captured.out
+    assert re.search(r"[\d.]+ GMACs \(multiply-adds\) against [\d.]+ dense, [\d.]+ ms", captured.out)
+    assert f"error: {bad}: " in captured.err
+    assert "gone.mp4: no such file" in captured.err
+    assert "2 of 4 files could not be read." in captured.err
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 2  # of two videos with one name
+
+
+def test_prepare(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "new" / "report.json"
+    arguments = ("--data", data, "--report", report, "--workers", 0, "--cache", tmp_path / "cache", "--frames", 4)
+    assert run(prepare_data, *arguments) == 0
+    assert "train: 12 of 12 videos, 6 classes" in capsys.readouterr().out
+    assert json.loads(report.read_text())["readable"] == 18
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 18
+
+
+# ------------------------------------------------------------------------------- gates around a finished classifier
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import timm
+
+    torch.manual_seed(3)
+    file = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    save_file(timm.create_model(BACKBONE).state_dict(), file)
+    return file
+
+
+def test_gates_on_a_frozen_backbone(
+    data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--data", data, "--weights", weights, "--backbone", BACKBONE, "--size", 32, "--frames", FRAMES)
+    more = ("--hidden", 8, "--epochs", 3, "--workers", 0, "--device", "cpu")
+    assert run(frozen_gates, *options, *more, "--out", tmp_path / "one") == 0
+    assert list(table_rows(capsys.readouterr().out)) == list(MODES)
+    model = StopOrForward.from_pretrained(tmp_path / "one" / "model")
+    from safetensors.torch import load_file
+
+    for key, value in load_file(weights).items():
+        if not key.startswith("head.fc"):
+            assert torch.equal(model.backbone.model.state_dict()[key], value)  # nothing was trained but the last layer
+    # The same command starts with what is encoded, and ends with the same weights.
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "one" / "features").rglob("*.safetensors")}
+    shutil.rmtree(tmp_path / "one" / "model")
+    assert run(frozen_gates, *options, *more, "--out", tmp_path / "one") == 0
+    assert {file: file.stat().st_mtime_ns for file in files} == files
+    again = StopOrForward.from_pretrained(tmp_path / "one" / "model")
+    torch.testing.assert_close(dict(again.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+    assert [line["epoch"] for line in log_of(tmp_path / "one")] == [0, 1, 2]
+
+
+def test_gates_without_training(
+    data: Path, weights: Path, video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    options = ("--backbone", BACKBONE, "--weights", weights, "--size", 32, "--frames", FRAMES)
+    assert run(similarity_gates, *options, "--distance", 1e9, "--out", folder) == 0
+    assert run(predict, folder, video, "--out", tmp_path / "pictures") == 0
+    assert "frames: 1 used, 3 stopped (3 at stem), 0 unseen" in capsys.readouterr().out
+    assert run(similarity_gates, *options, "--out", folder) == 2
+    assert "no empty folder" in capsys.readouterr().err
