@@ -52,7 +52,7 @@ GATES: dict[str, Build] = {
     "similarity": lambda c: SimilarityGate(c, threshold=0.45),
     "confidence": lambda c: ConfidenceGate(c, CLASSES, threshold=0.8),
     "unsure": lambda c: ConfidenceGate(c, CLASSES, threshold=0.4, stop="unsure"),
-    "entropy": lambda c: EntropyGate(c, CLASSES, threshold=0.4),
+    "entropy": lambda c: ConfidenceGate(c, CLASSES, threshold=0.4, measure="entropy"),
     "random": lambda c: RandomGate(c, rate=0.8),
     "fixed": lambda c: FixedGate(),
 }
@@ -295,11 +295,22 @@ def test_entropy_is_relative_to_that_of_equal_probabilities(seed: int, threshold
     entropy = torch.tensor(
         [-sum(p * math.log(p) for p in row) / math.log(CLASSES) for row in rows], dtype=torch.float64
     )
-    sure = forward_probability(with_answers_as_features(EntropyGate(CLASSES, CLASSES, threshold)), logits)
+    gate = with_answers_as_features(ConfidenceGate(CLASSES, CLASSES, threshold, measure="entropy"))
+    sure = forward_probability(gate, logits)
     assert_rule(sure, entropy, threshold)
     torch.testing.assert_close(sure, entropy / (entropy + threshold))
-    unsure = with_answers_as_features(EntropyGate(CLASSES, CLASSES, threshold, stop="unsure"))
+    unsure = with_answers_as_features(ConfidenceGate(CLASSES, CLASSES, threshold, stop="unsure", measure="entropy"))
     torch.testing.assert_close(forward_probability(unsure, logits), 1 - sure)
+
+
+def test_the_old_name_of_the_entropy_gate_warns_and_works() -> None:
+    with pytest.warns(DeprecationWarning, match=r'use ConfidenceGate\(\.\.\., measure="entropy"\)'):
+        old = EntropyGate(6, CLASSES, stop="unsure")
+    new = ConfidenceGate(6, CLASSES, stop="unsure", measure="entropy")
+    new.load_state_dict(old.state_dict())
+    assert old.threshold == new.threshold == 0.1
+    pooled = randn(20, 6, seed=0).float()
+    assert torch.equal(forward_probability(old, pooled), forward_probability(new, pooled))
 
 
 def test_certainty_beyond_rounding_still_has_an_order() -> None:
@@ -393,9 +404,10 @@ def test_gates_say_their_rules() -> None:
         (lambda: SimilarityGate(4, 0.0), "threshold=0.0 is out of range; give a number between 0 and 1: distances"),
         (lambda: SimilarityGate(4, math.nan), "threshold=nan is out of range"),
         (lambda: ConfidenceGate(4, 1), "num_classes=1: being sure of a class takes at least two"),
-        (lambda: ConfidenceGate(4, 3, 1.0), "threshold=1.0 is out of range; .* the confidence lies"),
+        (lambda: ConfidenceGate(4, 3, 1.0), "threshold=1.0 is out of range; .* confidence and relative entropy lie"),
+        (lambda: ConfidenceGate(4, 3, -1.0, measure="entropy"), "threshold=-1.0 is out of range"),
+        (lambda: ConfidenceGate(4, 3, measure="margin"), "measure='margin' is unknown; use 'confidence' or 'entropy'"),  # type: ignore[arg-type]
         (lambda: ConfidenceGate(4, 3, stop="always"), "stop='always' is unknown; use 'sure' or 'unsure'"),  # type: ignore[arg-type]
-        (lambda: EntropyGate(4, 3, -1.0), "threshold=-1.0 is out of range; .* the entropy lies"),
         (lambda: RandomGate(4, 1.0), "rate=1.0 is out of range; .* FixedGate forwards all or none"),
     ],
 )

@@ -86,7 +86,6 @@ def literal_losses(
     beta: float = 0.9,
     normalize: bool = False,
     supervise_last: bool = False,
-    on_sample: bool = False,
 ) -> dict[str, float]:
     assert output.inner_logits is not None
     assert output.gate_logits is not None
@@ -121,11 +120,7 @@ def literal_losses(
             answers.append(softmax(output.frame_logits[b, t].tolist())[y])
             for n in range(taught):
                 label = 1 if answers[n + 1] > answers[n] else 0  # 3.14
-                if on_sample:  # the sample itself, as logits (-1, 1) or (1, -1)
-                    margin = 2 * float(output.forward[b, t, n]) - 1
-                    probability = 1 / (1 + math.exp(-margin))
-                else:
-                    probability = softmax(output.gate_logits[b, t, n].tolist())[FORWARD]
+                probability = softmax(output.gate_logits[b, t, n].tolist())[FORWARD]
                 supervision += binary_cross_entropy(probability, label)
         sums["self_supervision"] += supervision / (frames * taught)  # 3.15
     parts = {name: value / batch for name, value in sums.items()}
@@ -171,14 +166,13 @@ def test_sof_loss_is_the_equations(
     assert float(EfficiencyLoss(costs, normalize)(output)) == pytest.approx(literal["efficiency"], rel=1e-6)
 
 
-@given(**shapes, supervise_last=st.booleans(), on_sample=st.booleans())
-def test_self_supervision_is_the_equations_with_its_options(
-    batch: int, frames: int, stages: int, seed: int, supervise_last: bool, on_sample: bool
+@given(**shapes, supervise_last=st.booleans())
+def test_self_supervision_is_the_equations(
+    batch: int, frames: int, stages: int, seed: int, supervise_last: bool
 ) -> None:
     output, targets = random_output(batch, frames, stages, seed), random_targets(batch, seed)
-    options = {"supervise_last": supervise_last, "on_sample": on_sample}
-    literal = literal_losses(output, targets, lookup(stages), **options)
-    assert float(SelfSupervisionLoss(**options)(output, targets)) == pytest.approx(literal["self_supervision"])
+    literal = literal_losses(output, targets, lookup(stages), supervise_last=supervise_last)
+    assert float(SelfSupervisionLoss(supervise_last)(output, targets)) == pytest.approx(literal["self_supervision"])
 
 
 def test_a_gate_is_taught_to_stop_where_the_next_classifier_is_no_surer() -> None:
@@ -336,10 +330,9 @@ def test_self_supervision_teaches_all_gates_but_the_last() -> None:
     assert found["decide 1"]
     assert not found["decide 2"]
     assert not found["inner"]
-    for options in ({"supervise_last": True}, {"supervise_last": True, "on_sample": True}):
-        found = reached(model, SelfSupervisionLoss(**options)(output, targets))
-        assert everywhere(found, "decide")
-        assert not found["inner"]
+    found = reached(model, SelfSupervisionLoss(supervise_last=True)(output, targets))
+    assert everywhere(found, "decide")
+    assert not found["inner"]
 
 
 def test_self_supervision_labels_carry_no_gradient_into_the_head() -> None:
@@ -531,7 +524,9 @@ def one_class(output: SkipOutput) -> SkipOutput:
     return SkipOutput(**fields)  # type: ignore[arg-type]
 
 
-ONE_CLASS = r'one output, and softmax makes 1 of a single logit.*two outputs, one of them for "no" \(num_classes=2\)'
+ONE_CLASS = (
+    r'one output, and the softmax of a single logit is always 1.*two outputs, one of them for "no" \(num_classes=2\)'
+)
 
 
 def without_inner(output: SkipOutput) -> SkipOutput:

@@ -17,7 +17,6 @@ from dynskip import (
     DynskipError,
     EarlyExit,
     EarlyTerminator,
-    EntropyGate,
     FixedGate,
     RandomGate,
     SimilarityGate,
@@ -103,7 +102,7 @@ def test_other_settings_of_a_model(name: str, value: Any, telling: str) -> None:
         (EarlyTerminator(), "min_frames", (-1, 2.5, None)),
         (SimilarityGate(4), "threshold", (0.0, 1.0, NAN, 7)),
         (ConfidenceGate(4, 3), "threshold", (0.0, 1.0, NAN)),
-        (EntropyGate(4, 3), "threshold", (0.0, 1.0, NAN)),
+        (ConfidenceGate(4, 3, measure="entropy"), "threshold", (0.0, 1.0, NAN)),
         (RandomGate(4, 0.5), "rate", (0.0, 1.0, NAN)),
     ],
 )

@@ -40,8 +40,7 @@ class SimilarityGate(_Rule):
     stopped frames do not count.
 
     Its hidden representation is the frame's pooled features. Distances are computed in float32. Features in half
-    precision have only two to three digits, though: with a threshold below 0.01, frames then stop that differ by more
-    than rounding shows.
+    precision have only two to three digits, so a threshold below 0.01 then stops only frames that differ by rounding.
 
     Args:
         in_features: channels `C_n` of the stage's pooled features.
@@ -78,8 +77,8 @@ class SimilarityGate(_Rule):
 class ConfidenceGate(_Rule):
     """Stop frames of whose class an inner classifier is sure, or those of which it is not.
 
-    Still images leave where the classifier is sure (`EarlyExit`). In a video a stopped frame adds nothing to the answer,
-    so there `stop="unsure"` is useful: it leaves out frames that show little. The rule is not trained, but its
+    Still images leave where the classifier is sure (`EarlyExit`). In a video a stopped frame adds nothing to the
+    answer, so there `stop="unsure"` is useful: it leaves out frames that show little. The rule is not trained, but its
     classifier is, see `docs/gates.md`.
 
     With the measure `"confidence"`, the forward probability is 0.5 at the threshold and moves with the odds of the
