@@ -40,7 +40,7 @@ def lookup(stages: int) -> FLOPsLookup:
 
 
 def random_output(batch: int, frames: int, stages: int, seed: int, rate: float = 0.6) -> SkipOutput:
-    """Make up a training output: the losses are functions of its fields alone."""
+    """Make up a training output. The losses only read its fields."""
     forward = (torch.rand(batch, frames, stages, generator=torch.Generator().manual_seed(seed)) < rate).double()
     used = forward.prod(-1) > 0.5
     return SkipOutput(
@@ -61,7 +61,7 @@ def random_targets(batch: int, seed: int) -> Tensor:
     return torch.randint(0, CLASSES, (batch,), generator=torch.Generator().manual_seed(seed))
 
 
-# Eq. 3.8-3.15, word for word, one number at a time
+# Eq. 3.8-3.15, written out with plain numbers
 
 
 def softmax(logits: list[float]) -> list[float]:
@@ -175,7 +175,7 @@ def test_self_supervision_is_the_equations(
     assert float(SelfSupervisionLoss(supervise_last)(output, targets)) == pytest.approx(literal["self_supervision"])
 
 
-def test_a_gate_is_taught_to_stop_where_the_next_classifier_is_no_surer() -> None:
+def test_a_gate_is_taught_to_stop_where_the_next_classifier_is_not_more_confident() -> None:
     output = random_output(2, 3, 2, 0)
     assert output.inner_logits is not None
     assert output.gate_logits is not None
@@ -272,7 +272,7 @@ def test_a_video_that_forwards_nothing_adds_nothing_to_the_inner_loss() -> None:
 
 
 def reached(model: StopOrForward, loss: Tensor) -> dict[str, bool]:
-    """Say which parts of a model a loss sends gradients to."""
+    """Tell which parts of a model get gradients from a loss."""
     parts: dict[str, nn.Module | None] = {"backbone": model.backbone, "inner": model.inner}
     for n, gate in enumerate(model.gates):
         parts[f"cell {n}"], parts[f"decide {n}"] = gate.cell, gate.decide
@@ -387,11 +387,11 @@ def test_the_cost_table_follows_the_module_and_stays_out_of_its_state() -> None:
     assert moved.efficiency.remaining.device.type == "meta"
 
 
-# Losses of other methods, word for word
+# Losses of other methods, written out with plain numbers
 
 
 def literal_outcomes(output: SkipOutput) -> list[int]:
-    """For every frame the first gate that stops it, or the number of gates."""
+    """Return for every frame the first gate that stops it, or the number of gates."""
     stages = output.num_stages
     frames = output.forward.flatten(0, 1).tolist()
     return [next((n for n in range(stages) if frame[n] == 0), stages) for frame in frames]
@@ -518,7 +518,7 @@ def test_targets_follow_the_output_to_its_device(criterion: nn.Module) -> None:
 
 
 def one_class(output: SkipOutput) -> SkipOutput:
-    """Take the first class alone, as a model with one output gives it."""
+    """Keep only the first class, as a model with one output gives it."""
     narrow = {"logits", "frame_logits", "inner_logits"}
     fields = {name: x[..., :1] if name in narrow and x is not None else x for name, x in fields_of(output).items()}
     return SkipOutput(**fields)  # type: ignore[arg-type]

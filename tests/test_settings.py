@@ -1,4 +1,4 @@
-"""Settings are checked whenever they are set, and a model is refused where its answers would mean nothing."""
+"""Settings are checked whenever they are set, and a model is refused if its answers would mean nothing."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_settings_of_parts(part: Any, name: str, wrong: tuple[Any, ...]) -> None
         assert getattr(part, name) == before
 
 
-# One output says nothing through a softmax
+# The softmax of one output is always 1
 
 
 def one_output() -> StopOrForward:
@@ -124,7 +124,7 @@ def one_output() -> StopOrForward:
 
 def test_one_output_is_refused_where_a_softmax_would_answer() -> None:
     model, video = one_output(), toy_video(2, 3)
-    output = model(video)  # gates and costs are as ever
+    output = model(video)  # gates and costs work as usual
     assert output.used.all()
     targets = torch.zeros(2, dtype=torch.long)
     calls: dict[str, Callable[[], Any]] = {
@@ -194,7 +194,7 @@ def test_a_terminator_that_is_put_in_takes_the_models_mode() -> None:
     assert model(toy_video()).logits.isfinite().all()
 
 
-# Gates whose verdict no threshold overrules
+# Gates that no threshold overrules
 
 
 class Always(nn.Module):
