@@ -106,7 +106,7 @@ def train(model: StopOrForward, features: video.StoredFeatures, labels: Sequence
             optimizer.step()
             accuracy = (output.logits.argmax(-1) == targets).float().mean()
             for name, value in {"accuracy": accuracy, "used": output.used.float().mean(), **vars(parts)}.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * len(rows) / len(features)
+                sums[name] = sums.get(name, 0.0) + value.item() * len(rows) / len(features)
         if not torch.tensor(sums["total"]).isfinite():
             raise DynskipError(f"The loss became {sums['total']} in epoch {epoch + 1}. Lower --lr.")
         log.append({"epoch": epoch, **sums})
