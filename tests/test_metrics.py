@@ -367,7 +367,7 @@ def test_executed_compute_by_hand() -> None:
         (torch.zeros(0), 4, "MACs", r"macs has shape \(0,\) for videos of 4 frames"),
         (torch.zeros(2, 2), 4, "MACs", r"macs has shape \(2, 2\)"),
         (torch.ones(2), 0, "MACs", "videos of 0 frames"),
-        (torch.ones(2), 4, "ms", "counts ms, which are no MACs"),
+        (torch.ones(2), 4, "ms", "counts ms, which are not MACs"),
     ],
 )
 def test_executed_compute_bad_input(macs: Tensor, frames: int, unit: str, message: str) -> None:

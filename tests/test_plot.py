@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -341,13 +342,17 @@ def test_frame_usage_needs_as_many_names_as_stages() -> None:
 
 
 def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(DynskipError, match=r"pip install 'dynskip\[plot\]'"):
-        plot.frame_usage(FrameUsage(1.0, (0.0,), 0.0), ["a"])
-    with pytest.raises(DynskipError, match=r"pip install 'dynskip\[plot\]'"):
-        plot.timeline(frames(1), [0], NAMES)
-    with pytest.raises(DynskipError, match=r"pip install 'dynskip\[plot\]'"):
-        plot.stage_macs(cost_table())
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    calls: list[Callable[[], Figure]] = [
+        lambda: plot.frame_usage(FrameUsage(1.0, (0.0,), 0.0), ["a"]),
+        lambda: plot.timeline(frames(1), [0], NAMES),
+        lambda: plot.stage_macs(cost_table()),
+        lambda: plot.accuracy_compute(curves()),
+    ]
+    for call in calls:
+        with pytest.raises(DynskipError, match=r"pip install 'dynskip\[plot\]'"):
+            call()
 
 
 def test_pyplot_is_never_touched() -> None:
