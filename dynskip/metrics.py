@@ -247,13 +247,11 @@ def frame_relevance(used: Tensor, relevant: Tensor) -> FrameRelevance:
     Reference:
         Thesis Fig. 4.2.
     """
-    if used.shape != relevant.shape or used.numel() == 0:
+    if used.shape != relevant.shape or used.numel() == 0 or {used.dtype, relevant.dtype} != {torch.bool}:
         raise DynskipError(
-            f"used has shape {tuple(used.shape)} and relevant {tuple(relevant.shape)}; expected (B, T) or (T,) for "
-            "both, equal and not empty."
+            f"used is {used.dtype} of shape {tuple(used.shape)} and relevant {relevant.dtype} of shape "
+            f"{tuple(relevant.shape)}; expected bool of the same shape (B, T) or (T,), not empty, for both."
         )
-    if used.dtype != torch.bool or relevant.dtype != torch.bool:
-        raise DynskipError(f"used is {used.dtype} and relevant {relevant.dtype}; expected bool for both.")
     used, relevant = used.cpu(), relevant.cpu()
     both = (used & relevant).sum().double()
     return FrameRelevance(
@@ -313,10 +311,11 @@ def _average_precision(scores: Tensor, positive: Tensor, interpolated: bool) -> 
 
 def _checked(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Scores and multi-hot targets, both `(B, K)`, on the CPU."""
-    if scores.dim() != 2 or scores.numel() == 0:
-        raise DynskipError(f"scores has shape {tuple(scores.shape)}; expected (B, K) with B and K at least 1.")
-    if not scores.is_floating_point():
-        raise DynskipError(f"scores is {scores.dtype}; expected floating point. Pass logits or probabilities.")
+    if scores.dim() != 2 or scores.numel() == 0 or not scores.is_floating_point():
+        raise DynskipError(
+            f"scores is {scores.dtype} of shape {tuple(scores.shape)}; expected floating point of shape (B, K) with B "
+            "and K at least 1. Pass logits or probabilities."
+        )
     scores, targets = scores.detach().cpu(), targets.detach().cpu()
     if scores.isnan().any():
         row = int(scores.isnan().any(dim=1).nonzero()[0])

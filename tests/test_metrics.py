@@ -152,9 +152,13 @@ def test_top_k_leaves_out_videos_without_a_label() -> None:
 
 SCORES = torch.tensor([[0.1, 0.9], [0.6, 0.4]])
 BAD_INPUT = {
-    "scores rank": (torch.zeros(2), torch.tensor([0, 1]), r"scores has shape \(2,\); expected \(B, K\)"),
-    "no videos": (torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), r"scores has shape \(0, 2\)"),
-    "scores dtype": (SCORES.long(), torch.tensor([0, 1]), "scores is torch.int64; expected floating point"),
+    "scores rank": (torch.zeros(2), torch.tensor([0, 1]), r"scores is .*shape \(2,\); expected .*\(B, K\)"),
+    "no videos": (torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), r"scores is .*shape \(0, 2\)"),
+    "scores dtype": (
+        SCORES.long(),
+        torch.tensor([0, 1]),
+        r"scores is torch.int64 of shape \(2, 2\); expected floating point",
+    ),
     "nan": (torch.tensor([[0.1, 0.9], [NAN, 0.4]]), torch.tensor([0, 1]), "scores of row 1 contain NaN"),
     "targets length": (
         SCORES,
@@ -414,11 +418,11 @@ def test_scikit_learn_agrees_on_relevance(frames: list[tuple[bool, bool]]) -> No
 
 def test_relevance_bad_input() -> None:
     frames = torch.ones(2, 3, dtype=torch.bool)
-    with pytest.raises(DynskipError, match=r"used has shape \(2, 3\) and relevant \(3,\)"):
+    with pytest.raises(DynskipError, match=r"used is .*shape \(2, 3\) and relevant .*shape \(3,\)"):
         frame_relevance(frames, frames[0])
     with pytest.raises(DynskipError, match="not empty"):
         frame_relevance(frames[:0], frames[:0])
-    with pytest.raises(DynskipError, match=r"used is torch.float32 and relevant torch.bool"):
+    with pytest.raises(DynskipError, match=r"used is torch.float32 .* and relevant torch.bool .*expected bool"):
         frame_relevance(frames.float(), frames)
     with pytest.raises(DynskipError, match=r"segment from 3.0 to 3.0 has no length"):
         relevant_frames(sample_times(2, 5.0), [(3.0, 3.0)])

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+import dynskip.plot._style as _style
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
 from dynskip.metrics import FrameUsage, check_stopped_at
-from dynskip.plot import _style
 from dynskip.plot._style import DARK, FALLBACK, FONT, GATES, LIGHT, MARGIN, RELEVANT, STOPPED, USED, Canvas, Theme
 
 if TYPE_CHECKING:
@@ -141,8 +141,8 @@ def accuracy_compute(
         x, y = [point.macs / 1e9 for point in ordered], [100 * point.accuracy for point in ordered]
         axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.6, label=name, clip_on=False, zorder=3)
     if chosen is not None:
-        ring = {"facecolors": "none", "edgecolors": theme.ink, "linewidths": 1.8, "clip_on": False, "zorder": 4}
-        axes.scatter([chosen.macs / 1e9], [100 * chosen.accuracy], s=130, label="chosen", **ring)
+        ring: dict[str, Any] = {"facecolors": "none", "edgecolors": theme.ink, "linewidths": 1.8, "clip_on": False}
+        axes.scatter([chosen.macs / 1e9], [100 * chosen.accuracy], s=130, label="chosen", zorder=4, **ring)
     axes.set_xlim(left=0)
     axes.set_xlabel("GMACs per video (10⁹ multiply-adds)", color=theme.ink, fontsize=FONT)
     axes.set_ylabel(f"{metric} %", color=theme.ink, fontsize=FONT)
@@ -165,8 +165,9 @@ def _executed(lookup: FLOPsLookup, stopped_at: Tensor) -> Tensor:
     furthest = decisions.amax(1, keepdim=True)
     runs = (gated + ((furthest >= 0) & (depth > furthest))).sum(0)
     gates = gated[:, :stages].sum(0) @ lookup.gates
-    costs = torch.cat([runs[:stages] * lookup.per_stage, gates[None], runs[stages:] * lookup.head])
-    return costs / decisions.numel()
+    costs = [runs[:stages] * lookup.per_stage, gates[None], runs[stages:] * lookup.head]
+    executed: Tensor = torch.cat(costs) / decisions.numel()
+    return executed
 
 
 class _Bar(NamedTuple):

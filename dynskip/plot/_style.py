@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynskip.errors import DynskipError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette keeps its contrasts under the common forms of colour blindness.
 USED, STOPPED, FALLBACK, RELEVANT, GATES = "#009E73", "#E69F00", "#D55E00", "#0072B2", "#56B4E9"
@@ -40,11 +44,12 @@ class Canvas:
     """
 
     def __init__(self, width: float, height: float, title: str | None, theme: Theme, left: float = MARGIN) -> None:
-        lines = (title or "").splitlines()
+        title = title or ""
+        lines = title.splitlines()
         self.theme, self.top = theme, height - MARGIN
         full_height = height + 0.1 + 0.21 * len(lines) if lines else height
-        self.figure = matplotlib("figure").Figure((width, full_height), dpi=150, facecolor=theme.background)
-        self.axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, full_height))
+        self.figure: Figure = matplotlib("figure").Figure((width, full_height), dpi=150, facecolor=theme.background)
+        self.axes: Axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, full_height))
         self.axes.set_axis_off()
         if lines:
             size = min(fitting_size(line, width - left - MARGIN, 12.0) for line in lines)
@@ -54,16 +59,16 @@ class Canvas:
         """Draw a rectangle from its lower left corner."""
         self.axes.add_patch(matplotlib("patches").Rectangle((x, y), width, height, **{"linewidth": 0.8, **style}))
 
-    def write(self, x: float, y: float, text: str | None, **style: Any) -> None:
+    def write(self, x: float, y: float, text: str, **style: Any) -> None:
         """Write text around a point."""
         style = {"ha": "center", "va": "center", "size": FONT, "color": self.theme.ink, **style}
         self.axes.text(x, y, text, parse_math=False, **style)
 
     def legend(self, handles: list[Any], x: float, y: float, **style: Any) -> None:
         """Draw a legend from its lower left corner."""
-        place = {"loc": "lower left", "bbox_to_anchor": (x, y), "bbox_transform": self.figure.dpi_scale_trans}
-        look = {"frameon": False, "labelcolor": self.theme.ink, "fontsize": FONT, "borderpad": 0, "borderaxespad": 0}
-        self.figure.legend(handles=handles, **place, **look, **style)
+        style |= {"bbox_to_anchor": (x, y), "bbox_transform": self.figure.dpi_scale_trans, "labelcolor": self.theme.ink}
+        style |= {"loc": "lower left", "frameon": False, "fontsize": FONT, "borderpad": 0, "borderaxespad": 0}
+        self.figure.legend(handles=handles, **style)
 
 
 def matplotlib(module: str) -> Any:
@@ -78,8 +83,9 @@ def text_width(text: str, size: float = FONT) -> float:
     """Width in inches of one line of text at a font size in points."""
     # A pair of dollar signs would be read as mathematics.
     path = matplotlib("textpath").TextPath((0, 0), text.replace("$", "S"), size=1)
+    width: float = path.get_extents().width
     # Letters are drawn a little wider, because their positions are rounded to pixels.
-    return max(1.06 * path.get_extents().width, 0.1) * size / 72
+    return max(1.06 * width, 0.1) * size / 72
 
 
 def fitting_size(text: str, width: float, largest: float) -> float:

@@ -8,22 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+import dynskip.plot._style as _style
 from dynskip.errors import DynskipError
 from dynskip.metrics import check_stopped_at
-from dynskip.plot._style import (
-    DARK,
-    FALLBACK,
-    FONT,
-    LIGHT,
-    MARGIN,
-    RELEVANT,
-    STOPPED,
-    USED,
-    Canvas,
-    fitting_size,
-    ink_on,
-    matplotlib,
-)
+from dynskip.plot._style import DARK, FALLBACK, FONT, LIGHT, MARGIN, RELEVANT, STOPPED, USED, Canvas
 from dynskip.rules import UNSEEN
 
 if TYPE_CHECKING:
@@ -103,7 +91,7 @@ def timeline(
     figure_width = max(_MIN_WIDTH, left + min(length, _PER_LINE) * (_TILE + _GAP) - _GAP + MARGIN)
     figure_height = 2 * MARGIN + line_height * -(-length // _PER_LINE) + 0.18
     canvas = Canvas(figure_width, figure_height, title, theme, left)
-    font = min(fitting_size(name, _TILE * 0.86, FONT) for name in stage_names)
+    font = min(_style.fitting_size(name, _TILE * 0.86, FONT) for name in stage_names)
 
     for t, (image, stage) in enumerate(zip(images, decisions, strict=True)):
         line, column = divmod(t, _PER_LINE)
@@ -123,7 +111,7 @@ def timeline(
             else:
                 label, colour, size = stage_names[stage], theme.shade(stage, len(stage_names)), font
             canvas.rectangle(x, bottom, _TILE, tile_height, facecolor=colour, edgecolor=theme.track)
-            canvas.write(x + _TILE / 2, bottom + tile_height / 2, label, size=size, color=ink_on(colour))
+            canvas.write(x + _TILE / 2, bottom + tile_height / 2, label, size=size, color=_style.ink_on(colour))
         if segments is not None:
             # The bar reaches over the gap to the next tile, so that a segment is seen as one piece.
             reach = _TILE + (_GAP if column + 1 < _PER_LINE and t + 1 < length else 0.0)
@@ -135,7 +123,7 @@ def timeline(
                     canvas.rectangle(x + first, bottom - 0.16, last - first, 0.08, facecolor=RELEVANT, linewidth=0)
         if seconds is not None:
             label, middle = _clock(float(seconds[t])), bottom - bar_height - 0.1
-            canvas.write(x + _TILE / 2, middle, label, size=fitting_size(label, _TILE, 7.0), color=theme.muted)
+            canvas.write(x + _TILE / 2, middle, label, size=_style.fitting_size(label, _TILE, 7.0), color=theme.muted)
 
     stopped = any(0 <= stage < len(stage_names) for stage in decisions)
     entries: list[tuple[bool, str, dict[str, Any]]] = [
@@ -145,7 +133,7 @@ def timeline(
         (fallback_frame >= 0, "fallback", _FALLBACK_STYLE),
         (segments is not None, "annotated segment", {"color": RELEVANT}),
     ]
-    patches = [matplotlib("patches").Patch(label=label, **style) for occurs, label, style in entries if occurs]
+    patches = [_style.matplotlib("patches").Patch(label=label, **style) for occurs, label, style in entries if occurs]
     canvas.legend(patches, left, MARGIN / 2, ncols=len(patches), handlelength=1.3, columnspacing=1.5)
     return canvas.figure
 
