@@ -133,7 +133,7 @@ def test_constant_scores_give_the_share_of_positives() -> None:
 def test_class_absent_from_the_targets_is_left_out() -> None:
     scores = torch.tensor([[0.9, 0.5, 0.1], [0.2, 0.5, 0.8], [0.7, 0.5, 0.3]])
     assert mean_average_precision(scores, torch.tensor([0, 2, 0])) == 1.0
-    # Leaving the column out as well changes nothing.
+    # Without that column, the result is the same.
     assert mean_average_precision(scores[:, [0, 2]], torch.tensor([0, 1, 0])) == 1.0
 
 
@@ -342,7 +342,7 @@ def test_scikit_learn_agrees(videos: tuple[Tensor, Tensor], data: st.DataObject)
 
 
 def test_ranking_by_logits_is_not_ranking_by_softmax() -> None:
-    # The second video is surer of class 0, though its logit is lower.
+    # The model is more confident of class 0 for the second video, though its logit is lower.
     logits, targets = torch.tensor([[5.0, 4.9], [3.0, -3.0]]), torch.tensor([1, 0])
     assert mean_average_precision(logits.softmax(1), targets) == 1.0
     assert mean_average_precision(logits, targets) < 1.0
@@ -389,7 +389,7 @@ def test_relevant_frames_by_hand() -> None:
 
 @given(st.integers(1, 40), st.integers(1, 500))
 def test_sampled_times_lie_in_the_frames_that_are_decoded(num_frames: int, count: int) -> None:
-    # The frame shown at a time is the one whose number it rounds down to, when times are counted in frames.
+    # With times counted in frames, the frame shown at a time is that time rounded down.
     decoded = [int(count / num_frames * (i + 0.5)) for i in range(num_frames)]
     assert [int(time) for time in sample_times(num_frames, count).tolist()] == decoded
 

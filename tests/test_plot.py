@@ -89,7 +89,7 @@ def bars_below(figure: Figure, annotated: bool) -> list[tuple[float, float]]:
 def test_segments_in_frames_lie_below_their_frames() -> None:
     figure = plot.timeline(frames(6), [0] * 6, NAMES, segments=[(1, 3), (4, 4.5)])
     assert "annotated segment" in texts(figure)
-    assert len(bars_below(figure, annotated=False)) == 6  # the ground of every tile
+    assert len(bars_below(figure, annotated=False)) == 6  # the grey bar of every tile
     assert bars_below(figure, annotated=True) == [pytest.approx(bar) for bar in [(1, 1), (2, 1), (4, 0.5)]]
 
 
@@ -140,9 +140,8 @@ def test_frame_usage_shows_every_share() -> None:
     shown = set(texts(figure))
     assert {"used", "unseen", "test videos"} | {f"stopped after {name}" for name in NAMES} <= shown
     assert {"54.3 %", "20.0 %", "2.3 %", "10.0 %", "13.4 %"} <= shown
-    # Lengths of the bars, in the order drawn, against the track that each lies on.
-    bars = [patch.get_width() for patch in figure.findobj(Rectangle) if patch.get_height() == 0.22]
-    assert [bar / bars[0] for bar in bars[1::2]] == pytest.approx([0.543, 0.2, 0.023, 0.1, 0.134])
+    bars, tracks = bar_lengths(figure)
+    assert [bar / tracks[0] for bar in bars] == pytest.approx([0.543, 0.2, 0.023, 0.1, 0.134])
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -185,7 +184,7 @@ def test_accuracy_compute_needs_points() -> None:
             plot.accuracy_compute(drawn)
 
 
-def test_dark_changes_the_ground() -> None:
+def test_dark_changes_the_background() -> None:
     usage = FrameUsage(used=1.0, stopped=(0.0,), unseen=0.0)
     for draw in (
         lambda dark: plot.timeline(frames(2), [0, 1], ["a"], dark=dark),

@@ -183,7 +183,7 @@ class Replay:
         forward_threshold: tuple[float, ...],
         termination_threshold: float | None,
     ) -> CurvePoint:
-        """Measure what `decide` gave, as if videos ended at a threshold; `None` measures it as it is."""
+        """Measure what `decide` returned, as if videos ended at a threshold; `None` reads them to their ends."""
         outputs = [output for output, _ in decided]
         if termination_threshold is not None:
             terminator = copy.copy(self.model.terminator)

@@ -78,7 +78,7 @@ def to_accuracy(
         raise DynskipError(f"max_loss is {max_loss}; expected 0 to 1. 0.01 is one point of accuracy.")
     replayed = Replay(model, batches, metric)
     dense = replayed.dense().accuracy
-    least = dense - max_loss - 1e-9  # shares of videos do not subtract exactly
+    least = dense - max_loss - 1e-9  # the difference of two shares is rounded
 
     def rank(point: CurvePoint) -> tuple[float, ...]:
         return (1, -point.macs, point.accuracy) if point.accuracy >= least else (0, point.accuracy)
@@ -156,7 +156,7 @@ class _Cuts:
         return float(self._shares[min(index, len(self._shares) - 1)])
 
     def sweep(self) -> list[float]:
-        """Return places from below all numbers to above them."""
+        """Return evenly spread places, from below all numbers to above them."""
         return [self.at(i / _LEVELS) for i in range(_LEVELS + 1)]
 
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette keeps its contrasts under the common forms of colour blindness.
 USED, STOPPED, FALLBACK, RELEVANT, GATES = "#009E73", "#E69F00", "#D55E00", "#0072B2", "#56B4E9"
-MARGIN = 0.15  # inches, as all lengths
-FONT = 10.0  # points
+MARGIN = 0.15  # in inches, like all lengths
+FONT = 10.0  # in points
 
 
 class Theme(NamedTuple):
