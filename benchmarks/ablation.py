@@ -402,7 +402,7 @@ def inner_classifiers(part: Part, features: Sequence[int], classes: int) -> list
 
 
 def replayed(
-    model: StopOrForward, curve: Sequence[calibrate.OperatingPoint], parts: dict[str, Part]
+    model: StopOrForward, curve: Sequence[calibrate.CurvePoint], parts: dict[str, Part]
 ) -> list[dict[str, Any]]:
     """Measure on the test part what the curve's thresholds, which come from the validation part, give there."""
     test = parts["test"].batches(model)
