@@ -243,7 +243,7 @@ class Run:
     def __init__(self, args: Any, model: StopOrForward, optimizer: Any, accelerator: Accelerator) -> None:
         self.out, self.model, self.optimizer, self.accelerator = args.out, model, optimizer, accelerator
         self.settings = {key: str(value) for key, value in vars(args).items() if key not in FREE}
-        self.settings["classes"] = str(model.class_names)
+        self.settings |= {"classes": str(model.class_names), "kept frames": str(bool(args.cache or args.in_memory))}
         self.launcher = os.getppid()
         self.epoch = self.step = 0  # the next ones to do; with --accumulate, a step is a part
         self.sums: dict[str, float] = {}
