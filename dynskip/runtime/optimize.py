@@ -195,7 +195,8 @@ def _with_folded(backbone: StagedBackbone, pairs: Sequence[tuple[str, str]]) -> 
     folded = copy.deepcopy(backbone)
     folded.channels_last = False  # compiled graphs take images as they come
     for conv_name, norm_name in pairs:
-        conv, norm = (folded.model.get_submodule(name) for name in (conv_name, norm_name))
+        conv: Any = folded.model.get_submodule(conv_name)
+        norm: Any = folded.model.get_submodule(norm_name)
         fused = fuse_conv_bn_eval(conv, norm)
         conv.weight, conv.bias = fused.weight, fused.bias
         rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
