@@ -1,4 +1,4 @@
-"""A wrapped model in words: the per-stage table that `summary()` returns."""
+"""A wrapped model in words: the table of stages that `summary()` returns."""
 
 from __future__ import annotations
 
@@ -18,29 +18,33 @@ def stage_table(
     thresholds: Sequence[float],
     rules: Sequence[str] = (),
 ) -> str:
-    """Lay out what every stage and gate costs, and by what rule the gate decides.
+    """Show what every stage and gate costs, and by what rule the gate decides.
 
     Args:
-        title: what the model is.
-        backbone: its backbone.
+        title: first line.
+        backbone: the model's backbone.
         gates: its gates, one a stage.
         lookup: costs of one frame.
         thresholds: forward threshold of every gate.
-        rules: lines about the whole model, for the end.
+        rules: last lines, about the whole model.
 
     Returns:
-        The text; costs are in GMACs or MMACs (multiply-adds), or in the table's own unit.
+        The text; costs are in GMACs or MMACs (multiply-adds), or in the unit of `lookup`.
     """
     scale, unit = lookup.display_unit
     total = lookup.total
     rows = [("stage", "channels", "stage", "gate", "so far", "share", "the gate after it")]
-    costs = zip(lookup.per_stage.tolist(), lookup.gates.tolist(), lookup.cumulative.tolist(), strict=True)
-    for n, (stage, gate, so_far) in enumerate(costs):
-        rule = one_line(gates[n]) + ("" if thresholds[n] == 0.5 else f", forward above {thresholds[n]:g}")
-        rows.append(
-            (backbone.stage_names[n], str(backbone.num_features[n]), *_costs(scale, total, stage, gate, so_far), rule)
-        )
-    rows.append(("head", str(backbone.num_classes), *_costs(scale, total, lookup.head, None, total), ""))
+    stage_costs, gate_costs, costs_so_far = (x.tolist() for x in (lookup.per_stage, lookup.gates, lookup.cumulative))
+    for n, gate in enumerate(gates):
+        rule = f"{type(gate).__name__}({gate.extra_repr()})"
+        if thresholds[n] != 0.5:
+            rule += f", forward above {thresholds[n]:g}"
+        costs = [f"{cost / scale:.3f}" for cost in (stage_costs[n], gate_costs[n], costs_so_far[n])]
+        share = f"{costs_so_far[n] / total:.1%}" if total else ""
+        rows.append((backbone.stage_names[n], str(backbone.num_features[n]), *costs, share, rule))
+    rows.append(
+        ("head", str(backbone.num_classes), f"{lookup.head / scale:.3f}", "", f"{total / scale:.3f}", "100.0%", "")
+    )
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     lines = [
         "  ".join(
@@ -64,15 +68,5 @@ def one_frame(lookup: FLOPsLookup) -> str:
 
 
 def as_size(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    """Take one number for squares."""
+    """Read one number as the side of a square."""
     return (image_size, image_size) if isinstance(image_size, int) else image_size
-
-
-def one_line(module: nn.Module) -> str:
-    """Show a module without its parts."""
-    return f"{type(module).__name__}({module.extra_repr()})"
-
-
-def _costs(scale: float, total: float, own: float, gate: float | None, so_far: float) -> tuple[str, str, str, str]:
-    share = so_far / total if total else 1.0
-    return f"{own / scale:.3f}", "" if gate is None else f"{gate / scale:.3f}", f"{so_far / scale:.3f}", f"{share:.1%}"
