@@ -78,6 +78,36 @@ def sofnet(
     )
 
 
+def strides_in_1x1(model: nn.Module) -> nn.Module:
+    """Move the strides of a bottleneck ResNet into its 1x1 convolutions, where the first published weights have them.
+
+    The weights of Caffe and Keras are made for such a network. The model is changed in place, before or after
+    `stage_model` cuts it. A model changed like this cannot be saved with `save_pretrained`.
+
+    Args:
+        model: the ResNet-50, or a deeper one, of timm or torchvision; of a staged backbone, `backbone.model`.
+
+    Returns:
+        The model.
+
+    Raises:
+        DynskipError: if the model has no bottleneck blocks with strides in their 3x3 convolutions.
+    """
+    modules: dict[str, Any] = dict(model.named_modules())
+    blocks = ("layer2.0", "layer3.0", "layer4.0")
+    for block in blocks:
+        strides = [getattr(modules.get(f"{block}.conv{n}"), "stride", None) for n in (1, 2, 3)]
+        if strides != [(1, 1), (2, 2), (1, 1)]:
+            raise DynskipError(
+                f"{type(model).__name__} has no strides to move: the convolutions of {block} have the strides "
+                f"{strides}; expected are those of a bottleneck, (1, 1), (2, 2) and (1, 1). Pass a ResNet-50 or a "
+                "deeper one, once; of a staged backbone, pass `backbone.model`."
+            )
+    for block in blocks:
+        modules[f"{block}.conv1"].stride, modules[f"{block}.conv2"].stride = (2, 2), (1, 1)
+    return model
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The thesis' training schedule. Epochs count from 0; the first `warmup_epochs` train the backbone alone.
