@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -145,16 +146,16 @@ def pack(model: nn.Module) -> bytes:
             raise DynskipError(f"{key!r} is no tensor, and a weight file holds tensors only. Keep it as an argument.")
     # Copies: tied weights share memory, and a file holds each of its entries apart.
     copies = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
-    packed: bytes = _safetensors().save(copies, metadata={"format": "pt"})
+    packed: bytes = from_extra("safetensors.torch").save(copies, metadata={"format": "pt"})
     return packed
 
 
-def _safetensors() -> Any:
+def from_extra(module: str) -> Any:
+    """Import a module that the extra `hub` installs."""
     try:
-        import safetensors.torch
+        return importlib.import_module(module)
     except ImportError as error:
-        raise DynskipError("Saved models are safetensors files. Run `pip install 'dynskip[hub]'`.") from error
-    return safetensors.torch
+        raise DynskipError(f"This needs {module.split('.')[0]}. Run `pip install 'dynskip[hub]'`.") from error
 
 
 def rebuild(
@@ -196,7 +197,7 @@ def rebuild(
             "versions, or save the model again."
         ) from error
     try:
-        tensors = _safetensors().load(weights)
+        tensors = from_extra("safetensors.torch").load(weights)
     except Exception as error:  # the library's own errors have no common class
         raise DynskipError(
             f"{WEIGHTS} is no safetensors file ({type(error).__name__}: {error}). Save the model again."

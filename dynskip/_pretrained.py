@@ -13,7 +13,7 @@ from torch import nn
 from typing_extensions import Self
 
 from dynskip._card import model_card
-from dynskip._config import CONFIG, WEIGHTS, compare, describe, pack, rebuild
+from dynskip._config import CONFIG, WEIGHTS, compare, describe, from_extra, pack, rebuild
 from dynskip.errors import DynskipError
 
 CARD = "README.md"
@@ -146,7 +146,7 @@ class Pretrained(nn.Module):
         Raises:
             DynskipError: as `save_pretrained`; nothing is uploaded then.
         """
-        api = api or _hub_api()
+        api = api or from_extra("huggingface_hub").HfApi()
         with tempfile.TemporaryDirectory() as temporary:
             folder = self.save_pretrained(Path(temporary) / "model", results=results, name=repo_id)
             api.create_repo(repo_id, private=private, exist_ok=True)
@@ -154,18 +154,10 @@ class Pretrained(nn.Module):
         return str(commit.commit_url)
 
 
-def _hub_api() -> Any:
-    try:
-        from huggingface_hub import HfApi
-    except ImportError as error:
-        raise DynskipError("The Hub is reached with huggingface_hub. Run `pip install 'dynskip[hub]'`.") from error
-    return HfApi()
-
-
 def _download(source: str, revision: str | None, api: Any) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
         raise DynskipError(f"There is no folder {source!r}. Give one, or a repository's name such as 'user/model'.")
-    api = api or _hub_api()
+    api = api or from_extra("huggingface_hub").HfApi()
     try:
         return Path(api.snapshot_download(source, revision=revision, allow_patterns=[CONFIG, WEIGHTS]))
     except Exception as error:

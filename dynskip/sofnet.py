@@ -37,11 +37,11 @@ def sofnet(
         hidden: width of the gates.
         temporal: `"lstm"`, or `None` for gates without memory.
         guidance: add the inner classifiers that the policy guidance loss needs.
-        detach_inner: inner classifiers only read the gates' memory; `False` lets their loss shape it, too, which made
+        detach_inner: the inner classifiers' loss does not change the gates' memory; with `False` it does, which made
             gates learn faster in the demo of `examples/sofnet_activitynet.py`.
         forward_bias: see `PolicyGate`.
         threshold: probability that ends a video early; `None` reads every frame.
-        min_frames: frames that are looked at in any case.
+        min_frames: the frames that are always read before a video can end.
         state_update: which frames advance the gates' memory, see `StopOrForward`.
         **timm_kwargs: passed to `timm.create_model` (`pretrained`, `drop_rate`, ...).
 
@@ -67,15 +67,11 @@ def sofnet(
         )
     weight = next(backbone.parameters())
     gates = [PolicyGate(c, hidden, temporal, forward_bias).to(weight) for c in backbone.num_features]
-    return StopOrForward(
-        backbone,
-        gates,
-        inner=[InnerClassifier(hidden, backbone.num_classes, detach_inner).to(weight) for _ in gates]
-        if guidance
-        else None,
-        terminator=EarlyTerminator(threshold, min_frames) if threshold is not None else None,
-        state_update=state_update,
+    inner = (
+        [InnerClassifier(hidden, backbone.num_classes, detach_inner).to(weight) for _ in gates] if guidance else None
     )
+    terminator = EarlyTerminator(threshold, min_frames) if threshold is not None else None
+    return StopOrForward(backbone, gates, inner, terminator, state_update=state_update)
 
 
 def strides_in_1x1(model: nn.Module) -> nn.Module:
@@ -153,10 +149,8 @@ class Recipe:
 
     def parameter_groups(self, model: StopOrForward) -> list[dict[str, Any]]:
         """Split a model into the groups that an optimiser takes: the backbone, and gates with inner classifiers."""
-        policy: list[nn.Module] = [model.gates]
-        if model.inner is not None:
-            policy.append(model.inner)
+        inner = model.inner.parameters() if model.inner is not None else ()
         return [
             {"name": "backbone", "params": list(model.backbone.parameters()), "lr_scale": 1.0},
-            {"name": "policy", "params": [p for m in policy for p in m.parameters()], "lr_scale": self.gate_lr_scale},
+            {"name": "policy", "params": [*model.gates.parameters(), *inner], "lr_scale": self.gate_lr_scale},
         ]

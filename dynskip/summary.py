@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from dynskip.backbone import StagedBackbone
@@ -32,31 +33,26 @@ def stage_table(
         The text; costs are in GMACs or MMACs (multiply-adds), or in the unit of `lookup`.
     """
     scale, unit = lookup.display_unit
-    total = lookup.total
+    total, head = lookup.total, lookup.head
     rows = [("stage", "channels", "stage", "gate", "so far", "share", "the gate after it")]
-    stage_costs, gate_costs, costs_so_far = (x.tolist() for x in (lookup.per_stage, lookup.gates, lookup.cumulative))
+    costs = torch.stack([lookup.per_stage, lookup.gates, lookup.cumulative], 1)
     for n, gate in enumerate(gates):
+        shown = [f"{cost / scale:.3f}" for cost in costs[n].tolist()]
+        share = f"{costs[n, -1] / total if total else 1:.1%}"
         rule = f"{type(gate).__name__}({gate.extra_repr()})"
         if thresholds[n] != 0.5:
             rule += f", forward above {thresholds[n]:g}"
-        costs = [f"{cost / scale:.3f}" for cost in (stage_costs[n], gate_costs[n], costs_so_far[n])]
-        share = f"{costs_so_far[n] / total:.1%}" if total else ""
-        rows.append((backbone.stage_names[n], str(backbone.num_features[n]), *costs, share, rule))
-    rows.append(
-        ("head", str(backbone.num_classes), f"{lookup.head / scale:.3f}", "", f"{total / scale:.3f}", "100.0%", "")
-    )
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+        rows.append((backbone.stage_names[n], str(backbone.num_features[n]), *shown, share, rule))
+    rows.append(("head", str(backbone.num_classes), f"{head / scale:.3f}", "", f"{total / scale:.3f}", "100.0%", ""))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        "  ".join(
-            cell.ljust(width) if k in (0, 6) else cell.rjust(width)
-            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
+        "  ".join([name.ljust(widths[0]), *map(str.rjust, numbers, widths[1:-1]), rule]).rstrip()
+        for name, *numbers, rule in rows
     ]
     size = "any size" if lookup.image_size is None else "{}x{}".format(*lookup.image_size)
     note = f"{unit} a frame of {size}" + (", in multiply-adds" if lookup.unit == "MACs" else "")
     plain = f"the plain backbone has {lookup.dense / scale:.4g}"
-    return "\n".join([title, *(line.rstrip() for line in lines), f"{note}; {plain}", *rules])
+    return "\n".join([title, *lines, f"{note}; {plain}", *rules])
 
 
 def one_frame(lookup: FLOPsLookup) -> str:
