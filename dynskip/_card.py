@@ -82,6 +82,7 @@ def model_card(model: Wrapped, wrapper: str, results: Sequence[Mapping[str, obje
 
 def _results(rows: Sequence[Mapping[str, object]]) -> str:
     columns = list(dict.fromkeys(str(key) for row in rows for key in row))
-    lines = [columns, ["---"] * len(columns), *([row.get(column, "") for column in columns] for row in rows)]
+    cells = [[row.get(column, "") for column in columns] for row in rows]
+    lines: list[Sequence[object]] = [columns, ["---"] * len(columns), *cells]
     table = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
     return "\n".join(["", "## Results", "", *table, ""])

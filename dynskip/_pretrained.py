@@ -54,8 +54,8 @@ class Pretrained(nn.Module):
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise DynskipError(f"{folder} is no empty folder. Name a new one, so that nothing is mixed or overwritten.")
-        wrappers = Pretrained.__subclasses__()
-        wrapper: Any = next(cls for cls in wrappers if isinstance(self, cls))
+        wrappers: Any = Pretrained.__subclasses__()
+        wrapper = next(cls for cls in wrappers if isinstance(self, cls))
         weights = pack(self)
         text = json.dumps(describe(self, wrapper, weights), indent=1, allow_nan=False) + "\n"
         # Later classes win: where a part and a layer of the backbone have the same name, the part's class is meant.

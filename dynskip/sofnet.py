@@ -60,16 +60,15 @@ def sofnet(
         backbone = stage_model(backbone, **timm_kwargs)
     elif timm_kwargs:
         raise DynskipError(f"{sorted(timm_kwargs)} are arguments for a backbone made by name; got one already staged.")
-    if num_classes is not None and num_classes != backbone.num_classes:
+    classes = backbone.num_classes
+    if num_classes not in (None, classes):
         raise DynskipError(
-            f"The backbone's head has {backbone.num_classes} classes and num_classes={num_classes}. Build the backbone "
-            "with as many classes as the task has."
+            f"The backbone's head has {classes} classes and num_classes={num_classes}. Build the backbone with as many "
+            "classes as the task has."
         )
     weight = next(backbone.parameters())
     gates = [PolicyGate(c, hidden, temporal, forward_bias).to(weight) for c in backbone.num_features]
-    inner = (
-        [InnerClassifier(hidden, backbone.num_classes, detach_inner).to(weight) for _ in gates] if guidance else None
-    )
+    inner = [InnerClassifier(hidden, classes, detach_inner).to(weight) for _ in gates] if guidance else None
     terminator = EarlyTerminator(threshold, min_frames) if threshold is not None else None
     return StopOrForward(backbone, gates, inner, terminator, state_update=state_update)
 

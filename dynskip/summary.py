@@ -34,7 +34,7 @@ def stage_table(
     """
     scale, unit = lookup.display_unit
     total, head = lookup.total, lookup.head
-    rows = [("stage", "channels", "stage", "gate", "so far", "share", "the gate after it")]
+    rows: list[tuple[str, ...]] = [("stage", "channels", "stage", "gate", "so far", "share", "the gate after it")]
     costs = torch.stack([lookup.per_stage, lookup.gates, lookup.cumulative], 1)
     for n, gate in enumerate(gates):
         shown = [f"{cost / scale:.3f}" for cost in costs[n].tolist()]

@@ -522,9 +522,9 @@ def half_cast() -> StopOrForward:
         (lambda: wrap(backbone(num_classes=0, head=nn.Sequential(nn.Linear(96, 4)))), "`head` is a Sequential"),
         (lambda: with_gates(Forgetful), r"gates\[0\] is a Forgetful.*does not keep.*self.mood = mood"),
         (
-            lambda: with_gates(lambda c: LoudGate(0.5, [torch.ones(2)], nn.Linear(c, 3), {})),
+            lambda: with_gates(lambda c: LoudGate(0.5, [torch.ones(2)], nn.Linear(c, 3), {})),  # type: ignore[list-item]
             r"gates\[0\]\.scales\[0\] is a Tensor",
-        ),  # type: ignore[list-item]
+        ),
         (lambda: with_gates(lambda c: LoudGate(float("inf"), [1.0], nn.Linear(c, 3), {})), r"gates\[0\]\.level is inf"),
         (shifted, "gives other answers at stage 'layer4' and its gate"),
         (moved_strides, "gives other answers at stage"),

@@ -151,7 +151,8 @@ def literal(model: Any, images: Tensor) -> Tensor:
     """Compute a ResNet's logits with the strides in the 1x1 convolutions, from the weights of one that has not."""
 
     def conv(layer: Any, norm: Any, x: Tensor, stride: int) -> Tensor:
-        return norm(nn.functional.conv2d(x, layer.weight, None, stride, layer.padding))
+        normed: Tensor = norm(nn.functional.conv2d(x, layer.weight, None, stride, layer.padding))
+        return normed
 
     x = model.maxpool(model.bn1(model.conv1(images)).relu())
     for n, layer in enumerate((model.layer1, model.layer2, model.layer3, model.layer4)):
