@@ -161,14 +161,7 @@ def from_extra(module: str) -> Any:
 def rebuild(
     config: Any, weights: bytes, classes: Iterable[type[nn.Module]], wrappers: Iterable[type[Wrapped]]
 ) -> Wrapped:
-    """Build a model from what `describe` and `pack` gave, on the CPU and in eval mode; trust nothing of it.
-
-    Args:
-        config: the configuration.
-        weights: content of the weight file.
-        classes: classes of parts that are not dynskip's own.
-        wrappers: classes that a model may be of; the configuration names one.
-    """
+    """Build a model, on the CPU and in eval mode, from what should be the answers of `describe` and `pack`; check all."""
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise DynskipError(
             f"{CONFIG} was not written by dynskip's `save_pretrained`. Plain timm models go to `stage_model`, by name."

@@ -19,19 +19,7 @@ def stage_table(
     thresholds: Sequence[float],
     rules: Sequence[str] = (),
 ) -> str:
-    """Show what every stage and gate costs, and by what rule the gate decides.
-
-    Args:
-        title: first line.
-        backbone: the model's backbone.
-        gates: its gates, one a stage.
-        lookup: costs of one frame.
-        thresholds: forward threshold of every gate.
-        rules: last lines, about the whole model.
-
-    Returns:
-        The text; costs are in GMACs or MMACs (multiply-adds), or in the unit of `lookup`.
-    """
+    """Show what every stage and gate costs and how the gate decides, between a title and rules of the whole model."""
     scale, unit = lookup.display_unit
     total, head = lookup.total, lookup.head
     rows: list[tuple[str, ...]] = [("stage", "channels", "stage", "gate", "so far", "share", "the gate after it")]
