@@ -161,7 +161,7 @@ def from_extra(module: str) -> Any:
 def rebuild(
     config: Any, weights: bytes, classes: Iterable[type[nn.Module]], wrappers: Iterable[type[Wrapped]]
 ) -> Wrapped:
-    """Build a model, on the CPU and in eval mode, from what should be the answers of `describe` and `pack`; check all."""
+    """Build a model on the CPU, in eval mode, from what `describe` and `pack` gave. Nothing of it is trusted."""
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise DynskipError(
             f"{CONFIG} was not written by dynskip's `save_pretrained`. Plain timm models go to `stage_model`, by name."
