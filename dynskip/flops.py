@@ -62,6 +62,8 @@ class FLOPsLookup:
         self.shared = _column(zeros if shared is None else shared)
         self.head = float(head)
         self.stage_names = tuple(stage_names) if stage_names is not None else None
+        if image_size is not None and not (isinstance(image_size, tuple) and len(image_size) == 2):
+            raise DynskipError(f"image_size={image_size!r} is no size; give (H, W) in pixels, or None for any size.")
         self.image_size = image_size
         self.unit = unit
         columns = (self.per_stage, self.gates, self.steps, self.shared)

@@ -37,11 +37,11 @@ def sofnet(
         hidden: width of the gates.
         temporal: `"lstm"`, or `None` for gates without memory.
         guidance: add the inner classifiers that the policy guidance loss needs.
-        detach_inner: inner classifiers only read the gates' memory; `False` lets their loss shape it, too, which made
+        detach_inner: the inner classifiers' loss does not change the gates' memory; with `False` it does, which made
             gates learn faster in the demo of `examples/sofnet_activitynet.py`.
         forward_bias: see `PolicyGate`.
         threshold: probability that ends a video early; `None` reads every frame.
-        min_frames: frames that are looked at in any case.
+        min_frames: the frames that are always read before a video can end.
         state_update: which frames advance the gates' memory, see `StopOrForward`.
         **timm_kwargs: passed to `timm.create_model` (`pretrained`, `drop_rate`, ...).
 
@@ -60,22 +60,47 @@ def sofnet(
         backbone = stage_model(backbone, **timm_kwargs)
     elif timm_kwargs:
         raise DynskipError(f"{sorted(timm_kwargs)} are arguments for a backbone made by name; got one already staged.")
-    if num_classes is not None and num_classes != backbone.num_classes:
+    classes = backbone.num_classes
+    if num_classes not in (None, classes):
         raise DynskipError(
-            f"The backbone's head has {backbone.num_classes} classes and num_classes={num_classes}. Build the backbone "
-            "with as many classes as the task has."
+            f"The backbone's head has {classes} classes and num_classes={num_classes}. Build the backbone with as many "
+            "classes as the task has."
         )
     weight = next(backbone.parameters())
     gates = [PolicyGate(c, hidden, temporal, forward_bias).to(weight) for c in backbone.num_features]
-    return StopOrForward(
-        backbone,
-        gates,
-        inner=[InnerClassifier(hidden, backbone.num_classes, detach_inner).to(weight) for _ in gates]
-        if guidance
-        else None,
-        terminator=EarlyTerminator(threshold, min_frames) if threshold is not None else None,
-        state_update=state_update,
-    )
+    inner = [InnerClassifier(hidden, classes, detach_inner).to(weight) for _ in gates] if guidance else None
+    terminator = EarlyTerminator(threshold, min_frames) if threshold is not None else None
+    return StopOrForward(backbone, gates, inner, terminator, state_update=state_update)
+
+
+def strides_in_1x1(model: nn.Module) -> nn.Module:
+    """Move the strides of a bottleneck ResNet into its 1x1 convolutions, where the first published weights have them.
+
+    The weights of Caffe and Keras are made for such a network. The model is changed in place, before or after
+    `stage_model` cuts it. A model changed like this cannot be saved with `save_pretrained`.
+
+    Args:
+        model: the ResNet-50, or a deeper one, of timm or torchvision; of a staged backbone, `backbone.model`.
+
+    Returns:
+        The model.
+
+    Raises:
+        DynskipError: if the model has no bottleneck blocks with strides in their 3x3 convolutions.
+    """
+    modules: dict[str, Any] = dict(model.named_modules())
+    blocks = ("layer2.0", "layer3.0", "layer4.0")
+    for block in blocks:
+        strides = [getattr(modules.get(f"{block}.conv{n}"), "stride", None) for n in (1, 2, 3)]
+        if strides != [(1, 1), (2, 2), (1, 1)]:
+            raise DynskipError(
+                f"{type(model).__name__} has no strides to move: the convolutions of {block} have the strides "
+                f"{strides}; expected are those of a bottleneck, (1, 1), (2, 2) and (1, 1). Pass a ResNet-50 or a "
+                "deeper one, once; of a staged backbone, pass `backbone.model`."
+            )
+    for block in blocks:
+        modules[f"{block}.conv1"].stride, modules[f"{block}.conv2"].stride = (2, 2), (1, 1)
+    return model
 
 
 @dataclass(frozen=True)
@@ -123,10 +148,8 @@ class Recipe:
 
     def parameter_groups(self, model: StopOrForward) -> list[dict[str, Any]]:
         """Split a model into the groups that an optimiser takes: the backbone, and gates with inner classifiers."""
-        policy: list[nn.Module] = [model.gates]
-        if model.inner is not None:
-            policy.append(model.inner)
+        inner = model.inner.parameters() if model.inner is not None else ()
         return [
             {"name": "backbone", "params": list(model.backbone.parameters()), "lr_scale": 1.0},
-            {"name": "policy", "params": [p for m in policy for p in m.parameters()], "lr_scale": self.gate_lr_scale},
+            {"name": "policy", "params": [*model.gates.parameters(), *inner], "lr_scale": self.gate_lr_scale},
         ]

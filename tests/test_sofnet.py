@@ -4,11 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
+import torchvision
 from helpers import toy_backbone, toy_video
+from torch import Tensor, nn
 
-from dynskip import DynskipError, EarlyTerminator, SoFLoss, StopOrForward, exponential_temperature, sofnet
-from dynskip.sofnet import Recipe
+from dynskip import DynskipError, EarlyTerminator, SoFLoss, StopOrForward, exponential_temperature, sofnet, stage_model
+from dynskip.sofnet import Recipe, strides_in_1x1
 
 RESNET50_WIDTHS = [64, 256, 512, 1024, 2048]
 
@@ -125,3 +128,78 @@ def test_parameter_groups_hold_everything_once(guidance: bool) -> None:
 def test_wrong_arguments_say_what_was_expected(call: Callable[[], Any], telling: str) -> None:
     with pytest.raises(DynskipError, match=telling):
         call()
+
+
+IMAGES = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+STAGES = ["maxpool", "layer1", "layer2", "layer3", "layer4"]
+
+
+def bottlenecks(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    options = {"block": timm.models.resnet.Bottleneck, "layers": [1, 2, 1, 1], "num_classes": 5, **options}
+    return timm.models.ResNet(**options, zero_init_last=False).eval()
+
+
+def torchvisions() -> nn.Module:
+    torch.manual_seed(0)
+    block = torchvision.models.resnet.Bottleneck
+    return torchvision.models.ResNet(block, [1, 2, 1, 1], num_classes=5).eval()
+
+
+@torch.no_grad()
+def literal(model: Any, images: Tensor) -> Tensor:
+    """Compute a ResNet's logits with the strides in the 1x1 convolutions, from the weights of one that has not."""
+
+    def conv(layer: Any, norm: Any, x: Tensor, stride: int) -> Tensor:
+        normed: Tensor = norm(nn.functional.conv2d(x, layer.weight, None, stride, layer.padding))
+        return normed
+
+    x = model.maxpool(model.bn1(model.conv1(images)).relu())
+    for n, layer in enumerate((model.layer1, model.layer2, model.layer3, model.layer4)):
+        for m, block in enumerate(layer):
+            branch = conv(block.conv1, block.bn1, x, 2 if n > 0 and m == 0 else 1).relu()
+            branch = conv(block.conv2, block.bn2, branch, 1).relu()
+            branch = conv(block.conv3, block.bn3, branch, 1)
+            x = (branch + (x if block.downsample is None else block.downsample(x))).relu()
+    return model.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("build", [bottlenecks, torchvisions])
+def test_strides_are_moved_before_and_after_the_cut(build: Callable[[], Any]) -> None:
+    untouched, moved = build(), strides_in_1x1(build())
+    expected = literal(untouched, IMAGES)
+    with torch.no_grad():
+        assert torch.allclose(moved(IMAGES), expected, atol=1e-5)
+        assert not torch.allclose(untouched(IMAGES), expected, atol=1e-2)
+    before = stage_model(strides_in_1x1(build()), STAGES, input_size=(3, 64, 64))
+    after = stage_model(build(), STAGES, input_size=(3, 64, 64))
+    assert strides_in_1x1(after.model) is after.model
+    rows = torch.tensor([2, 0])
+    for backbone in (before, after):
+        with torch.no_grad():
+            assert torch.equal(backbone(IMAGES), moved(IMAGES))
+            carry = backbone.start(IMAGES)
+            for n in range(backbone.num_stages):
+                carry = backbone.run(n, carry if n != 2 else carry.select(rows))
+            assert torch.allclose(backbone.head(carry), expected[rows], atol=1e-5)
+    costs = [sofnet(each, hidden=8).lookup_for((64, 64)).per_stage for each in (before, after)]
+    assert torch.equal(*costs)
+    assert costs[0].sum() < sofnet(stage_model(build(), STAGES), hidden=8).lookup_for((64, 64)).per_stage.sum()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: bottlenecks(block=timm.models.resnet.BasicBlock),
+        lambda: bottlenecks(output_stride=8),  # dilated: nothing to move in the last stages
+        lambda: strides_in_1x1(bottlenecks()),
+        lambda: stage_model(bottlenecks(), input_size=(3, 64, 64)),
+        lambda: nn.Linear(2, 2),
+    ],
+)
+def test_strides_are_for_bottleneck_resnets(build: Callable[[], nn.Module]) -> None:
+    model = build()
+    before = [module.stride for module in model.modules() if isinstance(module, nn.Conv2d)]
+    with pytest.raises(DynskipError, match=r"has no strides to move.*ResNet-50 or a deeper one.*`backbone.model`"):
+        strides_in_1x1(model)
+    assert [module.stride for module in model.modules() if isinstance(module, nn.Conv2d)] == before
