@@ -284,7 +284,7 @@ def training_batches(
 
 
 class EvaluationLoader:
-    """Clips in order as `dynskip.evaluation` and `dynskip.calibrate` take them: `(video, targets, keys)`.
+    """Clips in order as `dynskip.evaluation.evaluate` takes them: `(video, targets, keys)`.
 
     Videos `(B, T, 3, H, W)` are normalised and on the device, targets `(B, K)` have all labels, keys are paths.
 
