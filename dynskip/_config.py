@@ -123,7 +123,7 @@ def _checked_preprocessing(given: Any) -> Any:
     if given is not None and not (isinstance(given, Mapping) and set(given) <= known):
         raise DynskipError(
             "`preprocessing` holds arguments of timm.data.create_transform, such as input_size, mean and std, and "
-            f"`num_frames`; got {given!r}. For a timm model as published, timm.data.resolve_model_data_config gives them."
+            f"`num_frames`; got {given!r}. For a published timm model, timm.data.resolve_model_data_config gives them."
         )
     return given
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import timm
+from timm.models import register_model
 from torch import nn
 
 from dynskip.backbone import StagedBackbone, stage_model
@@ -73,34 +75,29 @@ def sofnet(
     return StopOrForward(backbone, gates, inner, terminator, state_update=state_update)
 
 
-def strides_in_1x1(model: nn.Module) -> nn.Module:
-    """Move the strides of a bottleneck ResNet into its 1x1 convolutions, where the first published weights have them.
+@register_model
+def resnet50_v1(pretrained: bool = False, **timm_kwargs: Any) -> nn.Module:
+    """Build ResNet-50 as first published, with its strides in the 1x1 convolutions.
 
-    The weights of Caffe and Keras are made for such a network. The model is changed in place, before or after
-    `stage_model` cuts it. A model changed like this cannot be saved with `save_pretrained`.
+    The first published weights (Caffe, Keras) need it. With the strides of timm's `resnet50`, they would load and answer
+    wrongly. timm knows it by this name: `stage_model("resnet50_v1", ...)`.
 
     Args:
-        model: the ResNet-50, or a deeper one, of timm or torchvision; of a staged backbone, `backbone.model`.
+        pretrained: must be `False`; load your file with `dynskip.backbone.weights.load_weights`.
+        **timm_kwargs: as for timm's `resnet50`.
 
     Returns:
-        The model.
+        The network.
 
     Raises:
-        DynskipError: if the model has no bottleneck blocks with strides in their 3x3 convolutions.
+        DynskipError: if published weights are asked for; timm has none.
     """
-    modules: dict[str, Any] = dict(model.named_modules())
-    blocks = ("layer2.0", "layer3.0", "layer4.0")
-    for block in blocks:
-        strides = [getattr(modules.get(f"{block}.conv{n}"), "stride", None) for n in (1, 2, 3)]
-        if strides != [(1, 1), (2, 2), (1, 1)]:
-            raise DynskipError(
-                f"{type(model).__name__} has no strides to move: the convolutions of {block} have the strides "
-                f"{strides}; expected are those of a bottleneck, (1, 1), (2, 2) and (1, 1). Pass a ResNet-50 or a "
-                "deeper one, once; of a staged backbone, pass `backbone.model`."
-            )
-    for block in blocks:
-        modules[f"{block}.conv1"].stride, modules[f"{block}.conv2"].stride = (2, 2), (1, 1)
-    return model
+    if pretrained:
+        raise DynskipError("timm has no weights for resnet50_v1. Build it with pretrained=False and load a file.")
+    network: Any = timm.create_model("resnet50", **timm_kwargs)
+    for layer in (network.layer2, network.layer3, network.layer4):
+        layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
+    return network  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-import torchvision
 from helpers import toy_backbone, toy_video
 from torch import Tensor, nn
 
 from dynskip import DynskipError, EarlyTerminator, SoFLoss, StopOrForward, exponential_temperature, sofnet, stage_model
-from dynskip.sofnet import Recipe, strides_in_1x1
+from dynskip.sofnet import Recipe
 
 RESNET50_WIDTHS = [64, 256, 512, 1024, 2048]
 
@@ -130,25 +130,9 @@ def test_wrong_arguments_say_what_was_expected(call: Callable[[], Any], telling:
         call()
 
 
-IMAGES = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-STAGES = ["maxpool", "layer1", "layer2", "layer3", "layer4"]
-
-
-def bottlenecks(**options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    options = {"block": timm.models.resnet.Bottleneck, "layers": [1, 2, 1, 1], "num_classes": 5, **options}
-    return timm.models.ResNet(**options, zero_init_last=False).eval()
-
-
-def torchvisions() -> nn.Module:
-    torch.manual_seed(0)
-    block = torchvision.models.resnet.Bottleneck
-    return torchvision.models.ResNet(block, [1, 2, 1, 1], num_classes=5).eval()
-
-
 @torch.no_grad()
 def literal(model: Any, images: Tensor) -> Tensor:
-    """Compute a ResNet's logits with the strides in the 1x1 convolutions, from the weights of one that has not."""
+    """Compute a ResNet's logits with the strides in the 1x1 convolutions, layer by layer."""
 
     def conv(layer: Any, norm: Any, x: Tensor, stride: int) -> Tensor:
         normed: Tensor = norm(nn.functional.conv2d(x, layer.weight, None, stride, layer.padding))
@@ -164,42 +148,16 @@ def literal(model: Any, images: Tensor) -> Tensor:
     return model.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("build", [bottlenecks, torchvisions])
-def test_strides_are_moved_before_and_after_the_cut(build: Callable[[], Any]) -> None:
-    untouched, moved = build(), strides_in_1x1(build())
-    expected = literal(untouched, IMAGES)
+def test_resnet50_v1_has_its_strides_in_the_1x1_convolutions(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    images, plain = torch.randn(2, 3, 64, 64), timm.create_model("resnet50", num_classes=5, zero_init_last=False).eval()
+    backbone = stage_model("resnet50_v1", num_classes=5, input_size=(3, 64, 64)).eval()
+    backbone.model.load_state_dict(plain.state_dict())
     with torch.no_grad():
-        assert torch.allclose(moved(IMAGES), expected, atol=1e-5)
-        assert not torch.allclose(untouched(IMAGES), expected, atol=1e-2)
-    before = stage_model(strides_in_1x1(build()), STAGES, input_size=(3, 64, 64))
-    after = stage_model(build(), STAGES, input_size=(3, 64, 64))
-    assert strides_in_1x1(after.model) is after.model
-    rows = torch.tensor([2, 0])
-    for backbone in (before, after):
-        with torch.no_grad():
-            assert torch.equal(backbone(IMAGES), moved(IMAGES))
-            carry = backbone.start(IMAGES)
-            for n in range(backbone.num_stages):
-                carry = backbone.run(n, carry if n != 2 else carry.select(rows))
-            assert torch.allclose(backbone.head(carry), expected[rows], atol=1e-5)
-    costs = [sofnet(each, hidden=8).lookup_for((64, 64)).per_stage for each in (before, after)]
-    assert torch.equal(*costs)
-    assert costs[0].sum() < sofnet(stage_model(build(), STAGES), hidden=8).lookup_for((64, 64)).per_stage.sum()
-
-
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda: bottlenecks(block=timm.models.resnet.BasicBlock),
-        lambda: bottlenecks(output_stride=8),  # dilated: nothing to move in the last stages
-        lambda: strides_in_1x1(bottlenecks()),
-        lambda: stage_model(bottlenecks(), input_size=(3, 64, 64)),
-        lambda: nn.Linear(2, 2),
-    ],
-)
-def test_strides_are_for_bottleneck_resnets(build: Callable[[], nn.Module]) -> None:
-    model = build()
-    before = [module.stride for module in model.modules() if isinstance(module, nn.Conv2d)]
-    with pytest.raises(DynskipError, match=r"has no strides to move.*ResNet-50 or a deeper one.*`backbone.model`"):
-        strides_in_1x1(model)
-    assert [module.stride for module in model.modules() if isinstance(module, nn.Conv2d)] == before
+        torch.testing.assert_close(backbone(images), literal(plain, images), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(backbone(images), plain(images), atol=1e-2)
+    model = sofnet(backbone, hidden=8).eval()
+    again = StopOrForward.from_pretrained(model.save_pretrained(tmp_path / "model"))
+    assert torch.equal(again(images[:, None]).logits, model(images[:, None]).logits)
+    with pytest.raises(DynskipError, match="timm has no weights for resnet50_v1"):
+        stage_model("resnet50_v1", pretrained=True)
