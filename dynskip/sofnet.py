@@ -79,8 +79,8 @@ def sofnet(
 def resnet50_v1(pretrained: bool = False, **timm_kwargs: Any) -> nn.Module:
     """Build ResNet-50 as first published, with its strides in the 1x1 convolutions.
 
-    The first published weights (Caffe, Keras) need it. With the strides of timm's `resnet50`, they would load and answer
-    wrongly. timm knows it by this name: `stage_model("resnet50_v1", ...)`.
+    The first published weights (Caffe, Keras) need it: they load into timm's `resnet50`, too, and answer wrongly there.
+    timm knows it by this name: `stage_model("resnet50_v1", ...)`.
 
     Args:
         pretrained: must be `False`; load your file with `dynskip.backbone.weights.load_weights`.
