@@ -322,6 +322,7 @@ def test_damaged_entries_are_decoded_again(damage: str, data: Path, tmp_path: Pa
     np.testing.assert_array_equal(cache.read(path, [3, 0, 3])[0], whole[[3, 0, 3]])
 
 
+@pytest.mark.filterwarnings("error")
 def test_replaced_videos_are_decoded_again(data: Path, tmp_path: Path) -> None:
     path, cache = tmp_path / "a.mp4", FrameCache(tmp_path / "cache", 4, 18)
     for item in load_items(data)[:2]:
