@@ -3,9 +3,9 @@
     runner = load("folder")
     result = runner.clip(runner.normalise(frames))
 
-All of it is in this one file, long as it is, so that it can be copied to where nothing else of dynskip is. First come
-the rules that decisions follow. The three ways propose frames and accept them in order, by these rules alone, and so
-decide alike; they differ only in how many frames they propose at once.
+This one file holds all of it, so that you can copy it to a machine that has nothing else of dynskip. First come the
+rules for decisions. All three ways of running propose what becomes of frames and accept that in order, by these rules.
+So they decide alike. They differ only in how many frames they propose at once.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class DynskipOnnxError(ValueError):
     """An export or a frame cannot be used; the message says what was expected and how to get it."""
 
 
-# Rules: those of `dynskip.rules` under the same names, here without torch. `N` gates, `K` classes.
+# Rules: those of `dynskip.rules` under the same names, here in numpy. `N` gates, `K` classes.
 
 UNSEEN = -1  # `stopped_at` of a frame that was never looked at, because the video had ended
-SATURATED = 100.0  # a margin as wide as this holds whatever the threshold
+SATURATED = 100.0  # a margin as wide as this holds for every threshold
 
 
 def margins(gate_logits: Array) -> Array:
-    """Say how far forward logits lie above stop logits: `(..., 2) -> (...)`."""
+    """Return forward logits minus stop logits: `(..., 2) -> (...)`."""
     with np.errstate(invalid="ignore", over="ignore"):  # infinite logits may be meant, and a NaN stops the frame
         return np.asarray(gate_logits[..., 1] - gate_logits[..., 0])
 
@@ -48,14 +48,14 @@ def margins(gate_logits: Array) -> Array:
 def bounds(forward_threshold: Sequence[float]) -> Array:
     """Return the `(N,)` float64 margins that frames have to exceed for these forward probabilities.
 
-    They lie within `SATURATED`, so that a gate which says `always` is never overruled.
+    They lie within `SATURATED`, so that no threshold overrules a saturated gate.
     """
     highest = 0.99 * SATURATED
     return np.array([min(max(_logit(p), -SATURATED), highest) for p in forward_threshold])
 
 
 def forwards(margin: Array, bound: Array | float) -> Array:
-    """Say which frames go forward. A NaN stops a frame, as the lowest margin would."""
+    """Say which frames go forward. A NaN stops a frame."""
     return np.asarray(margin > bound)
 
 
@@ -65,48 +65,34 @@ def stopped(forward: Array) -> Array:
 
 
 def nearness(margin: Array) -> Array:
-    """Rise with a stopped frame's forward probability, from 0 to below 1: float64. A NaN gives -1.5, below all."""
-    # A softmax would do, but its last digits depend on where in a batch a row stands.
+    """Map a stopped frame's margin to a float64 from 0 to below 1, larger for larger margins; a NaN to -1.5."""
+    # The last digits of a softmax would depend on where in a batch a row stands.
     wide = np.asarray(margin, np.float64).clip(-1e30, 1e30)
     return np.asarray(np.nan_to_num((0.5 + 0.5 * wide / (1 + abs(wide))).clip(max=1 - 1e-12), nan=-1.5))
 
 
 def score(stopped_at: Array | int, margin: Array) -> Array:
-    """Order stopped frames by how far they got, then by how nearly their gate forwarded them.
-
-    Args:
-        stopped_at: `(...)` the gate that stopped each frame.
-        margin: `(...)` what it said; a frame that a NaN stopped comes after all others.
-
-    Returns:
-        `(...)` float64 scores, above -1; -2 for frames that did not stop.
-    """
+    """Score stopped frames by how far they got, then by their gate's margin: above -1, and -2 for unseen frames."""
     gate, near = np.asarray(stopped_at), nearness(margin)
     return np.where(gate < 0, -2.0, np.where(near < 0, -0.5, 2 * gate + near))
 
 
 def tie(dtype: Any) -> float:
-    """Return by how much scores may differ that count as equal: more than rounding moves them in another batch."""
+    """Return the difference up to which scores count as equal: more than rounding changes in another batch."""
     return math.sqrt(np.finfo(dtype).eps)
 
 
 def further(score: float, best: float, tie: float) -> bool:
-    """Whether a frame got further than the best one before it; of equals, the earlier one stays."""
+    """Say whether a frame got further than the best one before it. If they are equal, the earlier one stays."""
     return score > best + tie
 
 
 class Sums(NamedTuple):
-    """What a video's mean is made of.
+    """What a video's mean is made of."""
 
-    Attributes:
-        total: `(K,)` float64 sum of the logits that count.
-        counted: number of them.
-        last: `(K,)` float64 logits of the last used frame, which frames that repeat it add once more.
-    """
-
-    total: Array
-    counted: int
-    last: Array
+    total: Array  # `(K,)` float64 sum of the logits that count
+    counted: int  # number of them
+    last: Array  # `(K,)` float64 logits of the last used frame, which frames that repeat it add once more
 
 
 def nothing_counted(classes: int) -> Sums:
@@ -115,13 +101,9 @@ def nothing_counted(classes: int) -> Sums:
 
 
 def count(stopped_at: int, frame_logits: Array, repeats: Sequence[bool], before: Sums) -> Sums:
-    """Add a frame to its video's sums. Logits that are not finite do not count.
+    """Add a frame with `(K,)` logits to its video's sums. Logits that are not finite do not count.
 
-    Args:
-        stopped_at: what became of it.
-        frame_logits: `(K,)` its logits, which matter where it was used.
-        repeats: for each of `N` gates, whether frames that it stops count as the last used one.
-        before: the sums before it.
+    `repeats` says for each gate whether frames that it stops count as the last used one.
     """
     used = stopped_at == len(repeats)
     last = frame_logits.astype(np.float64) if used else before.last
@@ -137,16 +119,10 @@ def running(sums: Sums) -> Array:
 
 
 def ends(termination: dict[str, Any], running_logits: Array, seen: int) -> bool:
-    """Say whether a video ends: its most probable class is sure enough, after more than `min_frames` frames.
-
-    Args:
-        termination: the manifest's rule, a `threshold` and `min_frames`.
-        running_logits: `(K,)` running prediction.
-        seen: frames looked at so far.
-    """
+    """Say whether a video ends: its `(K,)` running prediction is confident, after more than `min_frames` frames."""
     # A NaN compares false: a video without a prediction goes on.
-    sure = _softmax(running_logits).max() > np.float32(termination["threshold"])
-    return bool(sure) and seen > int(termination["min_frames"])
+    confident = _softmax(running_logits).max() > np.float32(termination["threshold"])
+    return bool(confident) and seen > int(termination["min_frames"])
 
 
 def _logit(probability: float) -> float:
@@ -156,12 +132,12 @@ def _logit(probability: float) -> float:
 
 
 def _softmax(logits: Array) -> Array:
-    with np.errstate(invalid="ignore"):  # of infinite logits there is no softmax, and NaN says so
+    with np.errstate(invalid="ignore"):  # the softmax of infinite logits is NaN
         shifted = np.exp(logits - logits.max(-1, keepdims=True))
         return np.asarray(shifted / shifted.sum(-1, keepdims=True))
 
 
-# What comes out, and what is on its way
+# What comes out
 
 
 @dataclass(frozen=True)
@@ -169,8 +145,8 @@ class FrameResult:
     """What became of one frame of each of a session's `B` videos.
 
     Attributes:
-        stopped_at: `(B,)` index of the gate that stopped the frame; `N` for used frames, -1 where the video had ended
-            before and the frame was not looked at.
+        stopped_at: `(B,)` index of the gate that stopped the frame; `N` for used frames, -1 for unseen ones, whose
+            video had ended before.
         used: `(B,)` boolean, frames that passed every gate.
         running_logits: `(B, K)` running prediction of the video, NaN before the first used frame.
         ended: `(B,)` boolean, videos that need no more frames.
@@ -200,10 +176,10 @@ class VideoResult:
         frame_logits: `(T, K)` logits of each frame.
         gate_logits: `(T, N, 2)` logits (stop, forward).
         macs: executed cost of the video, gates, head and the fallback included.
-        speculative_macs: what was executed beyond `macs`, ahead of decisions that then went otherwise.
-        fallback_frame: where no frame was used, the frame that was run to the end in their place; else -1.
+        speculative_macs: what was executed beyond `macs`: ahead of decisions, and in vain.
+        fallback_frame: the frame that was run to the end because no frame was used; -1 where frames were used.
         key: number of the stream among the sources; `None` outside `serve`.
-        error: why the stream failed; `None` where it came to its end. The other fields tell how far it had got.
+        error: why the stream failed; `None` if it did not. The other fields tell how far it had got.
     """
 
     logits: Array
@@ -232,44 +208,38 @@ class VideoResult:
         return _softmax(self.logits)
 
 
+# Frames and videos in flight
+
+
 @dataclass(eq=False)
 class _Frame:
-    """One frame on its way, with what has been computed of it so far."""
-
     video: _Video
     values: list[Array]  # what enters stage `depth`
-    depth: int = 0  # stages run
-    pooled: list[Array] = field(default_factory=list)
+    depth: int = 0  # stages run, the head included
+    pooled: list[Array] = field(default_factory=list)  # of each stage run
     logits: Array | None = None
-    # What gates say of it as their memories stand now:
+    # What its gates say, given the states of now:
     gate_logits: Array = field(default_factory=lambda: np.empty(0))
-    states: list[list[Array]] = field(default_factory=list)  # proposed by each gate reached
+    states: list[list[Array]] = field(default_factory=list)  # after it, of each gate asked
     stopped_at: int = UNSEEN
-    error: Exception | None = None  # what it made a stage, a gate or the head raise
+    error: Exception | None = None  # raised by a stage, a gate or the head
+    # Once it is accepted:
+    number: int = 0  # in its video
+    score: float = 0.0
 
 
 @dataclass(eq=False)
 class _Video:
-    """Where a video stands: gate states, the sums of its mean, and what became of its frames."""
-
-    states: list[list[Array]]
+    states: list[list[Array]]  # of each gate, after the frames accepted
     sums: Sums
+    ahead: list[list[Array]] = field(default_factory=list)  # states after the frames proposed
     stopped_at: list[int] = field(default_factory=list)
     frame_logits: list[Array] = field(default_factory=list)
     gate_logits: list[Array] = field(default_factory=list)
     answered: bool = False  # whether a frame has been used
     ended: bool = False
-    macs: float = 0.0
     executed: float = 0.0
-    furthest: _Furthest | None = None
-
-
-class _Furthest(NamedTuple):
-    """The stopped frame that got furthest. Without a used frame, its video's answer is made from it."""
-
-    score: float
-    number: int
-    frame: _Frame
+    furthest: _Frame | None = None  # of the stopped frames; the fallback, until a frame is used
 
 
 # The runner
@@ -292,7 +262,7 @@ def load(folder: str | Path, *, threads: int = 0, providers: Sequence[str] = ("C
     manifest, files = _read(Path(folder))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # There is a session a stage and gate, each with its threads: those of one must not spin while another works.
+    # Every stage and gate is an onnxruntime session with threads of its own: they must not spin while others work.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     graphs = {}
@@ -306,9 +276,7 @@ def load(folder: str | Path, *, threads: int = 0, providers: Sequence[str] = ("C
     try:
         return Runner(manifest, graphs)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise DynskipOnnxError(
-            f"The manifest lacks or garbles an entry ({error!r}). Export the model again."
-        ) from error
+        raise DynskipOnnxError(f"The manifest lacks an entry, or has a bad one ({error!r}). Export again.") from error
 
 
 class Runner:
@@ -322,28 +290,25 @@ class Runner:
     def __init__(self, manifest: dict[str, Any], graphs: dict[str, onnxruntime.InferenceSession]) -> None:
         self.manifest = manifest
         self.class_names: list[str] | None = manifest["class_names"]
-        self._stages, self._head = manifest["stages"], manifest["head"]
         self._graphs = graphs
-        self._shape = tuple(manifest["input"]["shape"])
-        self._advance_all = {"used": False, "reached": True}[manifest["state_update"]]
+        self._stages, self._head = manifest["stages"], manifest["head"]
+        self._shape, self._classes = tuple(manifest["input"]["shape"]), manifest["num_classes"]
+        self._reached = {"used": False, "reached": True}[manifest["state_update"]]
         self._termination = manifest["termination"]
-        if self._termination and manifest["num_classes"] < 2:
+        if self._termination and self._classes < 2:
             raise DynskipOnnxError(
-                "The manifest ends videos early with one class. The probability of one class alone is always 1, so "
+                "The manifest ends videos early, but has one class. The probability of one class alone is always 1, so "
                 "that every video would end at once. Set `model.terminator` to None, or give the model two outputs, "
                 "and export it again."
             )
         self._repeats = [bool(stage["gate"]["repeats_last"]) for stage in self._stages]
-        # In float32, as the margins are: a margin has to mean the same here as in torch.
+        # In float32 as the margins are, so that a margin means the same here as in torch.
         self._bounds = bounds([stage["gate"]["forward_threshold"] for stage in self._stages]).astype(np.float32)
-        self._stage_macs = np.array([stage["macs"] for stage in self._stages])
-        self._gate_macs = np.array([stage["gate"]["macs"] for stage in self._stages])
-        stopping = np.cumsum(self._stage_macs + self._gate_macs)
-        # Of a frame by what became of it: unseen, stopped at each gate, used.
-        self._frame_macs = np.array([0.0, *stopping, stopping[-1] + self._head["macs"]])
-        self._unknown = np.full(manifest["num_classes"], np.nan, np.float32)  # logits of all frames that were not used
-        self._boundaries: list[list[dict[str, Any]]] = [[{"rows": 1, "shape": list(self._shape), "dtype": "float32"}]]
-        self._boundaries += [stage["values"] for stage in self._stages]
+        self._costs = np.array([part["macs"] for part in (*self._stages, self._head)])  # the head is stage `N`
+        self._gate_costs = np.array([stage["gate"]["macs"] for stage in self._stages])
+        per_stage = [*(self._costs[:-1] + self._gate_costs), self._costs[-1]]
+        self._by_outcome = np.array([0.0, *np.cumsum(per_stage)])  # of a frame: unseen, stopped at each gate, used
+        self._values = [[_rows(*self._shape)], *(stage["values"] for stage in self._stages)]  # what enters each stage
         self._check_graphs()
 
     def normalise(self, frames: Array) -> Array:
@@ -354,6 +319,9 @@ class Runner:
 
         Returns:
             `(..., C, H, W)` float32 frames, normalised.
+
+        Raises:
+            DynskipOnnxError: if the model was exported without `mean` and `std`.
         """
         mean, std = self.manifest["input"]["mean"], self.manifest["input"]["std"]
         if mean is None or std is None:
@@ -366,7 +334,7 @@ class Runner:
         return Session(self, batch)
 
     def clip(self, video: Array, window: int = 16) -> VideoResult:
-        """Run a stored video: stages take up to `window` frames at once, and decisions stay those of the online run.
+        """Run a stored video. Stages take up to `window` frames at once; decisions are those of the online run.
 
         Args:
             video: `(T, C, H, W)` normalised frames.
@@ -380,16 +348,15 @@ class Runner:
         """
         if len(video) == 0 or window < 1:
             raise DynskipOnnxError(f"A clip needs frames and a positive window; got {len(video)} frames, {window=}.")
-        images = [self._image(frame) for frame in video]
-        state = self._begin()
+        state, images = self._begin(), [self._image(frame) for frame in video]
         for start in range(0, len(images), window):
-            self._decide(state, images[start : start + window])
+            self._decide([_Frame(state, [image]) for image in images[start : start + window]])
             if state.ended:
                 break
         return self._finish(state, len(images))
 
     def serve(self, sources: Iterable[Iterable[Array]], capacity: int = 16) -> Iterator[VideoResult]:
-        """Run many streams together, one frame of each at a time; a finished one's place goes to the next at once.
+        """Run many streams together, one frame of each at a time. When a stream ends, the next one takes its place.
 
         Args:
             sources: streams of `(C, H, W)` normalised frames. Each is read only when its turn comes, and no further
@@ -397,16 +364,16 @@ class Runner:
             capacity: streams that run at the same time.
 
         Yields:
-            The result of each stream as it ends, with its number as `key`. A stream that raises, sends a bad frame or
-            one that a stage, a gate or the head cannot take fails alone: its result has an `error`.
+            The result of each stream as it ends, with its number as `key`. A stream fails alone: if it raises, or sends
+            a frame that is bad or that a stage, a gate or the head cannot take, its result has an `error`.
         """
         if capacity < 1:
             raise DynskipOnnxError(f"{capacity=} streams can never finish; give a positive number.")
         waiting = enumerate(sources)
         active: dict[int, tuple[_Video, Generator[Array, None, None]]] = {}
         while True:
-            for key, opened in islice(waiting, capacity - len(active)):
-                active[key] = (self._begin(), _frames_of(opened))
+            for key, source in islice(waiting, capacity - len(active)):
+                active[key] = self._begin(), _opened(source)
             if not active:
                 return
             frames: dict[int, _Frame] = {}
@@ -415,7 +382,8 @@ class Runner:
                 try:
                     frames[key] = _Frame(video, [self._image(next(source))])
                 except StopIteration:
-                    over[key] = None
+                    empty = DynskipOnnxError(f"Stream {key} ended before its first frame.")
+                    over[key] = None if video.stopped_at else empty
                 except Exception as error:
                     over[key] = error
             self._propose(list(frames.values()))
@@ -429,17 +397,11 @@ class Runner:
                 video, source = active.pop(key)
                 with contextlib.suppress(Exception):
                     source.close()
-                results.append(self._conclude(key, video, fault))
+                try:
+                    results.append(self._finish(video, len(video.stopped_at), key, fault))
+                except Exception as error:  # from running the fallback
+                    results.append(self._finish(video, len(video.stopped_at), key, error))
             yield from results
-
-    def _conclude(self, key: int, video: _Video, error: Exception | None) -> VideoResult:
-        """Answer for a stream; what goes wrong on the way is its own fault, too."""
-        if error is None and not video.stopped_at:
-            error = DynskipOnnxError(f"Stream {key} ended before its first frame.")
-        try:
-            return self._finish(video, len(video.stopped_at), key, error)
-        except Exception as fault:
-            return self._finish(video, len(video.stopped_at), key, fault)
 
     def _image(self, frame: Array) -> Array:
         frame = np.asarray(frame)
@@ -458,11 +420,10 @@ class Runner:
             [np.full(state["shape"], state["value"], np.float32) for state in stage["gate"]["initial_state"]]
             for stage in self._stages
         ]
-        return _Video(states, nothing_counted(self.manifest["num_classes"]))
+        return _Video(states, nothing_counted(self._classes))
 
-    def _decide(self, video: _Video, images: Sequence[Array]) -> None:
-        """Take frames of one video as far as their gates let them."""
-        pending = [_Frame(video, [image]) for image in images]
+    def _decide(self, pending: list[_Frame]) -> None:
+        """Decide on frames of one video in order, until it ends."""
         while pending:
             self._propose(pending)
             while pending:
@@ -470,31 +431,32 @@ class Runner:
                 if frame.error is not None:
                     raise frame.error
                 self._accept(frame)
-                if video.ended:
+                if frame.video.ended:
                     return
-                if frame.stopped_at == len(self._stages) and not self._advance_all:
-                    # A used frame has changed the states. The frames after it are decided anew, on features that stay.
-                    break
+                if frame.stopped_at == len(self._stages) and not self._reached:
+                    break  # it changed the states, so propose the frames after it again; their features stay
 
     def _propose(self, frames: list[_Frame]) -> None:
-        """Take frames as far as their gates let them, as the memories stand now. Errors stay with the frames."""
+        """Take frames as far as their gates let them, given the states of now. Errors stay with the frames."""
         stages, going = len(self._stages), frames
         said = np.full((len(frames), stages, 2), np.nan, np.float32)
         for frame, row in zip(frames, said, strict=True):
             frame.gate_logits, frame.states, frame.error = row, [], None
+            frame.video.ahead = list(frame.video.states)
+        # Where every frame changes the state, frames of one video ask their gate one after the other.
+        one_by_one = self._reached and len({id(frame.video) for frame in frames}) < len(frames)
         for n in range(stages):
             self._each(self._run_stage, n, [frame for frame in going if frame.depth == n])
-            for together in _one_of_each_video(going) if self._advance_all else [going]:
-                self._each(self._run_gate, n, together)
-            # Of gates that were not asked there is a NaN, which stops: a frame that goes on has `n + 1`.
+            for group in [[frame] for frame in going] if one_by_one else [going]:
+                self._each(self._run_gate, n, group)
+            # Gates that were not asked have NaN, which stops a frame.
             for frame, gate in zip(frames, stopped(forwards(margins(said), self._bounds)).tolist(), strict=True):
                 frame.stopped_at = gate
-            if not (going := [frame for frame in going if frame.stopped_at > n]):
-                return
-        self._each(self._run_head, stages, [frame for frame in going if frame.logits is None])
+            going = [frame for frame in going if frame.stopped_at > n]
+        self._each(self._run_stage, stages, [frame for frame in going if frame.depth == stages])
 
     def _each(self, run: Callable[[int, list[_Frame]], None], n: int, frames: list[_Frame]) -> None:
-        """Run a part on a batch; where that raises, on each frame alone, so that a frame's fault is its own."""
+        """Run a part on a batch of frames. If that raises, run it on each frame alone, to find whose fault it is."""
         frames = [frame for frame in frames if frame.error is None]
         if not frames:
             return
@@ -508,50 +470,51 @@ class Runner:
                 self._each(run, n, [frame])
 
     def _run_stage(self, n: int, frames: list[_Frame]) -> None:
-        pooled, *outputs = self._call(self._stages[n]["file"], self._join(n, frames))
+        """Run a stage, or the head, which is stage `N`."""
+        inputs = [
+            np.concatenate([frame.values[k] for frame in frames]) if value["rows"] else frames[0].values[k]
+            for k, value in enumerate(self._values[n])
+        ]
+        at_head = n == len(self._stages)
+        first, *outputs = self._call((self._head if at_head else self._stages[n])["file"], inputs)
         for i, frame in enumerate(frames):
-            frame.pooled.append(pooled[i])
-            frame.values = [
-                array[i * value["rows"] : (i + 1) * value["rows"]].copy() if value["rows"] else array
-                for array, value in zip(outputs, self._boundaries[n + 1], strict=True)
-            ]
+            if at_head:
+                frame.logits = first[i]
+            else:
+                frame.pooled.append(first[i])
+                frame.values = [
+                    array[i * value["rows"] : (i + 1) * value["rows"]].copy() if value["rows"] else array
+                    for array, value in zip(outputs, self._values[n + 1], strict=True)
+                ]
             frame.depth = n + 1
-            frame.video.executed += self._stage_macs[n]
+            frame.video.executed += self._costs[n]
 
     def _run_gate(self, n: int, frames: list[_Frame]) -> None:
-        states = zip(*(frame.video.states[n] for frame in frames), strict=True)
+        states = zip(*(frame.video.ahead[n] for frame in frames), strict=True)
         inputs = [np.stack([frame.pooled[n] for frame in frames]), *(np.stack(parts) for parts in states)]
         logits, *new = self._call(self._stages[n]["gate"]["file"], inputs)
         for i, frame in enumerate(frames):
             frame.gate_logits[n] = logits[i]
             frame.states.append([state[i] for state in new])
-            if self._advance_all:
-                frame.video.states[n] = frame.states[n]
-            frame.video.executed += self._gate_macs[n]
-
-    def _run_head(self, n: int, frames: list[_Frame]) -> None:
-        (logits,) = self._call(self._head["file"], self._join(n, frames))
-        for frame, row in zip(frames, logits, strict=True):
-            frame.logits = row
-            frame.video.executed += self._head["macs"]
+            if self._reached:
+                frame.video.ahead[n] = frame.states[n]
+            frame.video.executed += self._gate_costs[n]
 
     def _accept(self, frame: _Frame) -> None:
         """Make what was proposed for a video's next frame final."""
-        video, n = frame.video, frame.stopped_at
-        logits = self._unknown
+        video, n, logits = frame.video, frame.stopped_at, np.full(self._classes, np.nan, np.float32)
         if n == len(self._stages):
             assert frame.logits is not None
             logits, video.answered, video.furthest = frame.logits, True, None
-            if not self._advance_all:
-                video.states = frame.states
         elif not video.answered:
-            got, best = float(score(n, margins(frame.gate_logits[n]))), video.furthest
-            if best is None or further(got, best.score, tie(np.float32)):
-                video.furthest = _Furthest(got, len(video.stopped_at), frame)
+            frame.number, frame.score = len(video.stopped_at), float(score(n, margins(frame.gate_logits[n])))
+            if video.furthest is None or further(frame.score, video.furthest.score, tie(np.float32)):
+                video.furthest = frame
+        if self._reached or n == len(self._stages):
+            video.states[: len(frame.states)] = frame.states
         video.stopped_at.append(n)
         video.gate_logits.append(frame.gate_logits)
         video.frame_logits.append(logits)
-        video.macs += self._frame_macs[n + 1]
         video.sums = count(n, logits, self._repeats, video.sums)
         if self._termination:
             video.ended = ends(self._termination, running(video.sums), len(video.stopped_at))
@@ -559,22 +522,26 @@ class Runner:
     def _finish(
         self, video: _Video, frames: int, key: int | None = None, error: Exception | None = None
     ) -> VideoResult:
-        """Conclude a video as if it ended here; one that failed is not run any further."""
-        stages, seen, classes = len(self._stages), len(video.stopped_at), self.manifest["num_classes"]
-        frame_logits = np.full((frames, classes), np.nan, np.float32)
+        """Conclude a video as if it ended here. Of one that failed, no stage is run."""
+        stages, unseen = len(self._stages), frames - len(video.stopped_at)
+        stopped_at = np.array(video.stopped_at + [UNSEEN] * unseen, int)
+        frame_logits = np.full((frames, self._classes), np.nan, np.float32)
         gate_logits = np.full((frames, stages, 2), np.nan, np.float32)
-        for t in range(seen):
-            frame_logits[t], gate_logits[t] = video.frame_logits[t], video.gate_logits[t]
-        logits, macs, fallback = running(video.sums), video.macs, -1
+        for t, (of_frame, of_gates) in enumerate(zip(video.frame_logits, video.gate_logits, strict=True)):
+            frame_logits[t], gate_logits[t] = of_frame, of_gates
+        sums, macs, fallback = video.sums, self._by_outcome[stopped_at + 1].sum(), -1
         if video.furthest is not None and error is None:
-            _, fallback, frame = video.furthest
-            frame_logits[fallback] = self._complete(frame)
+            frame, fallback = video.furthest, video.furthest.number
+            for n in range(frame.depth, stages + 1):  # what ran already stays, so that asking again costs nothing
+                self._run_stage(n, [frame])
+            assert frame.logits is not None
+            frame_logits[fallback] = frame.logits
             # It counts as the one used frame of its video.
-            logits = running(count(stages, frame_logits[fallback], self._repeats, nothing_counted(classes)))
-            macs += self._stage_macs[frame.stopped_at + 1 :].sum() + self._head["macs"]
+            sums = count(stages, frame.logits, self._repeats, nothing_counted(self._classes))
+            macs += self._costs[frame.stopped_at + 1 :].sum()
         return VideoResult(
-            logits=logits,
-            stopped_at=np.array(video.stopped_at + [UNSEEN] * (frames - seen), int),
+            logits=running(sums),
+            stopped_at=stopped_at,
             frame_logits=frame_logits,
             gate_logits=gate_logits,
             macs=float(macs),
@@ -584,21 +551,6 @@ class Runner:
             error=error,
         )
 
-    def _complete(self, frame: _Frame) -> Array:
-        """Run a stopped frame to the end; what was computed stays with it, so that asking twice costs nothing more."""
-        for n in range(frame.depth, len(self._stages)):
-            self._run_stage(n, [frame])
-        if frame.logits is None:
-            self._run_head(len(self._stages), [frame])
-        assert frame.logits is not None
-        return frame.logits
-
-    def _join(self, boundary: int, frames: list[_Frame]) -> list[Array]:
-        return [
-            np.concatenate([frame.values[k] for frame in frames]) if value["rows"] else frames[0].values[k]
-            for k, value in enumerate(self._boundaries[boundary])
-        ]
-
     def _call(self, name: str, inputs: Sequence[Array]) -> list[Array]:
         graph = self._graphs[name]
         taken = {entry.name for entry in graph.get_inputs()}  # an exporter may drop what a graph does not read
@@ -607,14 +559,11 @@ class Runner:
 
     def _check_graphs(self) -> None:
         """Compare the shapes of every graph with the manifest."""
-        classes = {"rows": 1, "shape": [self.manifest["num_classes"]], "dtype": "float32"}
         for n, stage in enumerate(self._stages):
-            pooled = {"rows": 1, "shape": [stage["channels"]], "dtype": "float32"}
-            decision = {"rows": 1, "shape": [2], "dtype": "float32"}
-            states = [{"rows": 1, "shape": s["shape"], "dtype": "float32"} for s in stage["gate"]["initial_state"]]
-            self._check_graph(stage["file"], self._boundaries[n], [pooled, *self._boundaries[n + 1]])
-            self._check_graph(stage["gate"]["file"], [pooled, *states], [decision, *states])
-        self._check_graph(self._head["file"], self._boundaries[-1], [classes])
+            pooled, states = _rows(stage["channels"]), [_rows(*s["shape"]) for s in stage["gate"]["initial_state"]]
+            self._check_graph(stage["file"], self._values[n], [pooled, *self._values[n + 1]])
+            self._check_graph(stage["gate"]["file"], [pooled, *states], [_rows(2), *states])
+        self._check_graph(self._head["file"], self._values[-1], [_rows(self._classes)])
 
     def _check_graph(self, name: str, inputs: list[Any], outputs: list[Any]) -> None:
         graph = self._graphs[name]
@@ -637,7 +586,7 @@ class Session:
         self._videos = [runner._begin() for _ in range(batch)]
 
     def __call__(self, frames: Array) -> FrameResult:
-        """Take the next frame of each video; those of ended videos are not looked at.
+        """Take the next frame of each video. Frames of ended videos are not looked at.
 
         Args:
             frames: `(B, C, H, W)` normalised frames.
@@ -646,34 +595,32 @@ class Session:
             What became of them.
 
         Raises:
-            DynskipOnnxError: if there is not one frame a video, or a frame has the wrong shape, dtype or values. What
-                raises leaves the session as it was.
+            DynskipOnnxError: if there is not one frame a video, or a frame has the wrong shape, dtype or values. After
+                any error, the session is as it was.
         """
         if len(frames) != len(self._videos):
             raise DynskipOnnxError(f"Got {len(frames)} frames for {len(self._videos)} videos; give one for each.")
-        runner, stages = self._runner, len(self._runner._stages)
+        runner = self._runner
         rows = [row for row, video in enumerate(self._videos) if not video.ended]
         taken = [_Frame(self._videos[row], [runner._image(frames[row])]) for row in rows]
-        states = [list(frame.video.states) for frame in taken]
         runner._propose(taken)
-        if errors := [frame.error for frame in taken if frame.error is not None]:
-            for frame, before in zip(taken, states, strict=True):
-                frame.video.states = before
-            raise errors[0]
+        for frame in taken:
+            if frame.error is not None:
+                raise frame.error
         stopped_at = np.full(len(self._videos), UNSEEN)
         for row, frame in zip(rows, taken, strict=True):
             runner._accept(frame)
             stopped_at[row] = frame.stopped_at
         return FrameResult(
             stopped_at=stopped_at,
-            used=stopped_at == stages,
+            used=stopped_at == len(runner._stages),
             running_logits=np.stack([running(video.sums) for video in self._videos]),
             ended=np.array([video.ended for video in self._videos]),
-            frame_macs=runner._frame_macs[stopped_at + 1],
+            frame_macs=runner._by_outcome[stopped_at + 1],
         )
 
     def result(self, row: int = 0) -> VideoResult:
-        """Conclude a video as if it ended here: where no frame was used, the furthest one is run to the end."""
+        """Conclude a video as if it ended here. If no frame was used, the furthest one is run to the end."""
         video = self._videos[row]
         if not video.stopped_at:
             raise DynskipOnnxError(f"Video {row} has had no frame yet; there is nothing to conclude.")
@@ -701,7 +648,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     if found != (FORMAT, VERSION):
         raise DynskipOnnxError(
             f"{path} is of format {found[0]!r}, version {found[1]}; this runner reads {FORMAT!r}, version {VERSION}. "
-            "Export the model again with format='onnx' and the release of dynskip that this runner comes from."
+            "Export the model again with the release of dynskip that this runner comes from."
         )
     files = {}
     for name, expected in hashes.items():
@@ -709,11 +656,15 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
             raise DynskipOnnxError(f"The manifest names {name!r}, which lies outside its folder. Do not trust it.")
         if not (folder / name).is_file():
             raise DynskipOnnxError(f"{name!r} is missing from {folder}. Copy the whole folder.")
-        content = (folder / name).read_bytes()
-        if hashlib.sha256(content).hexdigest() != expected:
+        files[name] = (folder / name).read_bytes()
+        if hashlib.sha256(files[name]).hexdigest() != expected:
             raise DynskipOnnxError(f"{name!r} is not the file that was exported: its hash differs. Copy it again.")
-        files[name] = content
     return manifest, files
+
+
+def _rows(*shape: int) -> dict[str, Any]:
+    """Describe a float32 array with one row a frame, as the manifest does."""
+    return {"rows": 1, "shape": list(shape), "dtype": "float32"}
 
 
 def _fits(entry: Any, value: dict[str, Any]) -> bool:
@@ -727,15 +678,6 @@ def _fits(entry: Any, value: dict[str, Any]) -> bool:
     )
 
 
-def _frames_of(source: Iterable[Array]) -> Generator[Array, None, None]:
-    """Open a source when its first frame is asked for, so that one that cannot be opened fails as a stream."""
+def _opened(source: Iterable[Array]) -> Generator[Array, None, None]:
+    """Open a source only when its first frame is asked for, so that one that cannot be opened fails as a stream."""
     yield from source
-
-
-def _one_of_each_video(frames: list[_Frame]) -> Iterator[list[_Frame]]:
-    """Group frames so that no group has two of a video, in the order in which they came."""
-    queues: dict[int, list[_Frame]] = {}
-    for frame in frames:
-        queues.setdefault(id(frame.video), []).append(frame)
-    for group in zip_longest(*queues.values()):
-        yield [frame for frame in group if frame is not None]

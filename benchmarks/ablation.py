@@ -362,8 +362,7 @@ def run_baselines(run: Run, data: Data, model: StopOrForward) -> dict[str, Any]:
 
 def pairs(args: argparse.Namespace) -> Iterator[str]:
     """Say for every pair of classes how well a linear probe of each stage tells it from the others, on val."""
-    yield "| irrelevant, % right | res1 | res2 | res3 | res4 | res5 |"
-    yield "|---|" + "---:|" * 5
+    yield table("irrelevant, % right", STAGES, [])
     for pair in itertools.combinations(class_names(load_items(args.data)), 2):
         parts = load(args.data, args.weights, args.cache, Run.size, pair, SEEDS[0]).parts
         accuracies = [found["val"] for found in probe(parts)]
@@ -403,7 +402,7 @@ def inner_classifiers(part: Part, features: Sequence[int], classes: int) -> list
 
 
 def replayed(
-    model: StopOrForward, curve: Sequence[calibrate.OperatingPoint], parts: dict[str, Part]
+    model: StopOrForward, curve: Sequence[calibrate.CurvePoint], parts: dict[str, Part]
 ) -> list[dict[str, Any]]:
     """Measure on the test part what the curve's thresholds, which come from the validation part, give there."""
     test = parts["test"].batches(model)
@@ -472,37 +471,14 @@ def spread(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
     return mean if len(values) < 2 else f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
 
 
-COLUMNS = "| | mAP % | top-1 % | GMACs/video | of dense % | used % | precision % | recall % | thesis: mAP, GMACs |"
+STAGES = [f"res{n}" for n in range(1, 6)]
+COLUMNS = ["mAP %", "top-1 %", "GMACs/video", "of dense %", "used %", "precision %", "recall %", "thesis: mAP, GMACs"]
 # The thesis' rows at each size, in the order of `ROWS` (tables 4.4 and 4.5, on ActivityNet).
 THESIS = {
     168: ["73.7, 40.3", "74.3, 32.2", "75.0, 31.6", "74.7, 32.6", "75.6, 31.7", "75.3, 27.4"],
     192: ["", "", "", "", "-, 43.7", "76.3, 37.4"],
     224: ["-, 65.9", "", "", "", "77.1, 55.7", "76.9, 48.6"],
 }
-
-
-def row(name: str, results: Sequence[dict[str, Any]], mode: str, thesis: str = "") -> str:
-    """Lay one way of running the runs out as a row of the table."""
-    measured = [result["modes"][mode]["test"] for result in results]
-    share = [m["gmacs"] / result["dense_gmacs"] for m, result in zip(measured, results, strict=True)]
-
-    def values(key: str) -> list[float]:
-        return [m[key] for m in measured]
-
-    cells = [
-        spread(values("mean_ap"), 100),
-        spread(values("top1"), 100),
-        spread(values("gmacs"), 1, 1),
-        spread(share, 100),
-    ]
-    cells += [spread(values(key), 100) for key in ("used", "precision", "recall")]
-    return f"| {name} | " + " | ".join([*cells, thesis]) + " |"
-
-
-def table(rows: Sequence[str]) -> str:
-    return "\n".join([COLUMNS, "|---|" + "---:|" * 8, *rows])
-
-
 LATE: dict[str, Any] = {"irrelevance": "late"}
 ROWS: list[tuple[str, dict[str, Any], str]] = [
     ("dense TSN", {"kind": "baselines"}, "dense"),
@@ -526,6 +502,34 @@ CHOICES: list[tuple[str, dict[str, Any], str]] = [
     ("the same, with early termination at 0.999", {"state_update": "reached"}, "termination"),
 ]
 BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7)  # of the dense cost
+
+
+def table(corner: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """Write a Markdown table."""
+    head = [f"| {corner} | " if corner else "| | ", " | ".join(columns), " |\n|---|", "---:|" * len(columns)]
+    return "".join(head) + "".join(f"\n| {name} | {' | '.join(cells)} |" for name, cells in rows)
+
+
+def percents(lines: Sequence[Sequence[float]]) -> list[str]:
+    """Write each column's mean and spread in percent."""
+    return [spread(column, 100) for column in zip(*lines, strict=True)]
+
+
+def row(name: str, results: Sequence[dict[str, Any]], mode: str, thesis: str = "") -> tuple[str, list[str]]:
+    """Lay one way of running the runs out as a row of the main table."""
+    measured = [(result["modes"][mode]["test"], result["dense_gmacs"]) for result in results]
+    keys = ("used", "precision", "recall")
+    lines = [[m["mean_ap"], m["top1"], m["gmacs"] / dense, *(m[key] for key in keys)] for m, dense in measured]
+    cells = percents(lines)
+    return name, [*cells[:2], spread([m["gmacs"] for m, _ in measured]), *cells[2:], thesis]
+
+
+def section(results: Sequence[dict[str, Any]], theirs: Sequence[str], **settings: Any) -> str:
+    """Lay out the thesis' rows at one size on one composed set, beside the thesis' figures."""
+    found = [(name, select(results, **own, **settings), mode) for name, own, mode in ROWS]
+    both = zip(found, [*theirs, *[""] * len(found)], strict=False)
+    rows = [row(name, runs, mode, thesis) for (name, runs, mode), thesis in both if runs and mode in runs[0]["modes"]]
+    return table("", COLUMNS, rows)
 
 
 def within(curve: Sequence[dict[str, Any]], budget: float) -> dict[str, Any] | None:
@@ -559,70 +563,54 @@ def paired_table(results: Sequence[dict[str, Any]]) -> str:
     seeds = [seed for seed in MORE_SEEDS if all(seed in by_seed for by_seed in runs.values())]
     if not seeds:
         return ""
-    named: list[tuple[str, list[tuple[float, ...]]]] = []
+    named: list[tuple[str, list[list[float]]]] = []
     for name, by_seed in runs.items():
         for mode, ending in (("gates", ""), ("termination", ", early termination at 0.999")):
             tests = [(by_seed[seed]["modes"][mode]["test"], by_seed[seed]["dense_gmacs"]) for seed in seeds]
-            values: list[tuple[float, ...]] = [
-                (t["gmacs"] / dense, t["top1"], t["mean_ap"], t["recall"]) for t, dense in tests
-            ]
+            values = [[t["gmacs"] / dense, t["top1"], t["mean_ap"], t["recall"]] for t, dense in tests]
             named.append((name + ending, values))
     for a, b in ((1, 2), (1, 5)):
         pairs = zip(named[a][1], named[b][1], strict=True)
-        difference = [tuple(x - y for x, y in zip(*pair, strict=True)) for pair in pairs]
+        difference = [[x - y for x, y in zip(*pair, strict=True)] for pair in pairs]
         named.append((f"row {a + 1} less row {b + 1}, on the same set", difference))
-    lines = [f"| {len(seeds)} seeds | of dense % | top-1 % | mAP % | recall % |", "|---|" + "---:|" * 4]
-    for name, values in named:
-        lines.append(f"| {name} | " + " | ".join(spread(column, 100) for column in zip(*values, strict=True)) + " |")
-    return "\n".join(lines)
+    rows = [(name, percents(values)) for name, values in named]
+    return table(f"{len(seeds)} seeds", ["of dense %", "top-1 %", "mAP %", "recall %"], rows)
 
 
 def asked_table(results: Sequence[dict[str, Any]]) -> str:
     """Show how often self-supervision asks gates to forward; nothing where no run says so."""
     asked = [result["asked_for"] for result in select(results)]
-    if not asked:
-        return ""
-    lines = ["| asked to forward, % of frames | res1 | res2 | res3 | res4 | res5 |", "|---|" + "---:|" * 5]
-    for name in ("relevant", "irrelevant"):
-        cells = [spread([shares[name][n] for shares in asked], 100) for n in range(5)]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = [(name, percents([shares[name] for shares in asked])) for name in ("relevant", "irrelevant")]
+    return table("asked to forward, % of frames", STAGES, rows) if asked else ""
 
 
 def budget_table(results: Sequence[dict[str, Any]], **settings: Any) -> str:
     """Compare methods at equal cost: thresholds chosen on val within a budget, accuracy on test."""
-    lines = ["| top-1 % within | " + " | ".join(f"{budget:.0%} of dense" for budget in BUDGETS) + " |"]
-    lines.append("|---|" + "---:|" * len(BUDGETS))
+    rows = []
     for name, runs in curves(results, **settings).items():
         cells = []
         for budget in BUDGETS:
             found = [within(curve, budget * dense) for dense, curve in runs]
             reached = [p["test"]["top1"] for p in found if p is not None]
             cells.append(spread(reached, 100) if len(reached) == len(runs) else "")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append((name, cells))
+    return table("top-1 % within", [f"{budget:.0%} of dense" for budget in BUDGETS], rows)
 
 
 def usage_table(results: Sequence[dict[str, Any]]) -> str:
     """Show where frames end (thesis Fig. 4.1)."""
-    lines = ["| frames, % | res1 | res2 | res3 | res4 | res5 | used | never seen |", "|---|" + "---:|" * 7]
+    rows = []
     for name, settings, mode in ROWS[4:]:
         measured = [result["modes"][mode]["test"] for result in select(results, **settings)]
-        if measured:
-            stops = [spread([m["stopped"][n] for m in measured], 100) for n in range(5)]
-            cells = [*stops, *(spread([m[key] for m in measured], 100) for key in ("used", "unseen"))]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append((name, percents([[*m["stopped"], m["used"], m["unseen"]] for m in measured])))
+    return table("frames, %", [*STAGES, "used", "never seen"], [(name, cells) for name, cells in rows if cells])
 
 
 def probe_table(results: Sequence[dict[str, Any]], **settings: Any) -> str:
     """Show what each stage's features say about relevance."""
     probes = [result["probe"] for result in select(results, kind="baselines", **settings)]
-    lines = ["| relevant or not, % right | res1 | res2 | res3 | res4 | res5 |", "|---|" + "---:|" * 5]
-    for split in ("val", "test"):
-        cells = [spread([stages[n][split] for stages in probes], 100) for n in range(5)]
-        lines.append(f"| {split} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = [(split, percents([[stage[split] for stage in stages] for stages in probes])) for split in ("val", "test")]
+    return table("relevant or not, % right", STAGES, rows)
 
 
 def report(results: Sequence[dict[str, Any]]) -> str:
@@ -642,7 +630,7 @@ def report(results: Sequence[dict[str, Any]]) -> str:
     for size in sorted({result["run"]["size"] for result in results}):
         blocks += [f"### {size} x {size}", section(results, THESIS.get(size, []), size=size)]
     chosen = [(name, select(results, **settings), mode) for name, settings, mode in CHOICES]
-    blocks += ["### Choices", table([row(name, runs, mode) for name, runs, mode in chosen if runs])]
+    blocks += ["### Choices", table("", COLUMNS, [row(name, runs, mode) for name, runs, mode in chosen if runs])]
     if found := [text for text in (paired_table(results), asked_table(results)) if text]:
         blocks += ["### Guidance and memory on the same sets, and what self-supervision asks for", *found]
     blocks += ["### At equal cost", budget_table(results), "### Where frames end", usage_table(results)]
@@ -654,18 +642,6 @@ def report(results: Sequence[dict[str, Any]]) -> str:
         ", ".join(f"{key} {value}" for key, value in json.loads(machine).items()) for machine in sorted(machines)
     ]
     return "\n\n".join(blocks)
-
-
-def section(results: Sequence[dict[str, Any]], theirs: Sequence[str], **settings: Any) -> str:
-    """Lay out the thesis' rows at one size on one composed set, beside the thesis' figures."""
-    found = [(name, select(results, **own, **settings), mode) for name, own, mode in ROWS]
-    return table(
-        [
-            row(name, runs, mode, thesis)
-            for (name, runs, mode), thesis in zip(found, [*theirs, *[""] * len(found)], strict=False)
-            if runs and mode in runs[0]["modes"]
-        ]
-    )
 
 
 DRAWN = (
@@ -701,8 +677,7 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> None:
         stopped=tuple(statistics.mean(m["stopped"][n] for m in measured) for n in range(5)),
         unseen=statistics.mean(m["unseen"] for m in measured),
     )
-    names = [f"res{n}" for n in range(1, 6)]
-    plot.frame_usage(usage, names, title="Frames of the test videos").savefig(folder / "ablation_usage.png")
+    plot.frame_usage(usage, STAGES, title="Frames of the test videos").savefig(folder / "ablation_usage.png")
 
 
 # ---------------------------------------------------------------------------------------------------- command line

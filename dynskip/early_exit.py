@@ -33,7 +33,7 @@ class EarlyExit(Pretrained, Checked):
         backbone: `N` stages and a head (`stage_model`).
         gates: `N` gates, one after each stage; `FixedGate()` where no image is to leave.
         inner: `N` inner classifiers over the gates' hidden states, which answer. Leave them out where gates have their
-            own (`ConfidenceGate`, `EntropyGate`).
+            own (`ConfidenceGate`).
         forward_threshold: as in `StopOrForward`.
 
     Attributes:

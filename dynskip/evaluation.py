@@ -3,7 +3,8 @@
     evaluation = evaluate(model, loader)
     print(evaluation.table())                            # Markdown
     evaluation.write_records(Path("videos.jsonl"))       # a line for each video and way of running
-    plot.accuracy_compute(curves(model, calibrate.encode(model, loader)))
+    pairs = [(videos, targets) for videos, targets, _ in loader]
+    plot.accuracy_compute(curves(model, calibrate.encode(model, pairs)))
 
 Costs are MACs (multiply-adds), the literature's "FLOPs".
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -20,18 +21,18 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 class FLOPsLookup:
     """A table of costs: one frame through each stage, each gate and the head.
 
-    `FLOPsLookup.measure` counts them with torch's own counter. A table can also be given by hand: a paper's figures, or
-    measured latency with its unit named, so that the efficiency loss trains on milliseconds.
+    `FLOPsLookup.measure` counts them with torch's own counter. You can also give a table by hand: the figures of a
+    paper, or measured latency with its unit, so that the efficiency loss trains on milliseconds.
 
     Args:
-        per_stage: cost of each stage, the gates not included.
+        per_stage: cost of each stage, without its gate.
         head: cost of what follows the last stage.
-        gates: cost of each gate; none by default.
-        steps: the part of each gate's cost that asking it again about a frame takes (its `step`), by default all of it;
-            matters for `speculative_macs` alone.
-        shared: the part of each step that is done once a video where the gate looks at several frames of it, by default
-            nothing; matters for `speculative_macs` alone.
-        stage_names: names of the stages, checked against the backbone's where given.
+        gates: cost of each gate; zeros by default.
+        steps: the part of each gate's cost that asking it again about a frame takes (its `step`); by default all of it.
+            Only `speculative_macs` depends on it.
+        shared: the part of each step that is done once a video when the gate looks at several frames of it; zeros by
+            default. Only `speculative_macs` depends on it.
+        stage_names: names of the stages; if given, they must be the backbone's.
         image_size: `(H, W)` that the table holds for; `None` for any.
         unit: what is counted; `"MACs"` are multiply-adds.
 
@@ -54,30 +55,27 @@ class FLOPsLookup:
         image_size: tuple[int, int] | None = None,
         unit: str = "MACs",
     ) -> None:
-        self.per_stage = torch.tensor(list(per_stage), dtype=torch.float64)
-        self.gates = torch.zeros_like(self.per_stage)
-        if gates is not None:
-            self.gates = torch.tensor(list(gates), dtype=torch.float64)
-        self.steps = self.gates if steps is None else torch.tensor(list(steps), dtype=torch.float64)
-        self.shared = torch.zeros_like(self.steps)
-        if shared is not None:
-            self.shared = torch.tensor(list(shared), dtype=torch.float64)
+        zeros = [0.0] * len(per_stage)
+        self.per_stage = _column(per_stage)
+        self.gates = _column(zeros if gates is None else gates)
+        self.steps = self.gates if steps is None else _column(steps)
+        self.shared = _column(zeros if shared is None else shared)
         self.head = float(head)
         self.stage_names = tuple(stage_names) if stage_names is not None else None
+        if image_size is not None and not (isinstance(image_size, tuple) and len(image_size) == 2):
+            raise DynskipError(f"image_size={image_size!r} is no size; give (H, W) in pixels, or None for any size.")
         self.image_size = image_size
         self.unit = unit
-        stages = len(self.per_stage)
-        named = stages if self.stage_names is None else len(self.stage_names)
-        lengths = {stages, len(self.gates), len(self.steps), len(self.shared), named}
-        if stages == 0 or len(lengths) > 1:
+        columns = (self.per_stage, self.gates, self.steps, self.shared)
+        names = zeros if self.stage_names is None else self.stage_names
+        if not zeros or any(len(column) != len(zeros) for column in (*columns, names)):
             raise DynskipError(
-                f"A cost table needs one entry a stage: got {stages} stages, {len(self.gates)} gates, "
+                f"A cost table needs one entry a stage: got {len(zeros)} stages, {len(self.gates)} gates, "
                 f"{len(self.steps)} steps, {len(self.shared)} shared parts and stage names {self.stage_names}."
             )
-        head_cost = torch.tensor([self.head], dtype=torch.float64)
-        costs = torch.cat([self.per_stage, self.gates, self.steps, self.shared, head_cost])
-        if not torch.isfinite(costs).all() or (costs < 0).any():
-            raise DynskipError(f"Costs must be finite and not negative; got {costs.tolist()}.")
+        costs = [*torch.cat(columns).tolist(), self.head]
+        if not all(math.isfinite(cost) and cost >= 0 for cost in costs):
+            raise DynskipError(f"Costs must be finite and not negative; got {costs}.")
 
     @classmethod
     @torch.no_grad()
@@ -86,8 +84,8 @@ class FLOPsLookup:
     ) -> FLOPsLookup:
         """Count the MACs of one frame through each part.
 
-        Counted are convolutions and matrix products, as torch's `FlopCounterMode` counts them, on the meta device:
-        nothing is computed, and no fused CPU kernel hides from the counter.
+        Convolutions and matrix products count, as torch's `FlopCounterMode` counts them. Counting runs on the meta
+        device: nothing is computed, and no fused CPU kernel hides from the counter.
 
         Args:
             backbone: the staged backbone.
@@ -98,47 +96,30 @@ class FLOPsLookup:
             The table, in MACs.
 
         Raises:
-            DynskipError: if there are gates but not one for each stage, or one does not fit its stage.
+            DynskipError: if the number of gates is not the number of stages, or a gate does not fit its stage.
         """
         if gates and len(gates) != backbone.num_stages:
             raise DynskipError(f"Got {len(gates)} gates for {backbone.num_stages} stages; give one for each stage.")
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        takes_channels_last(backbone)  # now, so that whoever counts what a run executes does not count the try
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        takes_channels_last(backbone)  # tried now, so that nobody who counts a run counts the trial
         staged = _on_meta(backbone)
-        dtype = next((p.dtype for p in staged.parameters() if p.is_floating_point()), torch.float32)
-        carry = staged.start(torch.empty(1, backbone.input_size[0], height, width, dtype=dtype, device="meta"))
-        stage_macs, gate_macs, step_macs, shared_macs = [], [], [], []
+        carry = staged.start(_meta_images(staged, 1, size))
+        stage_macs, gate_macs = [], []
         for n in range(backbone.num_stages):
             macs, carry = _count(staged.run, n, carry)
             stage_macs.append(macs)
-            embed_macs = macs = shared = 0
             if gates:
-                gate: Any = _on_meta(gates[n])
                 try:
-                    parts = parts_of(gate)
-                    embed_macs, embedded = _count(parts.embed, staged.pool(n, carry))
-                    macs, _ = _count(parts.step, embedded, gate.initial_state(1))
-                    if parts.broadcasts:
-                        twice, _ = _count(parts.step, embedded[:, None].expand(-1, 2, -1), gate.initial_state(1))
-                        shared = 2 * macs - twice
+                    gate_macs.append(_count_gate(_on_meta(gates[n]), staged.pool(n, carry)))
                 except Exception as error:
                     raise DynskipError(
-                        f"Gate {n} ({type(gate).__name__}) cannot run after stage {backbone.stage_names[n]!r}: "
+                        f"Gate {n} ({type(gates[n]).__name__}) cannot run after stage {backbone.stage_names[n]!r}: "
                         f"{error}. Build it for {backbone.num_features[n]} input features."
                     ) from error
-            gate_macs.append(embed_macs + macs)
-            step_macs.append(macs)
-            shared_macs.append(shared)
         head_macs, _ = _count(staged.head, carry)
-        return cls(
-            stage_macs,
-            head_macs,
-            gate_macs,
-            steps=step_macs,
-            shared=shared_macs,
-            stage_names=backbone.stage_names,
-            image_size=(height, width),
-        )
+        whole, steps, shared = zip(*gate_macs, strict=True) if gates else (None, None, None)
+        names = backbone.stage_names
+        return cls(stage_macs, head_macs, whole, steps=steps, shared=shared, stage_names=names, image_size=size)
 
     @property
     def cumulative(self) -> Tensor:
@@ -157,23 +138,22 @@ class FLOPsLookup:
 
     @property
     def remaining(self) -> Tensor:
-        """What forwarding at each gate may still cost, `(N,)` (Eq. 3.10)."""
+        """What a frame may still cost after each gate, `(N,)` (Eq. 3.10)."""
         return self.total - self.cumulative
 
     @property
     def by_outcome(self) -> Tensor:
-        """Cost of a frame that is not looked at, is stopped by gate 0, ..., by gate `N - 1`, or is used, `(N + 2,)`."""
-        zero = torch.zeros(1, dtype=torch.float64)
-        return torch.cat([zero, self.cumulative, zero + self.total])
+        """Cost of a frame that is unseen, stopped by gate 0, ..., stopped by gate `N - 1`, or used, `(N + 2,)`."""
+        return torch.cat([_column([0.0]), self.cumulative, _column([self.total])])
 
     @property
     def completion(self) -> Tensor:
-        """What running a frame that each gate stopped to the end costs, without gates, `(N,)`."""
+        """Cost of running a frame to the end, without gates, after each gate has stopped it, `(N,)`."""
         return self.per_stage.sum() - self.per_stage.cumsum(0) + self.head
 
     @property
     def display_unit(self) -> tuple[float, str]:
-        """What to divide costs by for people to read, and what they are counted in then: GMACs, MMACs, or `unit`."""
+        """A divisor that makes costs readable, and the unit that they are in then: GMACs, MMACs, or `unit`."""
         if self.unit != "MACs":
             return 1.0, self.unit
         return (1e9, "GMACs") if self.total >= 1e8 else (1e6, "MMACs")
@@ -187,7 +167,7 @@ class FLOPsLookup:
                 none.
 
         Returns:
-            `(B,)` float64 executed cost a video, gates and head included.
+            `(B,)` float64 executed cost of each video, gates and head included.
         """
         by_outcome, completion = (
             table.to(stopped_at.device, non_blocking=True) for table in (self.by_outcome, self.completion)
@@ -197,7 +177,7 @@ class FLOPsLookup:
         return by_outcome[stopped_at + 1].sum(1) + torch.where(fallback_frame >= 0, extra, 0.0)
 
     def __repr__(self) -> str:
-        """Show the table; MACs in thousands of millions, of small models in millions."""
+        """Show the table, in the unit of `display_unit`."""
         scale, unit = self.display_unit
         names = self.stage_names or [f"stage {n}" for n in range(len(self.per_stage))]
         parts = [f"{name} {cost / scale:.3f}" for name, cost in zip(names, self.per_stage.tolist(), strict=True)]
@@ -209,27 +189,46 @@ class FLOPsLookup:
 
 
 @torch.no_grad()
-def takes_channels_last(backbone: Any) -> bool:
-    """Say whether a backbone takes images in channels-last memory; tried once, on the meta device, and remembered.
+def takes_channels_last(backbone: StagedBackbone) -> bool:
+    """Say whether a backbone takes images in channels-last memory. Tried once, on the meta device, and remembered.
 
     Some modules take views that need the other layout, and raise.
     """
-    if getattr(backbone, "channels_last", False) is None:
+    if backbone.channels_last is None:
         ghost = _on_meta(backbone)
-        dtype = next((p.dtype for p in ghost.parameters() if p.is_floating_point()), torch.float32)
-        images = torch.empty(2, *backbone.input_size, dtype=dtype, device="meta", memory_format=torch.channels_last)
         try:
-            ghost(images)
+            ghost(_meta_images(ghost, 2, ghost.input_size[1:]).contiguous(memory_format=torch.channels_last))
             backbone.channels_last = True
-        except Exception:  # or an operation that the meta device has not
+        except Exception:  # also where the meta device lacks an operation
             backbone.channels_last = False
-    return bool(getattr(backbone, "channels_last", False))
+    return backbone.channels_last
+
+
+def _column(values: Sequence[float]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.float64)
 
 
 def _count(function: Callable[..., Any], *args: Any) -> tuple[int, Any]:
+    """Return the MACs of a call, and its result."""
     with FlopCounterMode(display=False) as counter:
         result = function(*args)
     return counter.get_total_flops() // 2, result  # torch counts a multiply-add as two
+
+
+def _count_gate(gate: Any, pooled: Tensor) -> tuple[int, int, int]:
+    """Return the MACs of a gate on one frame, of its step, and the part of the step that several frames share."""
+    parts, state, shared = parts_of(gate), gate.initial_state(1), 0
+    embed, embedded = _count(parts.embed, pooled)
+    step, _ = _count(parts.step, embedded, state)
+    if parts.broadcasts:
+        two_frames, _ = _count(parts.step, embedded[:, None].expand(-1, 2, -1), state)
+        shared = 2 * step - two_frames
+    return embed + step, step, shared
+
+
+def _meta_images(backbone: StagedBackbone, batch: int, size: tuple[int, int]) -> Tensor:
+    dtype = next((p.dtype for p in backbone.parameters() if p.is_floating_point()), torch.float32)
+    return torch.empty(batch, backbone.input_size[0], *size, dtype=dtype, device="meta")
 
 
 def _on_meta(module: ModuleT) -> ModuleT:

@@ -1,4 +1,4 @@
-"""Inner classifiers: what a gate could say about the class from what it has seen at its depth."""
+"""Inner classifiers: what a gate's hidden state tells about the class."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class InnerClassifier(nn.Module):
     Args:
         in_features: width of the gate's hidden state (`gate.hidden_features`).
         num_classes: number of classes `K`.
-        detach: only read the hidden state (default). `False` lets the inner classification loss also shape the gate's
-            memory.
+        detach: stop gradients at the hidden state (default). `False` lets the inner classification loss also train the
+            gate's memory.
 
     Raises:
         DynskipError: if a width is not positive.
@@ -46,5 +46,5 @@ class InnerClassifier(nn.Module):
         return self.classify(hidden.detach() if self.detach else hidden)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
-        """Say what it reads and answers."""
+        """Show widths and options."""
         return f"{self.in_features} -> {self.num_classes} classes, detach={self.detach}"

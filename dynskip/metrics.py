@@ -4,9 +4,9 @@ Which number is which in the literature:
 
 - ActivityNet's official mAP is `mean_average_precision(probabilities, multi_hot)`; its Hit@k is `top_k_accuracy`, its
   Avg Hit@k `top_k_recall`.
-- AR-Net's `cal_map`, which SoF-Net's code took over, is `mean_average_precision(..., interpolated=False)` over softmax
-  probabilities: with a video's first label alone as target it is called mAP there, with all labels mmAP. Where a class
-  does not occur in the test set, that code compares scores with the wrong classes; here the class is left out.
+- AR-Net's `cal_map`, which SoF-Net's code also uses, is `mean_average_precision(..., interpolated=False)` over softmax
+  probabilities. It is called mAP there when only a video's first label is the target, and mmAP with all labels. If a
+  class does not occur in the test set, that code compares scores with the wrong classes; here the class is left out.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class ExecutedCompute:
 
     Args:
         per_video: Mean of a video, gates and head included.
-        per_frame: The same by the frames of the video, unseen ones included, as the thesis counts.
-        dense_per_video: What the plain backbone executes on every frame.
+        per_frame: The same divided by all frames of the video, unseen ones included, as the thesis counts.
+        dense_per_video: What the plain backbone executes on all frames of a video.
     """
 
     per_video: float
@@ -64,7 +64,7 @@ class FrameRelevance:
     Args:
         precision: Share of the used frames that are relevant; NaN if no frame was used.
         recall: Share of the relevant frames that were used; NaN if no frame is relevant.
-        relevant: Share of all frames that are relevant: the precision of frames chosen blindly.
+        relevant: Share of all frames that are relevant: the precision of frames chosen at random.
     """
 
     precision: float
@@ -75,8 +75,8 @@ class FrameRelevance:
 def top_k_accuracy(scores: Tensor, targets: Tensor, k: int = 1) -> float:
     """Share of videos that have a label among their `k` best-scored classes.
 
-    With several labels per video this is ActivityNet's Hit@k: one of them is enough. Among equal scores
-    the lower class index counts as better. Videos without any label are left out.
+    With several labels per video this is ActivityNet's Hit@k: one of them is enough. Among equal scores,
+    the lower class index comes first. Videos without any label are left out.
 
     Args:
         scores: `(B, K)` with K at least 2, higher is better; logits and probabilities give the same result.
@@ -155,15 +155,11 @@ def frame_usage(stopped_at: Tensor, num_stages: int) -> FrameUsage:
         The shares of all frames given.
 
     Raises:
-        DynskipError: if `stopped_at` is empty, has another shape, or holds values outside -1 to N.
+        DynskipError: if `stopped_at` is empty, has another shape, or has values outside -1 to N.
 
     Reference:
         Thesis Fig. 4.1.
     """
-    if stopped_at.dim() not in (1, 2) or stopped_at.numel() == 0:
-        raise DynskipError(
-            f"stopped_at has shape {tuple(stopped_at.shape)}; expected (B, T) or (T,), not empty. Give a SkipOutput's."
-        )
     check_stopped_at(stopped_at, num_stages)
     # Shifted by one, because bincount cannot count UNSEEN = -1.
     counts = torch.bincount(stopped_at.flatten().cpu() - UNSEEN, minlength=num_stages + 2).double()
@@ -188,16 +184,16 @@ def executed_compute(macs: Tensor, num_frames: int, lookup: FLOPsLookup) -> Exec
     if macs.dim() != 1 or len(macs) == 0 or num_frames < 1:
         raise DynskipError(
             f"macs has shape {tuple(macs.shape)} for videos of {num_frames} frames; expected (B,), not empty, and at "
-            "least one frame. Give a SkipOutput's, and the frames of each video."
+            "least one frame. Give the macs of a SkipOutput, and the number of frames of each video."
         )
     if lookup.unit != "MACs":
-        raise DynskipError(f"The cost table counts {lookup.unit}, which are no MACs; average them yourself.")
+        raise DynskipError(f"The cost table counts {lookup.unit}, which are not MACs; average them yourself.")
     per_video = macs.double().mean().item() / 1e9
     return ExecutedCompute(per_video, per_video / num_frames, num_frames * lookup.dense / 1e9)
 
 
 def sample_times(num_frames: int, duration: float) -> Tensor:
-    """Times at which evenly spread frames are taken: the middles of `num_frames` equal stretches of a video.
+    """Return the times of evenly spread frames: the middles of `num_frames` equal parts of a video.
 
     Args:
         num_frames: Frames T that are taken.
@@ -219,7 +215,7 @@ def relevant_frames(times: Tensor, segments: Iterable[tuple[float, float]]) -> T
 
     Args:
         times: `(T,)` when each frame is shown (`sample_times`).
-        segments: Start and end of each segment, in the unit of the times; the end is outside.
+        segments: Start and end of each segment, in the unit of the times; the end does not belong to it.
 
     Returns:
         `(T,)` boolean.
@@ -230,13 +226,13 @@ def relevant_frames(times: Tensor, segments: Iterable[tuple[float, float]]) -> T
     marks = torch.zeros(len(times), dtype=torch.bool)
     for start, end in segments:
         if not start < end:
-            raise DynskipError(f"A segment from {start} to {end} has no length; its end must come after its start.")
+            raise DynskipError(f"A segment from {start} to {end} has no length; its end must be after its start.")
         marks |= (times >= start) & (times < end)
     return marks
 
 
 def frame_relevance(used: Tensor, relevant: Tensor) -> FrameRelevance:
-    """Compare the used frames with the relevant ones: how much of what the gates let through shows the action.
+    """Compare the used frames with the relevant ones: how many of the used frames show the action.
 
     Args:
         used: `(B, T)` or `(T,)` boolean, `SkipOutput.used`.
@@ -251,13 +247,11 @@ def frame_relevance(used: Tensor, relevant: Tensor) -> FrameRelevance:
     Reference:
         Thesis Fig. 4.2.
     """
-    if used.shape != relevant.shape or used.numel() == 0:
+    if used.shape != relevant.shape or used.numel() == 0 or {used.dtype, relevant.dtype} != {torch.bool}:
         raise DynskipError(
-            f"used has shape {tuple(used.shape)} and relevant {tuple(relevant.shape)}; expected (B, T) or (T,) for "
-            "both, equal and not empty."
+            f"used is {used.dtype} of shape {tuple(used.shape)} and relevant {relevant.dtype} of shape "
+            f"{tuple(relevant.shape)}; expected bool of the same shape (B, T) or (T,), not empty, for both."
         )
-    if used.dtype != torch.bool or relevant.dtype != torch.bool:
-        raise DynskipError(f"used is {used.dtype} and relevant {relevant.dtype}; expected bool for both.")
     used, relevant = used.cpu(), relevant.cpu()
     both = (used & relevant).sum().double()
     return FrameRelevance(
@@ -268,7 +262,11 @@ def frame_relevance(used: Tensor, relevant: Tensor) -> FrameRelevance:
 
 
 def check_stopped_at(stopped_at: Tensor, num_stages: int) -> None:
-    """Raise DynskipError unless every entry is a whole number from UNSEEN to `num_stages`."""
+    """Raise DynskipError unless the shape is `(B, T)` or `(T,)`, with whole numbers from UNSEEN to `num_stages`."""
+    if stopped_at.dim() not in (1, 2) or stopped_at.numel() == 0:
+        raise DynskipError(
+            f"stopped_at has shape {tuple(stopped_at.shape)}; expected (B, T) or (T,), not empty. Give a SkipOutput's."
+        )
     if num_stages < 1:
         raise DynskipError(f"num_stages={num_stages} is out of range; a model has at least one stage.")
     if not _is_integer(stopped_at):
@@ -287,8 +285,8 @@ def _hits(scores: Tensor, targets: Tensor, k: int) -> tuple[Tensor, Tensor]:
     num_classes = scores.shape[1]
     if num_classes == 1:
         raise DynskipError(
-            "scores has one column, and a single class is always the best one, whatever its score. Give the model two "
-            'outputs, one of them for "no" (num_classes=2), or rank the videos with mean_average_precision.'
+            "scores has one column, and a single class is always the best one. Give the model two outputs, one of them "
+            'for "no" (num_classes=2), or rank the videos with mean_average_precision.'
         )
     if not 1 <= k <= num_classes:
         raise DynskipError(f"k={k} is out of range; expected 1 to the number of classes, {num_classes}.")
@@ -299,7 +297,7 @@ def _hits(scores: Tensor, targets: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _average_precision(scores: Tensor, positive: Tensor, interpolated: bool) -> float:
     ranked, order = scores.sort(descending=True)
-    # A threshold can only fall between different scores, so a group of equal ones is a single step.
+    # A threshold can only lie between different scores, so a group of equal ones is a single step.
     last_of_group = torch.ones_like(positive)
     last_of_group[:-1] = ranked[:-1] != ranked[1:]
     retrieved = last_of_group.nonzero().flatten() + 1
@@ -313,14 +311,15 @@ def _average_precision(scores: Tensor, positive: Tensor, interpolated: bool) -> 
 
 def _checked(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Scores and multi-hot targets, both `(B, K)`, on the CPU."""
-    if scores.dim() != 2 or scores.numel() == 0:
-        raise DynskipError(f"scores has shape {tuple(scores.shape)}; expected (B, K) with B and K at least 1.")
-    if not scores.is_floating_point():
-        raise DynskipError(f"scores is {scores.dtype}; expected floating point. Pass logits or probabilities.")
+    if scores.dim() != 2 or scores.numel() == 0 or not scores.is_floating_point():
+        raise DynskipError(
+            f"scores is {scores.dtype} of shape {tuple(scores.shape)}; expected floating point of shape (B, K) with B "
+            "and K at least 1. Pass logits or probabilities."
+        )
     scores, targets = scores.detach().cpu(), targets.detach().cpu()
     if scores.isnan().any():
         row = int(scores.isnan().any(dim=1).nonzero()[0])
-        raise DynskipError(f"scores of row {row} contain NaN, which has no rank. Repair or leave out that video.")
+        raise DynskipError(f"scores of row {row} contain NaN, which cannot be ranked. Repair or leave out that video.")
     batch, num_classes = scores.shape
     if targets.shape not in ((batch,), (batch, num_classes)):
         raise DynskipError(

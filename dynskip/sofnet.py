@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import timm
+from timm.models import register_model
 from torch import nn
 
 from dynskip.backbone import StagedBackbone, stage_model
@@ -37,11 +39,11 @@ def sofnet(
         hidden: width of the gates.
         temporal: `"lstm"`, or `None` for gates without memory.
         guidance: add the inner classifiers that the policy guidance loss needs.
-        detach_inner: inner classifiers only read the gates' memory; `False` lets their loss shape it, too, which made
+        detach_inner: the inner classifiers' loss does not change the gates' memory; with `False` it does, which made
             gates learn faster in the demo of `examples/sofnet_activitynet.py`.
         forward_bias: see `PolicyGate`.
         threshold: probability that ends a video early; `None` reads every frame.
-        min_frames: frames that are looked at in any case.
+        min_frames: the frames that are always read before a video can end.
         state_update: which frames advance the gates' memory, see `StopOrForward`.
         **timm_kwargs: passed to `timm.create_model` (`pretrained`, `drop_rate`, ...).
 
@@ -60,22 +62,42 @@ def sofnet(
         backbone = stage_model(backbone, **timm_kwargs)
     elif timm_kwargs:
         raise DynskipError(f"{sorted(timm_kwargs)} are arguments for a backbone made by name; got one already staged.")
-    if num_classes is not None and num_classes != backbone.num_classes:
+    classes = backbone.num_classes
+    if num_classes not in (None, classes):
         raise DynskipError(
-            f"The backbone's head has {backbone.num_classes} classes and num_classes={num_classes}. Build the backbone "
-            "with as many classes as the task has."
+            f"The backbone's head has {classes} classes and num_classes={num_classes}. Build the backbone with as many "
+            "classes as the task has."
         )
     weight = next(backbone.parameters())
     gates = [PolicyGate(c, hidden, temporal, forward_bias).to(weight) for c in backbone.num_features]
-    return StopOrForward(
-        backbone,
-        gates,
-        inner=[InnerClassifier(hidden, backbone.num_classes, detach_inner).to(weight) for _ in gates]
-        if guidance
-        else None,
-        terminator=EarlyTerminator(threshold, min_frames) if threshold is not None else None,
-        state_update=state_update,
-    )
+    inner = [InnerClassifier(hidden, classes, detach_inner).to(weight) for _ in gates] if guidance else None
+    terminator = EarlyTerminator(threshold, min_frames) if threshold is not None else None
+    return StopOrForward(backbone, gates, inner, terminator, state_update=state_update)
+
+
+@register_model
+def resnet50_v1(pretrained: bool = False, **timm_kwargs: Any) -> nn.Module:
+    """Build ResNet-50 as first published, with its strides in the 1x1 convolutions.
+
+    The first published weights (Caffe, Keras) need it: they load into timm's `resnet50`, too, and answer wrongly there.
+    timm knows it by this name: `stage_model("resnet50_v1", ...)`.
+
+    Args:
+        pretrained: must be `False`; load your file with `dynskip.backbone.weights.load_weights`.
+        **timm_kwargs: as for timm's `resnet50`.
+
+    Returns:
+        The network.
+
+    Raises:
+        DynskipError: if published weights are asked for; timm has none.
+    """
+    if pretrained:
+        raise DynskipError("timm has no weights for resnet50_v1. Build it with pretrained=False and load a file.")
+    network: Any = timm.create_model("resnet50", **timm_kwargs)
+    for layer in (network.layer2, network.layer3, network.layer4):
+        layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
+    return network  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -123,10 +145,8 @@ class Recipe:
 
     def parameter_groups(self, model: StopOrForward) -> list[dict[str, Any]]:
         """Split a model into the groups that an optimiser takes: the backbone, and gates with inner classifiers."""
-        policy: list[nn.Module] = [model.gates]
-        if model.inner is not None:
-            policy.append(model.inner)
+        inner = model.inner.parameters() if model.inner is not None else ()
         return [
             {"name": "backbone", "params": list(model.backbone.parameters()), "lr_scale": 1.0},
-            {"name": "policy", "params": [p for m in policy for p in m.parameters()], "lr_scale": self.gate_lr_scale},
+            {"name": "policy", "params": [*model.gates.parameters(), *inner], "lr_scale": self.gate_lr_scale},
         ]

@@ -1,9 +1,10 @@
-"""A wrapped model in words: the per-stage table that `summary()` returns."""
+"""A wrapped model in words: the table of stages that `summary()` returns."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from dynskip.backbone import StagedBackbone
@@ -18,41 +19,28 @@ def stage_table(
     thresholds: Sequence[float],
     rules: Sequence[str] = (),
 ) -> str:
-    """Lay out what every stage and gate costs, and by what rule the gate decides.
-
-    Args:
-        title: what the model is.
-        backbone: its backbone.
-        gates: its gates, one a stage.
-        lookup: costs of one frame.
-        thresholds: forward threshold of every gate.
-        rules: lines about the whole model, for the end.
-
-    Returns:
-        The text; costs are in GMACs or MMACs (multiply-adds), or in the table's own unit.
-    """
+    """Show what every stage and gate costs and how the gate decides, between a title and rules of the whole model."""
     scale, unit = lookup.display_unit
-    total = lookup.total
-    rows = [("stage", "channels", "stage", "gate", "so far", "share", "the gate after it")]
-    costs = zip(lookup.per_stage.tolist(), lookup.gates.tolist(), lookup.cumulative.tolist(), strict=True)
-    for n, (stage, gate, so_far) in enumerate(costs):
-        rule = one_line(gates[n]) + ("" if thresholds[n] == 0.5 else f", forward above {thresholds[n]:g}")
-        rows.append(
-            (backbone.stage_names[n], str(backbone.num_features[n]), *_costs(scale, total, stage, gate, so_far), rule)
-        )
-    rows.append(("head", str(backbone.num_classes), *_costs(scale, total, lookup.head, None, total), ""))
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    total, head = lookup.total, lookup.head
+    rows: list[tuple[str, ...]] = [("stage", "channels", "stage", "gate", "so far", "share", "the gate after it")]
+    costs = torch.stack([lookup.per_stage, lookup.gates, lookup.cumulative], 1)
+    for n, gate in enumerate(gates):
+        shown = [f"{cost / scale:.3f}" for cost in costs[n].tolist()]
+        share = f"{costs[n, -1] / total if total else 1:.1%}"
+        rule = f"{type(gate).__name__}({gate.extra_repr()})"
+        if thresholds[n] != 0.5:
+            rule += f", forward above {thresholds[n]:g}"
+        rows.append((backbone.stage_names[n], str(backbone.num_features[n]), *shown, share, rule))
+    rows.append(("head", str(backbone.num_classes), f"{head / scale:.3f}", "", f"{total / scale:.3f}", "100.0%", ""))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        "  ".join(
-            cell.ljust(width) if k in (0, 6) else cell.rjust(width)
-            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
+        "  ".join([name.ljust(widths[0]), *map(str.rjust, numbers, widths[1:-1]), rule]).rstrip()
+        for name, *numbers, rule in rows
     ]
     size = "any size" if lookup.image_size is None else "{}x{}".format(*lookup.image_size)
     note = f"{unit} a frame of {size}" + (", in multiply-adds" if lookup.unit == "MACs" else "")
     plain = f"the plain backbone has {lookup.dense / scale:.4g}"
-    return "\n".join([title, *(line.rstrip() for line in lines), f"{note}; {plain}", *rules])
+    return "\n".join([title, *lines, f"{note}; {plain}", *rules])
 
 
 def one_frame(lookup: FLOPsLookup) -> str:
@@ -64,15 +52,5 @@ def one_frame(lookup: FLOPsLookup) -> str:
 
 
 def as_size(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    """Take one number for squares."""
+    """Read one number as the side of a square."""
     return (image_size, image_size) if isinstance(image_size, int) else image_size
-
-
-def one_line(module: nn.Module) -> str:
-    """Show a module without its parts."""
-    return f"{type(module).__name__}({module.extra_repr()})"
-
-
-def _costs(scale: float, total: float, own: float, gate: float | None, so_far: float) -> tuple[str, str, str, str]:
-    share = so_far / total if total else 1.0
-    return f"{own / scale:.3f}", "" if gate is None else f"{gate / scale:.3f}", f"{so_far / scale:.3f}", f"{share:.1%}"

@@ -11,14 +11,14 @@ from dynskip.errors import DynskipError
 
 
 class EarlyTerminator(Checked):
-    """End a video when its most probable class passes a threshold, after more than `min_frames` frames.
+    """End a video when the probability of its top class exceeds a threshold, after more than `min_frames` frames.
 
-    Classes are exclusive: probabilities are a softmax over at least two of them. Where several labels hold at once, one
-    of them being certain says nothing of the others; leave the terminator out there.
+    Classes are exclusive: probabilities are a softmax over at least two of them. Do not use a terminator where several
+    labels can hold at once: one certain label says nothing about the others.
 
     Args:
         threshold: probability that the prediction has to exceed, in (0, 1].
-        min_frames: frames that are looked at in any case; the next one is the first that can end the video.
+        min_frames: frames that are always looked at; the next one is the first that can end the video.
 
     Raises:
         DynskipError: if the threshold or the number of frames is out of range.
@@ -33,12 +33,12 @@ class EarlyTerminator(Checked):
         self.min_frames = min_frames
 
     def check_setting(self, name: str, value: Any) -> Any:
-        """Refuse what is no probability, and negative numbers of frames."""
+        """Refuse a threshold that is no probability, and a negative number of frames."""
         if name == "threshold" and not (isinstance(value, int | float) and 0.0 < value <= 1.0):
             raise DynskipError(f"Termination threshold {value} is no probability; give one in (0, 1], such as 0.999.")
         if name == "min_frames" and not (isinstance(value, int) and value >= 0):
             raise DynskipError(
-                f"min_frames={value} is negative or no whole number; give the frames to look at in any case, such as 3."
+                f"min_frames={value} is negative or no whole number; give the number of frames to look at, such as 3."
             )
         return super().check_setting(name, value)
 
@@ -52,7 +52,7 @@ class EarlyTerminator(Checked):
         Returns:
             `(B,)` boolean, true where the video ends here.
         """
-        # A NaN compares false: a video without a prediction goes on.
+        # A NaN compares as false: a video without a prediction goes on.
         return (probabilities.amax(-1) > self.threshold) & (frames_seen > self.min_frames)
 
     def extra_repr(self) -> str:

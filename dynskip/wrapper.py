@@ -383,12 +383,12 @@ class StopOrForward(Pretrained, Checked):
         return optimize(self, clips, **options)
 
     def export(self, folder: str | Path, image_size: int | tuple[int, int], **options: Any) -> Path:
-        """Write every stage, gate and the head as files that run elsewhere; see `dynskip.runtime.export.export`.
+        """Write every stage, every gate and the head as ONNX files; see `dynskip.runtime.export.export`.
 
         Args:
             folder: new or empty folder to write to.
             image_size: `(H, W)` of the frames, or one number for squares.
-            **options: `format`, `class_names`, `mean`, `std`.
+            **options: `class_names`, `mean`, `std`.
 
         Returns:
             The folder.

@@ -106,7 +106,7 @@ def train(model: StopOrForward, features: video.StoredFeatures, labels: Sequence
             optimizer.step()
             accuracy = (output.logits.argmax(-1) == targets).float().mean()
             for name, value in {"accuracy": accuracy, "used": output.used.float().mean(), **vars(parts)}.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * len(rows) / len(features)
+                sums[name] = sums.get(name, 0.0) + value.item() * len(rows) / len(features)
         if not torch.tensor(sums["total"]).isfinite():
             raise DynskipError(f"The loss became {sums['total']} in epoch {epoch + 1}. Lower --lr.")
         log.append({"epoch": epoch, **sums})
@@ -134,10 +134,10 @@ def run(args: argparse.Namespace) -> None:
     if (split := video.held_out_split(items)) is not None:
         held_out = clips_of(split)
         marks = video.relevant_frames(held_out.items, prep.num_frames, args.data)
-        loader = tqdm(video.EvaluationLoader(held_out, 1, args.workers, args.device), "evaluate", leave=False)
-        found = evaluation.evaluate(model, loader, relevant=marks)
+        loader = video.EvaluationLoader(held_out, 1, args.workers, args.device)
+        found = evaluation.evaluate(model, tqdm(loader, "evaluate", leave=False, disable=None), relevant=marks)
         found.write_records(args.out / "videos.jsonl")
-        print(f"\n{found.report()}\n")
+        print("\n".join(f"unreadable, left out: {error}" for error in loader.unreadable) + f"\n{found.report()}\n")
         rows = found.rows()
     shutil.rmtree(args.out / "model", ignore_errors=True)
     print(f"Model: {model.eval().save_pretrained(args.out / 'model', results=rows)}")

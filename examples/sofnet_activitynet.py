@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ def gumbel_noise(batch: video.Batch, seed: int, epoch: int, stages: int) -> Tens
 # ------------------------------------------------------------------------------------------------------------ loop
 
 
-def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
+def train(args: argparse.Namespace, accelerator: Accelerator) -> evaluation.Evaluation | None:
     """Train on a folder of videos: warm-up, then gates and backbone together. Evaluate, and write OUT/model.
 
     Everything random follows from seed, epoch, step and video. So a run that was interrupted goes on exactly, and
@@ -199,7 +200,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr_at(epoch) * group["lr_scale"]
         loader = video.training_batches(
-            clips, epoch, args.batch_size // args.accumulate, args.workers, run.step,
+            clips, epoch, args.batch_size, args.accumulate, args.workers, run.step,
             accelerator.process_index, accelerator.num_processes,
         )  # fmt: skip
         name = f"epoch {epoch + 1}/{recipe.epochs} {'dense' if args.dense else 'warm-up' if dense else 'joint'}"
@@ -221,10 +222,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
         if epoch == recipe.warmup_epochs - 1:
             run.save("warmup.pt")
         run.save("last.pt")  # last, for it says that the epoch is complete
-    if accelerator.is_main_process:
-        for error in sorted(run.unreadable):
-            print(f"unreadable, another video took its place: {error}")
-        finish(model.eval(), items, args)
+    for error in sorted(run.unreadable):
+        accelerator.print(f"unreadable, another video took its place: {error}")
+    return finish(model.eval(), items, args) if accelerator.is_main_process else None
 
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
@@ -243,7 +243,7 @@ class Run:
     def __init__(self, args: Any, model: StopOrForward, optimizer: Any, accelerator: Accelerator) -> None:
         self.out, self.model, self.optimizer, self.accelerator = args.out, model, optimizer, accelerator
         self.settings = {key: str(value) for key, value in vars(args).items() if key not in FREE}
-        self.settings["classes"] = str(model.class_names)
+        self.settings |= {"classes": str(model.class_names), "kept frames": str(bool(args.cache or args.in_memory))}
         self.launcher = os.getppid()
         self.epoch = self.step = 0  # the next ones to do; with --accumulate, a step is a part
         self.sums: dict[str, float] = {}
@@ -271,7 +271,9 @@ class Run:
     def end_epoch(self, name: str) -> None:
         """Log the means of an epoch."""
         means = {key: value / self.step for key, value in self.sums.items()}
-        self.accelerator.print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in means.items()))
+        self.accelerator.print(
+            f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in means.items()), flush=True
+        )
         self.accelerator.log(means, self.epoch + 1)
         self.log.append({"epoch": self.epoch, **means})
         if self.accelerator.is_main_process:
@@ -318,23 +320,23 @@ class Run:
 # ------------------------------------------------------------------------------------------ evaluation and pictures
 
 
-def finish(model: StopOrForward, items: Sequence[video.Item], args: argparse.Namespace) -> None:
+def finish(model: StopOrForward, items: Sequence[video.Item], args: argparse.Namespace) -> evaluation.Evaluation | None:
     """Evaluate on videos that were not trained on, if there are any; draw what happened, and write OUT/model."""
-    rows = []
+    found = None
     if (split := video.held_out_split(items)) is not None:
         prep = video.Preprocessing.of(model)
         clips = video.Clips(video.pick_split(items, split), model.class_names, prep, cache=args.cache)
-        loader = tqdm(video.EvaluationLoader(clips, args.evaluation_batch, args.workers, args.device), leave=False)
+        loader = video.EvaluationLoader(clips, args.evaluation_batch, args.workers, args.device)
         marks = video.relevant_frames(clips.items, prep.num_frames, args.data)
         modes = evaluation.MODES[:1] if args.dense else evaluation.MODES
-        found = evaluation.evaluate(model, loader, modes, marks)
-        print(f"\n{found.report()}\n")
+        found = evaluation.evaluate(model, tqdm(loader, "evaluate", leave=False), modes, marks)
+        print("\n".join(f"unreadable, left out: {error}" for error in loader.unreadable) + f"\n{found.report()}\n")
         found.write_records(args.out / "videos.jsonl")
-        rows = found.rows()
         if not args.dense:
             draw(found, clips, args.out)
     shutil.rmtree(args.out / "model", ignore_errors=True)
-    print(f"Model: {model.save_pretrained(args.out / 'model', results=rows)}")
+    print(f"Model: {model.save_pretrained(args.out / 'model', results=found.rows() if found else [])}")
+    return found
 
 
 def draw(found: evaluation.Evaluation, clips: video.Clips, out: Path) -> None:
@@ -365,11 +367,15 @@ def demo(args: argparse.Namespace, accelerator: Accelerator) -> None:
         --hidden 64 --shape-memory --forward-bias 2 --alpha 0.05 --normalize --optimizer adamw --lr 3e-3 --lr-drop 9
         --gate-lr-scale 1.5 --weight-decay 1e-2 --temperature 2 --temperature-decay 0.1 --batch-size 8
         --warmup-epochs 14 --epochs 12 --evaluation-batch 30 --seed {args.seed} --device {args.device}""".split()
-    dense, gated = args.out / "dense", args.out / "gated"
     print("1/2  The dense backbone: warm-up, then as many epochs again without gates")
-    train(parser().parse_args([*shared, "--dense", "--out", str(dense)]), accelerator)
+    dense = train(parser().parse_args([*shared, "--dense", "--out", f"{args.out}/dense"]), accelerator)
     print("\n2/2  SoF-Net from the same warm-up: backbone and gates together")
-    train(parser().parse_args([*shared, "--start", f"{dense / 'warmup.pt'}", "--out", str(gated)]), accelerator)
+    start = ["--start", f"{args.out}/dense/warmup.pt", "--out", f"{args.out}/gated"]
+    gated = train(parser().parse_args([*shared, *start]), accelerator)
+    assert dense is not None
+    assert gated is not None
+    both = replace(gated, results=[*dense.results, *gated.results[1:]])
+    print(f"\nThe dense backbone of step 1 against the gates of step 2:\n\n{both.report()}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from dynskip import (
     StopOrForward,
     calibrate,
 )
-from dynskip.calibrate import CurvePoint, OperatingPoint
+from dynskip.calibrate import CurvePoint
 from dynskip.metrics import mean_average_precision, top_k_accuracy
 
 VIDEOS = 14
@@ -51,7 +50,7 @@ def batched(video: Tensor, targets: Tensor, size: int) -> list[tuple[Tensor, Ten
 
 
 def really(model: StopOrForward | EarlyExit, video: Tensor, targets: Tensor) -> tuple[float, float]:
-    """Accuracy and mean MACs of a pass that skips for real."""
+    """Accuracy and mean MACs of a pass that really skips."""
     output = model(video)
     return top_k_accuracy(output.probabilities, targets), float(output.macs.mean())
 
@@ -60,8 +59,8 @@ def check_replay(case: Case) -> None:
     model, video = case.model(), case.video()
     targets = labels_for(model, video, case.seed)
     threshold = case.threshold if isinstance(case.threshold, tuple) else (case.threshold,) * case.stages
-    point = OperatingPoint(math.nan, math.nan, threshold, case.terminator[0] if case.terminator else None)
-    # What the model is set to before has no part in it.
+    point = CurvePoint(math.nan, math.nan, threshold, case.terminator[0] if case.terminator else None)
+    # The model's own settings must not matter.
     model.forward_threshold = (0.5,) * case.stages
     if model.terminator is not None:
         model.terminator.threshold = 0.26
@@ -98,7 +97,7 @@ def test_calibrated_model_keeps_the_budget_for_real(
     model, video, targets = setup(seed, state_update=state_update, terminator=terminator)
     encoded = calibrate.encode(model, batched(video, targets, 5))
     dense = calibrate.dense(model, encoded)
-    before = calibrate.replay(model, encoded, OperatingPoint(0, 0, model.forward_threshold, 0.9 if ends else None))
+    before = calibrate.replay(model, encoded, CurvePoint(0, 0, model.forward_threshold, 0.9 if ends else None))
     try:
         result = calibrate.to_budget(model, encoded, share * dense.macs, per_gate=per_gate)
     except DynskipError:
@@ -107,7 +106,7 @@ def test_calibrated_model_keeps_the_budget_for_real(
     assert result.dense == dense
     if before.macs <= share * dense.macs:
         assert result.point.accuracy >= before.accuracy
-    # What is on the curve is unbeaten, and the choice is the best of what the budget allows.
+    # No point of the curve is beaten by another one, and the choice is the best point within the budget.
     pairs = [(point.macs, point.accuracy) for point in result.curve]
     assert all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise(pairs))
     assert result.point == [point for point in result.curve if point.macs <= share * dense.macs][-1]
@@ -144,7 +143,7 @@ def test_later_ends_cost_more(case: Case, thresholds: list[float]) -> None:
     model, video = case.model(), case.video()
     model.terminator = EarlyTerminator(0.9, 1)
     encoded = calibrate.encode(model, [(video, torch.zeros(len(video), dtype=torch.long))])
-    points = [OperatingPoint(0, 0, model.forward_threshold, threshold) for threshold in sorted(thresholds)]
+    points = [CurvePoint(0, 0, model.forward_threshold, threshold) for threshold in sorted(thresholds)]
     costs = [calibrate.replay(model, encoded, point).macs for point in points]
     assert costs == sorted(costs)
 
@@ -154,7 +153,7 @@ def test_later_ends_cost_more(case: Case, thresholds: list[float]) -> None:
 def test_gates_without_memory_cost_less_at_higher_thresholds(case: Case, thresholds: list[float]) -> None:
     model, video = case.model(), case.video()
     encoded = calibrate.encode(model, [(video, torch.zeros(len(video), dtype=torch.long))])
-    points = [OperatingPoint(0, 0, (threshold,) * case.stages, None) for threshold in sorted(thresholds)]
+    points = [CurvePoint(0, 0, (threshold,) * case.stages, None) for threshold in sorted(thresholds)]
     costs = [calibrate.replay(model, encoded, point).macs for point in points]
     assert costs == sorted(costs, reverse=True)
 
@@ -232,7 +231,7 @@ def test_thresholds_differ_where_gates_need_it() -> None:
     assert single.accuracy >= shared.accuracy
 
 
-def test_videos_and_what_is_stored_of_them_give_the_same() -> None:
+def test_videos_and_their_stored_features_give_the_same() -> None:
     model, video, targets = setup(2, terminator=EarlyTerminator(0.9, 2))
     budget = 0.6 * calibrate.dense(model, [(video, targets)]).macs
     expected = calibrate.to_budget(model, [(video, targets)], budget)
@@ -297,14 +296,14 @@ def test_baselines_by_hand() -> None:
 
 def test_curves_as_data(tmp_path: Path) -> None:
     curves: dict[str, Sequence[CurvePoint]] = {
-        "gates": [OperatingPoint(0.5, 2e9, (0.25, 0.75), 0.9), OperatingPoint(0.75, 3e9, (0.1, 0.2), None)],
+        "gates": [CurvePoint(0.5, 2e9, (0.25, 0.75), 0.9), CurvePoint(0.75, 3e9, (0.1, 0.2), None)],
         "dense": [CurvePoint(0.8, 4e9)],
     }
     calibrate.write_curves(tmp_path / "curves.json", curves)
     stored = json.loads((tmp_path / "curves.json").read_text())
-    again = [OperatingPoint(**{**p, "forward_threshold": tuple(p["forward_threshold"])}) for p in stored["gates"]]
-    assert again == curves["gates"]
-    assert stored["dense"] == [asdict(curves["dense"][0])]
+    for name, points in stored.items():
+        again = [CurvePoint(**{**p, "forward_threshold": tuple(p["forward_threshold"])}) for p in points]
+        assert again == curves[name]
     calibrate.write_curves(tmp_path / "curves.csv", curves)
     with (tmp_path / "curves.csv").open(newline="") as handle:
         rows = list(csv.DictReader(handle))
@@ -320,14 +319,23 @@ def test_bad_points() -> None:
     model, video, targets = setup()
     for use in (lambda p: p.apply(model), lambda p: calibrate.replay(model, [(video, targets)], p)):
         with pytest.raises(DynskipError, match="thresholds for 2 gates and the model has 3"):
-            use(OperatingPoint(1, 1, (0.5, 0.5), None))
+            use(CurvePoint(1, 1, (0.5, 0.5), None))
+        with pytest.raises(DynskipError, match="thresholds for 0 gates and the model has 3"):
+            use(CurvePoint(1, 1))
         with pytest.raises(DynskipError, match="ends videos early and the model has no terminator"):
-            use(OperatingPoint(1, 1, (0.5,) * 3, 0.9))
+            use(CurvePoint(1, 1, (0.5,) * 3, 0.9))
+
+
+def test_old_names_say_the_new_ones() -> None:
+    with pytest.warns(DeprecationWarning, match=r"`OperatingPoint` is now `dynskip.calibrate.CurvePoint`"):
+        assert calibrate.OperatingPoint(0.5, 2e9, (0.25,), None) == CurvePoint(0.5, 2e9, (0.25,), None)
+    with pytest.raises(AttributeError, match="no attribute 'Point'"):
+        calibrate.Point  # noqa: B018
 
 
 def test_a_point_without_early_ends_takes_the_terminator_away() -> None:
     model, _, _ = setup(terminator=EarlyTerminator(0.9, 2))
-    OperatingPoint(1, 1, (0.1, 0.2, 0.3), None).apply(model)
+    CurvePoint(1, 1, (0.1, 0.2, 0.3), None).apply(model)
     assert model.terminator is None
     assert model.forward_threshold == (0.1, 0.2, 0.3)
 
@@ -372,7 +380,7 @@ def test_an_accuracy_out_of_reach() -> None:
 BAD_BATCHES: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
     "none": (lambda v, t: [], "There are no validation videos"),
     "videos alone": (lambda v, t: [v], "Expected batches .videos, targets.; got a Tensor"),
-    "no tensor": (lambda v, t: [("a.mp4", t)], "got a str"),
+    "no tensor": (lambda v, t: [("a.mp4", t)], "tensor of normalised pixels; got str"),
     "one video": (lambda v, t: [(v[0], t[:1])], "must have shape"),
     "too few targets": (lambda v, t: [(v, t[:-1])], r"Got targets \(13,\) for 14 videos"),
     "no video": (lambda v, t: [(v[:0], t[:0])], "empty"),
@@ -399,11 +407,11 @@ def test_a_model_with_one_output_is_refused() -> None:
     calls: list[Callable[[], Any]] = [
         lambda: calibrate.to_budget(model, batches, 1e9),
         lambda: calibrate.to_accuracy(model, batches, 0.1),
-        lambda: calibrate.replay(model, batches, OperatingPoint(0, 0, model.forward_threshold, None)),
+        lambda: calibrate.replay(model, batches, CurvePoint(0, 0, model.forward_threshold, None)),
         lambda: calibrate.dense(model, batches),
     ]
     for call in calls:
-        with pytest.raises(DynskipError, match=r'one output, and softmax makes 1 of .*one of them for "no"'):
+        with pytest.raises(DynskipError, match=r'one output, and the softmax .* is always 1.*one of them for "no"'):
             call()
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dynskip
+import dynskip.video
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -36,4 +37,23 @@ def test_the_pages_links_to_files_work(page: Path) -> None:
 def test_every_public_name_has_an_api_page() -> None:
     text = "".join(page.read_text() for page in (ROOT / "docs/api").glob("*.md"))
     documented = {name.rpartition(".")[2] for name in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)}
-    assert not set(dynskip.__all__) - documented
+    assert not {*dynskip.__all__, *dynskip.video.__all__} - documented
+
+
+def test_commands_in_the_pages_are_those_of_the_examples() -> None:
+    found = 0
+    for page in PAGES:
+        for block in re.finditer(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+            for line in block[2].replace("\\\n", " ").splitlines() if block[1] in ("", "bash") else ():
+                if script := re.search(r"\b(examples/\w+\.py)(.*?)(?:\s#|$)", line):
+                    source = (ROOT / script[1]).read_text()
+                    unknown = [o for o in re.findall(r"\s(--[\w-]+)", script[2]) if f'"{o}"' not in source]
+                    assert not unknown, f"{page.name}: {line}"
+                    found += 1
+    assert found > 20
+
+
+def test_the_recipe_is_explained_block_by_block() -> None:
+    blocks = re.findall(r"^# -{20,} (.+)$", (ROOT / "examples/sofnet_activitynet.py").read_text(), re.MULTILINE)
+    headings = re.findall(r"^## (.+)$", (ROOT / "docs/copy-the-recipe.md").read_text(), re.MULTILINE)
+    assert [heading.lower() for heading in headings][: len(blocks)] == blocks

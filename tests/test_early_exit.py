@@ -32,7 +32,6 @@ from dynskip import (
     EarlyExit,
     EfficiencyLoss,
     EncodedVideo,
-    EntropyGate,
     FixedGate,
     InnerClassificationLoss,
     InnerClassifier,
@@ -137,7 +136,7 @@ def test_nothing_runs_after_the_last_image_has_left() -> None:
 
 def test_a_stage_without_an_exit_passes_every_image_whatever_the_threshold() -> None:
     backbone = toy_backbone(0, 2)
-    gates = [FixedGate(), EntropyGate(backbone.num_features[1], CLASSES).double()]
+    gates = [FixedGate(), ConfidenceGate(backbone.num_features[1], CLASSES, measure="entropy").double()]
     output = EarlyExit(backbone, gates, forward_threshold=1.0).eval()(images(5))
     assert (output.stopped_at == 1).all()
     assert not output.logits.isnan().any()

@@ -1,4 +1,4 @@
-"""Gates that follow a rule, small learned gates, and that all of them decide alike wherever they run."""
+"""Gates that follow a rule, small learned gates, and whether all of them decide alike in every way of running."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ GATES: dict[str, Build] = {
     "similarity": lambda c: SimilarityGate(c, threshold=0.45),
     "confidence": lambda c: ConfidenceGate(c, CLASSES, threshold=0.8),
     "unsure": lambda c: ConfidenceGate(c, CLASSES, threshold=0.4, stop="unsure"),
-    "entropy": lambda c: EntropyGate(c, CLASSES, threshold=0.4),
+    "entropy": lambda c: ConfidenceGate(c, CLASSES, threshold=0.4, measure="entropy"),
     "random": lambda c: RandomGate(c, rate=0.8),
     "fixed": lambda c: FixedGate(),
 }
@@ -60,7 +60,7 @@ LEARNED = ("policy", "linear", "pairwise", "confidence", "unsure", "entropy")
 
 
 def build(name: str, channels: int, seed: int = 0) -> Any:
-    """Build a gate in float64 with parameters that make it decide differently from frame to frame."""
+    """Build a gate in float64, with parameters that give different decisions for different frames."""
     gate = GATES[name](channels).double()
     return randomise(gate, seed, scale=2.5) if name in LEARNED else gate
 
@@ -72,7 +72,7 @@ def gated(names: Sequence[str], seed: int = 0, **kwargs: Any) -> StopOrForward:
 
 
 def slow_video(batch: int, frames: int, seed: int) -> Tensor:
-    """Make frames of which some nearly equal the one before, and some are equal."""
+    """Make frames of which some equal the frame before, and some nearly do."""
     video = toy_video(batch, frames, seed)
     kinds = torch.randint(0, 3, (batch, frames), generator=torch.Generator().manual_seed(seed))
     for t in range(1, frames):
@@ -122,7 +122,7 @@ def test_mixed_gates_decide_alike_in_every_runtime(
 def test_a_video_of_repeats_gets_the_answer_of_all_its_frames(
     shown: list[int], others: list[str], seed: int, window: int, saved_at: int
 ) -> None:
-    """Each frame is shown several times; what repeats the last used one has to weigh as much as it lasts."""
+    """Each frame is shown several times, and its repeats have to count in the mean."""
     model = gated(["similarity", *others], seed)
     for gate in model.gates:
         if isinstance(gate, SimilarityGate):
@@ -206,7 +206,7 @@ def test_gates_decide_alike_exported_and_optimised(tmp_path: Path) -> None:
     assert_same(fast(video), expected, skip=["logits", "frame_logits", "gate_logits"])
 
 
-# The threshold of a rule lies at a forward probability of one half, and moves with the model's
+# At a rule's threshold the forward probability is one half
 
 
 def forward_probability(gate: Any, pooled: Tensor, state: GateState | None = None) -> Tensor:
@@ -217,7 +217,7 @@ def forward_probability(gate: Any, pooled: Tensor, state: GateState | None = Non
 
 
 def assert_rule(probability: Tensor, value: Tensor, threshold: float, falls: bool = False) -> None:
-    """Check that a probability is one half where a value is at its threshold, and moves one way with it."""
+    """Check that a probability only rises (or only falls) with a value, and is one half at the threshold."""
     order = value.argsort(descending=falls)
     assert (probability[order].diff() >= 0).all()
     assert torch.equal(probability > 0.5, value < threshold if falls else value > threshold)
@@ -242,7 +242,7 @@ def test_similarity_is_the_distance_from_the_last_used_frame(seed: int, threshol
 
 
 def test_similarity_compares_with_the_last_used_frame_and_not_with_the_last_one() -> None:
-    """Frames that drift slowly are used once they are far enough from the used one, however near the one before is."""
+    """Frames that change slowly are used once they are far from the used one, although the frame before is near."""
     backbone = toy_backbone(0, 1)
     model = StopOrForward(backbone, [SimilarityGate(backbone.num_features[0], 0.2).double()]).eval()
     first, last = toy_video(1, 2, seed=3)[0]
@@ -267,7 +267,7 @@ def test_rules_survive_half_precision(dtype: torch.dtype) -> None:
 
 
 def answers(seed: int, count: int = 64) -> tuple[Tensor, Tensor]:
-    """Make pooled features that are class logits from hesitant to certain, and their probabilities."""
+    """Make pooled features that are class logits, from unsure to sure, and their probabilities."""
     logits = randn(count, CLASSES, seed=seed) * torch.linspace(0.1, 9, count, dtype=torch.float64)[:, None]
     return logits, logits.softmax(-1)
 
@@ -295,11 +295,22 @@ def test_entropy_is_relative_to_that_of_equal_probabilities(seed: int, threshold
     entropy = torch.tensor(
         [-sum(p * math.log(p) for p in row) / math.log(CLASSES) for row in rows], dtype=torch.float64
     )
-    sure = forward_probability(with_answers_as_features(EntropyGate(CLASSES, CLASSES, threshold)), logits)
+    gate = with_answers_as_features(ConfidenceGate(CLASSES, CLASSES, threshold, measure="entropy"))
+    sure = forward_probability(gate, logits)
     assert_rule(sure, entropy, threshold)
     torch.testing.assert_close(sure, entropy / (entropy + threshold))
-    unsure = with_answers_as_features(EntropyGate(CLASSES, CLASSES, threshold, stop="unsure"))
+    unsure = with_answers_as_features(ConfidenceGate(CLASSES, CLASSES, threshold, stop="unsure", measure="entropy"))
     torch.testing.assert_close(forward_probability(unsure, logits), 1 - sure)
+
+
+def test_the_old_name_of_the_entropy_gate_warns_and_works() -> None:
+    with pytest.warns(DeprecationWarning, match=r'use ConfidenceGate\(\.\.\., measure="entropy"\)'):
+        old = EntropyGate(6, CLASSES, stop="unsure")
+    new = ConfidenceGate(6, CLASSES, stop="unsure", measure="entropy")
+    new.load_state_dict(old.state_dict())
+    assert old.threshold == new.threshold == 0.1
+    pooled = randn(20, 6, seed=0).float()
+    assert torch.equal(forward_probability(old, pooled), forward_probability(new, pooled))
 
 
 def test_certainty_beyond_rounding_still_has_an_order() -> None:
@@ -393,9 +404,10 @@ def test_gates_say_their_rules() -> None:
         (lambda: SimilarityGate(4, 0.0), "threshold=0.0 is out of range; give a number between 0 and 1: distances"),
         (lambda: SimilarityGate(4, math.nan), "threshold=nan is out of range"),
         (lambda: ConfidenceGate(4, 1), "num_classes=1: being sure of a class takes at least two"),
-        (lambda: ConfidenceGate(4, 3, 1.0), "threshold=1.0 is out of range; .* the confidence lies"),
+        (lambda: ConfidenceGate(4, 3, 1.0), "threshold=1.0 is out of range; .* confidence and relative entropy lie"),
+        (lambda: ConfidenceGate(4, 3, -1.0, measure="entropy"), "threshold=-1.0 is out of range"),
+        (lambda: ConfidenceGate(4, 3, measure="margin"), "measure='margin' is unknown; use 'confidence' or 'entropy'"),  # type: ignore[arg-type]
         (lambda: ConfidenceGate(4, 3, stop="always"), "stop='always' is unknown; use 'sure' or 'unsure'"),  # type: ignore[arg-type]
-        (lambda: EntropyGate(4, 3, -1.0), "threshold=-1.0 is out of range; .* the entropy lies"),
         (lambda: RandomGate(4, 1.0), "rate=1.0 is out of range; .* FixedGate forwards all or none"),
     ],
 )

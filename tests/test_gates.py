@@ -23,14 +23,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dynskip import DynskipError, EarlyTerminator, InnerClassifier, PolicyGate, StopOrForward, exponential_temperature
+from dynskip import (
+    DynskipError,
+    EarlyTerminator,
+    Gate,
+    InnerClassifier,
+    PolicyGate,
+    StopOrForward,
+    exponential_temperature,
+)
 from dynskip.gates import FORWARD, STOP, GateState
 
 # PolicyGate, Eq. 3.1-3.4
 
 
 def literal_lstm_gate(gate: Any, pooled: list[float], h: list[float], c: list[float]) -> tuple[list[float], ...]:
-    """One video, one frame, number by number: projection, LSTM cell (i, f, g, o), two logits."""
+    """Compute one frame of one video with plain numbers: projection, LSTM cell (i, f, g, o), two logits."""
 
     def affine(layer: Any, x: list[float], weight: str = "weight", bias: str = "bias") -> list[float]:
         rows, offsets = getattr(layer, weight).tolist(), getattr(layer, bias).tolist()
@@ -198,7 +206,7 @@ class Brightness(nn.Module):
 
 
 class Every(nn.Module):
-    """A gate whose state is a counter: forwards every other frame that it commits."""
+    """A gate whose state counts frames: it forwards every second one that it counts."""
 
     def initial_state(self, batch: int) -> tuple[Tensor, ...]:
         return (torch.zeros(batch, dtype=torch.long),)
@@ -276,6 +284,29 @@ def test_a_gate_with_a_forward_of_its_own_is_not_taken_apart() -> None:
     model = StopOrForward(backbone, [Stubborn(c, 4).double() for c in backbone.num_features]).eval()
     assert (model(toy_video()).stopped_at == 0).all()
     assert (model.decide(model.encode(toy_video())).stopped_at == 0).all()
+
+
+def test_step_is_all_that_a_gate_has_to_write() -> None:
+    class Brighter(Gate):
+        """Forward frames that are brighter than the last used one."""
+
+        def __init__(self, in_features: int) -> None:
+            super().__init__(hidden_features=in_features)
+
+        def step(self, embedded: Tensor, state: GateState) -> tuple[Tensor, GateState]:
+            margin = embedded.mean(-1) - state[0].mean(-1)
+            return torch.stack([-margin, margin], -1), (embedded,)
+
+    backbone, video = toy_backbone(stages=1), toy_video(batch=3, frames=6)
+    model = StopOrForward(backbone, [Brighter(backbone.num_features[0]).double()]).eval()
+    encoded = model.encode(video)
+    expected, brightest = [], torch.zeros(3, dtype=torch.float64)
+    for frames in encoded.pooled[0].mean(-1).unbind(1):
+        expected.append(frames > brightest)
+        brightest = torch.where(expected[-1], frames, brightest)
+    assert torch.equal(model(video).used, torch.stack(expected, 1))
+    assert torch.equal(model.decide(encoded).used, torch.stack(expected, 1))
+    assert Gate().initial_state(2) == ()
 
 
 def test_hooks_on_gates_are_called() -> None:

@@ -40,7 +40,7 @@ def lookup(stages: int) -> FLOPsLookup:
 
 
 def random_output(batch: int, frames: int, stages: int, seed: int, rate: float = 0.6) -> SkipOutput:
-    """Make up a training output: the losses are functions of its fields alone."""
+    """Make up a training output. The losses only read its fields."""
     forward = (torch.rand(batch, frames, stages, generator=torch.Generator().manual_seed(seed)) < rate).double()
     used = forward.prod(-1) > 0.5
     return SkipOutput(
@@ -61,7 +61,7 @@ def random_targets(batch: int, seed: int) -> Tensor:
     return torch.randint(0, CLASSES, (batch,), generator=torch.Generator().manual_seed(seed))
 
 
-# Eq. 3.8-3.15, word for word, one number at a time
+# Eq. 3.8-3.15, written out with plain numbers
 
 
 def softmax(logits: list[float]) -> list[float]:
@@ -86,7 +86,6 @@ def literal_losses(
     beta: float = 0.9,
     normalize: bool = False,
     supervise_last: bool = False,
-    on_sample: bool = False,
 ) -> dict[str, float]:
     assert output.inner_logits is not None
     assert output.gate_logits is not None
@@ -121,11 +120,7 @@ def literal_losses(
             answers.append(softmax(output.frame_logits[b, t].tolist())[y])
             for n in range(taught):
                 label = 1 if answers[n + 1] > answers[n] else 0  # 3.14
-                if on_sample:  # the sample itself, as logits (-1, 1) or (1, -1)
-                    margin = 2 * float(output.forward[b, t, n]) - 1
-                    probability = 1 / (1 + math.exp(-margin))
-                else:
-                    probability = softmax(output.gate_logits[b, t, n].tolist())[FORWARD]
+                probability = softmax(output.gate_logits[b, t, n].tolist())[FORWARD]
                 supervision += binary_cross_entropy(probability, label)
         sums["self_supervision"] += supervision / (frames * taught)  # 3.15
     parts = {name: value / batch for name, value in sums.items()}
@@ -171,17 +166,16 @@ def test_sof_loss_is_the_equations(
     assert float(EfficiencyLoss(costs, normalize)(output)) == pytest.approx(literal["efficiency"], rel=1e-6)
 
 
-@given(**shapes, supervise_last=st.booleans(), on_sample=st.booleans())
-def test_self_supervision_is_the_equations_with_its_options(
-    batch: int, frames: int, stages: int, seed: int, supervise_last: bool, on_sample: bool
+@given(**shapes, supervise_last=st.booleans())
+def test_self_supervision_is_the_equations(
+    batch: int, frames: int, stages: int, seed: int, supervise_last: bool
 ) -> None:
     output, targets = random_output(batch, frames, stages, seed), random_targets(batch, seed)
-    options = {"supervise_last": supervise_last, "on_sample": on_sample}
-    literal = literal_losses(output, targets, lookup(stages), **options)
-    assert float(SelfSupervisionLoss(**options)(output, targets)) == pytest.approx(literal["self_supervision"])
+    literal = literal_losses(output, targets, lookup(stages), supervise_last=supervise_last)
+    assert float(SelfSupervisionLoss(supervise_last)(output, targets)) == pytest.approx(literal["self_supervision"])
 
 
-def test_a_gate_is_taught_to_stop_where_the_next_classifier_is_no_surer() -> None:
+def test_a_gate_is_taught_to_stop_where_the_next_classifier_is_not_more_confident() -> None:
     output = random_output(2, 3, 2, 0)
     assert output.inner_logits is not None
     assert output.gate_logits is not None
@@ -278,7 +272,7 @@ def test_a_video_that_forwards_nothing_adds_nothing_to_the_inner_loss() -> None:
 
 
 def reached(model: StopOrForward, loss: Tensor) -> dict[str, bool]:
-    """Say which parts of a model a loss sends gradients to."""
+    """Tell which parts of a model get gradients from a loss."""
     parts: dict[str, nn.Module | None] = {"backbone": model.backbone, "inner": model.inner}
     for n, gate in enumerate(model.gates):
         parts[f"cell {n}"], parts[f"decide {n}"] = gate.cell, gate.decide
@@ -336,10 +330,9 @@ def test_self_supervision_teaches_all_gates_but_the_last() -> None:
     assert found["decide 1"]
     assert not found["decide 2"]
     assert not found["inner"]
-    for options in ({"supervise_last": True}, {"supervise_last": True, "on_sample": True}):
-        found = reached(model, SelfSupervisionLoss(**options)(output, targets))
-        assert everywhere(found, "decide")
-        assert not found["inner"]
+    found = reached(model, SelfSupervisionLoss(supervise_last=True)(output, targets))
+    assert everywhere(found, "decide")
+    assert not found["inner"]
 
 
 def test_self_supervision_labels_carry_no_gradient_into_the_head() -> None:
@@ -394,11 +387,11 @@ def test_the_cost_table_follows_the_module_and_stays_out_of_its_state() -> None:
     assert moved.efficiency.remaining.device.type == "meta"
 
 
-# Losses of other methods, word for word
+# Losses of other methods, written out with plain numbers
 
 
 def literal_outcomes(output: SkipOutput) -> list[int]:
-    """For every frame the first gate that stops it, or the number of gates."""
+    """Return for every frame the first gate that stops it, or the number of gates."""
     stages = output.num_stages
     frames = output.forward.flatten(0, 1).tolist()
     return [next((n for n in range(stages) if frame[n] == 0), stages) for frame in frames]
@@ -525,13 +518,15 @@ def test_targets_follow_the_output_to_its_device(criterion: nn.Module) -> None:
 
 
 def one_class(output: SkipOutput) -> SkipOutput:
-    """Take the first class alone, as a model with one output gives it."""
+    """Keep only the first class, as a model with one output gives it."""
     narrow = {"logits", "frame_logits", "inner_logits"}
     fields = {name: x[..., :1] if name in narrow and x is not None else x for name, x in fields_of(output).items()}
     return SkipOutput(**fields)  # type: ignore[arg-type]
 
 
-ONE_CLASS = r'one output, and softmax makes 1 of a single logit.*two outputs, one of them for "no" \(num_classes=2\)'
+ONE_CLASS = (
+    r'one output, and the softmax of a single logit is always 1.*two outputs, one of them for "no" \(num_classes=2\)'
+)
 
 
 def without_inner(output: SkipOutput) -> SkipOutput:

@@ -133,7 +133,7 @@ def test_constant_scores_give_the_share_of_positives() -> None:
 def test_class_absent_from_the_targets_is_left_out() -> None:
     scores = torch.tensor([[0.9, 0.5, 0.1], [0.2, 0.5, 0.8], [0.7, 0.5, 0.3]])
     assert mean_average_precision(scores, torch.tensor([0, 2, 0])) == 1.0
-    # Leaving the column out as well changes nothing.
+    # Without that column, the result is the same.
     assert mean_average_precision(scores[:, [0, 2]], torch.tensor([0, 1, 0])) == 1.0
 
 
@@ -152,9 +152,13 @@ def test_top_k_leaves_out_videos_without_a_label() -> None:
 
 SCORES = torch.tensor([[0.1, 0.9], [0.6, 0.4]])
 BAD_INPUT = {
-    "scores rank": (torch.zeros(2), torch.tensor([0, 1]), r"scores has shape \(2,\); expected \(B, K\)"),
-    "no videos": (torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), r"scores has shape \(0, 2\)"),
-    "scores dtype": (SCORES.long(), torch.tensor([0, 1]), "scores is torch.int64; expected floating point"),
+    "scores rank": (torch.zeros(2), torch.tensor([0, 1]), r"scores is .*shape \(2,\); expected .*\(B, K\)"),
+    "no videos": (torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), r"scores is .*shape \(0, 2\)"),
+    "scores dtype": (
+        SCORES.long(),
+        torch.tensor([0, 1]),
+        r"scores is torch.int64 of shape \(2, 2\); expected floating point",
+    ),
     "nan": (torch.tensor([[0.1, 0.9], [NAN, 0.4]]), torch.tensor([0, 1]), "scores of row 1 contain NaN"),
     "targets length": (
         SCORES,
@@ -338,7 +342,7 @@ def test_scikit_learn_agrees(videos: tuple[Tensor, Tensor], data: st.DataObject)
 
 
 def test_ranking_by_logits_is_not_ranking_by_softmax() -> None:
-    # The second video is surer of class 0, though its logit is lower.
+    # The model is more confident of class 0 for the second video, though its logit is lower.
     logits, targets = torch.tensor([[5.0, 4.9], [3.0, -3.0]]), torch.tensor([1, 0])
     assert mean_average_precision(logits.softmax(1), targets) == 1.0
     assert mean_average_precision(logits, targets) < 1.0
@@ -367,7 +371,7 @@ def test_executed_compute_by_hand() -> None:
         (torch.zeros(0), 4, "MACs", r"macs has shape \(0,\) for videos of 4 frames"),
         (torch.zeros(2, 2), 4, "MACs", r"macs has shape \(2, 2\)"),
         (torch.ones(2), 0, "MACs", "videos of 0 frames"),
-        (torch.ones(2), 4, "ms", "counts ms, which are no MACs"),
+        (torch.ones(2), 4, "ms", "counts ms, which are not MACs"),
     ],
 )
 def test_executed_compute_bad_input(macs: Tensor, frames: int, unit: str, message: str) -> None:
@@ -385,7 +389,7 @@ def test_relevant_frames_by_hand() -> None:
 
 @given(st.integers(1, 40), st.integers(1, 500))
 def test_sampled_times_lie_in_the_frames_that_are_decoded(num_frames: int, count: int) -> None:
-    # The frame shown at a time is the one whose number it rounds down to, when times are counted in frames.
+    # With times counted in frames, the frame shown at a time is that time rounded down.
     decoded = [int(count / num_frames * (i + 0.5)) for i in range(num_frames)]
     assert [int(time) for time in sample_times(num_frames, count).tolist()] == decoded
 
@@ -414,11 +418,11 @@ def test_scikit_learn_agrees_on_relevance(frames: list[tuple[bool, bool]]) -> No
 
 def test_relevance_bad_input() -> None:
     frames = torch.ones(2, 3, dtype=torch.bool)
-    with pytest.raises(DynskipError, match=r"used has shape \(2, 3\) and relevant \(3,\)"):
+    with pytest.raises(DynskipError, match=r"used is .*shape \(2, 3\) and relevant .*shape \(3,\)"):
         frame_relevance(frames, frames[0])
     with pytest.raises(DynskipError, match="not empty"):
         frame_relevance(frames[:0], frames[:0])
-    with pytest.raises(DynskipError, match=r"used is torch.float32 and relevant torch.bool"):
+    with pytest.raises(DynskipError, match=r"used is torch.float32 .* and relevant torch.bool .*expected bool"):
         frame_relevance(frames.float(), frames)
     with pytest.raises(DynskipError, match=r"segment from 3.0 to 3.0 has no length"):
         relevant_frames(sample_times(2, 5.0), [(3.0, 3.0)])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,7 @@ def bars_below(figure: Figure, annotated: bool) -> list[tuple[float, float]]:
 def test_segments_in_frames_lie_below_their_frames() -> None:
     figure = plot.timeline(frames(6), [0] * 6, NAMES, segments=[(1, 3), (4, 4.5)])
     assert "annotated segment" in texts(figure)
-    assert len(bars_below(figure, annotated=False)) == 6  # the ground of every tile
+    assert len(bars_below(figure, annotated=False)) == 6  # the grey bar of every tile
     assert bars_below(figure, annotated=True) == [pytest.approx(bar) for bar in [(1, 1), (2, 1), (4, 0.5)]]
 
 
@@ -139,9 +140,8 @@ def test_frame_usage_shows_every_share() -> None:
     shown = set(texts(figure))
     assert {"used", "unseen", "test videos"} | {f"stopped after {name}" for name in NAMES} <= shown
     assert {"54.3 %", "20.0 %", "2.3 %", "10.0 %", "13.4 %"} <= shown
-    # Lengths of the bars, in the order drawn, against the track that each lies on.
-    bars = [patch.get_width() for patch in figure.findobj(Rectangle) if patch.get_height() == 0.22]
-    assert [bar / bars[0] for bar in bars[1::2]] == pytest.approx([0.543, 0.2, 0.023, 0.1, 0.134])
+    bars, tracks = bar_lengths(figure)
+    assert [bar / tracks[0] for bar in bars] == pytest.approx([0.543, 0.2, 0.023, 0.1, 0.134])
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -184,7 +184,7 @@ def test_accuracy_compute_needs_points() -> None:
             plot.accuracy_compute(drawn)
 
 
-def test_dark_changes_the_ground() -> None:
+def test_dark_changes_the_background() -> None:
     usage = FrameUsage(used=1.0, stopped=(0.0,), unseen=0.0)
     for draw in (
         lambda dark: plot.timeline(frames(2), [0, 1], ["a"], dark=dark),
@@ -341,13 +341,17 @@ def test_frame_usage_needs_as_many_names_as_stages() -> None:
 
 
 def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(DynskipError, match=r"pip install 'dynskip\[plot\]'"):
-        plot.frame_usage(FrameUsage(1.0, (0.0,), 0.0), ["a"])
-    with pytest.raises(DynskipError, match=r"pip install 'dynskip\[plot\]'"):
-        plot.timeline(frames(1), [0], NAMES)
-    with pytest.raises(DynskipError, match=r"pip install 'dynskip\[plot\]'"):
-        plot.stage_macs(cost_table())
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    calls: list[Callable[[], Figure]] = [
+        lambda: plot.frame_usage(FrameUsage(1.0, (0.0,), 0.0), ["a"]),
+        lambda: plot.timeline(frames(1), [0], NAMES),
+        lambda: plot.stage_macs(cost_table()),
+        lambda: plot.accuracy_compute(curves()),
+    ]
+    for call in calls:
+        with pytest.raises(DynskipError, match=r"pip install 'dynskip\[plot\]'"):
+            call()
 
 
 def test_pyplot_is_never_touched() -> None:

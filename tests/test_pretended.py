@@ -26,7 +26,6 @@ from dynskip import (
     ConfidenceGate,
     EarlyExit,
     EarlyTerminator,
-    EntropyGate,
     FixedGate,
     FrameResult,
     LinearGate,
@@ -250,7 +249,7 @@ GATES: dict[str, Callable[[int], nn.Module]] = {
     "pairwise": lambda channels: PairwiseGate(channels, 5, forward_bias=0.5),
     "similarity": lambda channels: SimilarityGate(channels, 0.05),
     "confidence": lambda channels: ConfidenceGate(channels, CLASSES, 0.5),
-    "entropy": lambda channels: EntropyGate(channels, CLASSES, 0.5, stop="unsure"),
+    "entropy": lambda channels: ConfidenceGate(channels, CLASSES, 0.5, stop="unsure", measure="entropy"),
     "random": lambda channels: RandomGate(channels, 0.8),
     "fixed": lambda channels: FixedGate(),
 }

@@ -1,4 +1,4 @@
-"""Settings are checked whenever they are set, and a model is refused where its answers would mean nothing."""
+"""Settings are checked whenever they are set, and a model is refused if its answers would mean nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from dynskip import (
     DynskipError,
     EarlyExit,
     EarlyTerminator,
-    EntropyGate,
     FixedGate,
     RandomGate,
     SimilarityGate,
@@ -103,7 +102,7 @@ def test_other_settings_of_a_model(name: str, value: Any, telling: str) -> None:
         (EarlyTerminator(), "min_frames", (-1, 2.5, None)),
         (SimilarityGate(4), "threshold", (0.0, 1.0, NAN, 7)),
         (ConfidenceGate(4, 3), "threshold", (0.0, 1.0, NAN)),
-        (EntropyGate(4, 3), "threshold", (0.0, 1.0, NAN)),
+        (ConfidenceGate(4, 3, measure="entropy"), "threshold", (0.0, 1.0, NAN)),
         (RandomGate(4, 0.5), "rate", (0.0, 1.0, NAN)),
     ],
 )
@@ -115,7 +114,7 @@ def test_settings_of_parts(part: Any, name: str, wrong: tuple[Any, ...]) -> None
         assert getattr(part, name) == before
 
 
-# One output says nothing through a softmax
+# The softmax of one output is always 1
 
 
 def one_output() -> StopOrForward:
@@ -125,7 +124,7 @@ def one_output() -> StopOrForward:
 
 def test_one_output_is_refused_where_a_softmax_would_answer() -> None:
     model, video = one_output(), toy_video(2, 3)
-    output = model(video)  # gates and costs are as ever
+    output = model(video)  # gates and costs work as usual
     assert output.used.all()
     targets = torch.zeros(2, dtype=torch.long)
     calls: dict[str, Callable[[], Any]] = {
@@ -195,7 +194,7 @@ def test_a_terminator_that_is_put_in_takes_the_models_mode() -> None:
     assert model(toy_video()).logits.isfinite().all()
 
 
-# Gates whose verdict no threshold overrules
+# Gates that no threshold overrules
 
 
 class Always(nn.Module):

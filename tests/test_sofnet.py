@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from helpers import toy_backbone, toy_video
+from torch import Tensor, nn
 
-from dynskip import DynskipError, EarlyTerminator, SoFLoss, StopOrForward, exponential_temperature, sofnet
+from dynskip import DynskipError, EarlyTerminator, SoFLoss, StopOrForward, exponential_temperature, sofnet, stage_model
 from dynskip.sofnet import Recipe
 
 RESNET50_WIDTHS = [64, 256, 512, 1024, 2048]
@@ -125,3 +128,36 @@ def test_parameter_groups_hold_everything_once(guidance: bool) -> None:
 def test_wrong_arguments_say_what_was_expected(call: Callable[[], Any], telling: str) -> None:
     with pytest.raises(DynskipError, match=telling):
         call()
+
+
+@torch.no_grad()
+def literal(model: Any, images: Tensor) -> Tensor:
+    """Compute a ResNet's logits with the strides in the 1x1 convolutions, layer by layer."""
+
+    def conv(layer: Any, norm: Any, x: Tensor, stride: int) -> Tensor:
+        normed: Tensor = norm(nn.functional.conv2d(x, layer.weight, None, stride, layer.padding))
+        return normed
+
+    x = model.maxpool(model.bn1(model.conv1(images)).relu())
+    for n, layer in enumerate((model.layer1, model.layer2, model.layer3, model.layer4)):
+        for m, block in enumerate(layer):
+            branch = conv(block.conv1, block.bn1, x, 2 if n > 0 and m == 0 else 1).relu()
+            branch = conv(block.conv2, block.bn2, branch, 1).relu()
+            branch = conv(block.conv3, block.bn3, branch, 1)
+            x = (branch + (x if block.downsample is None else block.downsample(x))).relu()
+    return model.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_resnet50_v1_has_its_strides_in_the_1x1_convolutions(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    images, plain = torch.randn(2, 3, 64, 64), timm.create_model("resnet50", num_classes=5, zero_init_last=False).eval()
+    backbone = stage_model("resnet50_v1", num_classes=5, input_size=(3, 64, 64)).eval()
+    backbone.model.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(images), literal(plain, images), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(backbone(images), plain(images), atol=1e-2)
+    model = sofnet(backbone, hidden=8).eval()
+    again = StopOrForward.from_pretrained(model.save_pretrained(tmp_path / "model"))
+    assert torch.equal(again(images[:, None]).logits, model(images[:, None]).logits)
+    with pytest.raises(DynskipError, match="timm has no weights for resnet50_v1"):
+        stage_model("resnet50_v1", pretrained=True)

@@ -1,13 +1,15 @@
 """Choose thresholds for a budget or an accuracy, without training.
 
-The backbone runs once on validation videos; what other thresholds would decide is replayed from its features, gates
-with their memory included, so every point of a curve is what the model does with these thresholds.
+The backbone runs once on validation videos. Gates, with their memory, are then replayed on its stored features for each
+set of thresholds. So every point of a curve is what the model does with these thresholds, not an estimate.
 """
 
-from dynskip.calibrate._baselines import dense, random_frames, uniform_frames
-from dynskip.calibrate._points import Calibration, CurvePoint, Gated, OperatingPoint, write_curves
-from dynskip.calibrate._replay import Batches, Metric, encode
-from dynskip.calibrate._search import replay, to_accuracy, to_budget
+import warnings
+from typing import Any
+
+from dynskip.calibrate._points import Calibration, CurvePoint, Gated, write_curves
+from dynskip.calibrate._replay import Batches, Metric, dense, encode, random_frames, replay, uniform_frames
+from dynskip.calibrate._search import to_accuracy, to_budget
 
 __all__ = [
     "Batches",
@@ -15,7 +17,6 @@ __all__ = [
     "CurvePoint",
     "Gated",
     "Metric",
-    "OperatingPoint",
     "dense",
     "encode",
     "random_frames",
@@ -25,3 +26,10 @@ __all__ = [
     "uniform_frames",
     "write_curves",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "OperatingPoint":
+        warnings.warn("`OperatingPoint` is now `dynskip.calibrate.CurvePoint`.", DeprecationWarning, stacklevel=2)
+        return CurvePoint
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

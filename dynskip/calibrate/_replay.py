@@ -1,21 +1,21 @@
-"""Videos that are encoded once, and what gates and predictions would make of them with other thresholds."""
+"""Videos that are encoded once, and what a model does on them with other thresholds, or on fewer frames."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynskip import rules
 from dynskip._modes import in_mode
-from dynskip.calibrate._cuts import LEVELS, Cuts
-from dynskip.calibrate._points import CurvePoint, Gated, OperatingPoint, terminator_of
+from dynskip.calibrate._points import CurvePoint, Gated, check_fits
 from dynskip.errors import DynskipError
+from dynskip.metrics import sample_times, top_k_accuracy
 from dynskip.output import EncodedVideo, SkipOutput, masked_output
-from dynskip.terminate import EarlyTerminator
 
 Video = Tensor | EncodedVideo
 Batches = Iterable[tuple[Video, Tensor] | tuple[Video, Tensor, Sequence[str]]]
@@ -24,9 +24,9 @@ Metric = Callable[[Tensor, Tensor], float]
 
 @torch.no_grad()
 def encode(model: Gated, batches: Batches) -> list[tuple[EncodedVideo, Tensor]]:
-    """Run the backbone once on videos, and keep what gates and predictions need of it.
+    """Run the backbone once on videos, and keep what gates and predictions need.
 
-    Pass the result wherever this module takes videos, and the backbone does not run again.
+    Pass the result where this module takes videos, and the backbone does not run again.
 
     Args:
         model: the model; videos are moved to its device.
@@ -41,38 +41,30 @@ def encode(model: Gated, batches: Batches) -> list[tuple[EncodedVideo, Tensor]]:
     """
     if model.backbone.num_classes == 1:
         raise DynskipError(
-            "The model has one output, and softmax makes 1 of a single logit whatever it says, so that any thresholds "
-            'would seem right. Give the model two outputs, one of them for "no" (num_classes=2), and calibrate that.'
+            "The model has one output, and the softmax of a single logit is always 1, so that all thresholds would "
+            'seem right. Give the model two outputs, one of them for "no" (num_classes=2), and calibrate that.'
         )
     device = next(model.backbone.parameters(), torch.empty(0)).device
     encoded = []
-    with in_mode(cast(nn.Module, model), False):
+    with in_mode(model, False):
         for batch in batches:
             if not isinstance(batch, Sequence) or len(batch) not in (2, 3):
                 raise DynskipError(
                     f"Expected batches (videos, targets); got a {type(batch).__name__}. A DataLoader over pairs gives "
                     "such batches; for one batch, pass [(videos, targets)]."
                 )
-            videos, targets = batch[:2]
-            if isinstance(videos, Tensor):
-                videos = model.encode(videos.to(device))
+            videos, targets = batch[0], torch.as_tensor(batch[1])
             if not isinstance(videos, EncodedVideo):
+                videos = model.encode(videos)
+            pooled, logits = tuple(part.to(device) for part in videos.pooled), videos.frame_logits.to(device)
+            if targets.ndim not in (1, 2) or len(targets) != len(logits):
                 raise DynskipError(
-                    f"Expected videos (B, T, C, H, W) or an EncodedVideo; got a {type(videos).__name__}. Decode and "
-                    "normalise videos first."
+                    f"Got targets {tuple(targets.shape)} for {len(logits)} videos; give one class index a video, or "
+                    "one row of a multi-hot table."
                 )
-            videos = EncodedVideo(
-                tuple(pooled.to(device) for pooled in videos.pooled), videos.frame_logits.to(device), videos.image_size
-            )
-            targets = torch.as_tensor(targets)
-            if targets.ndim not in (1, 2) or len(targets) != len(videos.frame_logits):
-                raise DynskipError(
-                    f"Got targets {tuple(targets.shape)} for {len(videos.frame_logits)} videos; give one class index "
-                    "a video, or one row of a multi-hot table."
-                )
-            if not all(part.isfinite().all() for part in (*videos.pooled, videos.frame_logits)):
+            if not all(part.isfinite().all() for part in (*pooled, logits)):
                 raise DynskipError("Features or logits have NaN or infinite values. Check the weights; encode again.")
-            encoded.append((videos, targets))
+            encoded.append((EncodedVideo(pooled, logits, videos.image_size), targets))
     if not encoded:
         raise DynskipError(
             "There are no validation videos. Give an iterable of (videos, targets); a generator can be read only once."
@@ -80,98 +72,158 @@ def encode(model: Gated, batches: Batches) -> list[tuple[EncodedVideo, Tensor]]:
     return encoded
 
 
+def replay(model: Gated, batches: Batches, point: CurvePoint, *, metric: Metric = top_k_accuracy) -> CurvePoint:
+    """Measure thresholds on other videos, such as a test set.
+
+    Args:
+        model: the model that was calibrated.
+        batches: as in `to_budget`.
+        point: the thresholds.
+        metric: as in `to_budget`.
+
+    Returns:
+        The same thresholds, with accuracy and MACs on these videos.
+
+    Raises:
+        DynskipError: as `CurvePoint.apply`; if there are no videos, or something does not fit.
+    """
+    check_fits(point, model)
+    replayed = Replay(model, batches, metric)
+    return replayed.end(replayed.decide(point.forward_threshold), point.forward_threshold, point.termination_threshold)
+
+
+def dense(model: Gated, batches: Batches, *, metric: Metric = top_k_accuracy) -> CurvePoint:
+    """Measure the plain backbone on every frame, to compare everything else with it.
+
+    Args:
+        model: as in `to_budget`.
+        batches: as in `to_budget`.
+        metric: as in `to_budget`.
+
+    Returns:
+        Its accuracy and MACs.
+
+    Raises:
+        DynskipError: if there are no videos, or something does not fit.
+    """
+    return Replay(model, batches, metric).dense()
+
+
+def uniform_frames(model: Gated, batches: Batches, *, metric: Metric = top_k_accuracy) -> tuple[CurvePoint, ...]:
+    """Measure the plain backbone on few frames of each video, spread evenly: a baseline for curves.
+
+    Args:
+        model: as in `to_budget`.
+        batches: as in `to_budget`.
+        metric: as in `to_budget`.
+
+    Returns:
+        One point for each number of frames, from one to all. Frames that are left out cost nothing.
+
+    Raises:
+        DynskipError: if there are no videos, or something does not fit.
+    """
+
+    def pick(count: int, shape: tuple[int, int]) -> Tensor:
+        frames = torch.arange(shape[1])
+        return torch.isin(frames, sample_times(min(count, len(frames)), len(frames)).long()).expand(shape)
+
+    return Replay(model, batches, metric).by_count(pick)
+
+
+def random_frames(
+    model: Gated, batches: Batches, *, seed: int = 0, metric: Metric = top_k_accuracy
+) -> tuple[CurvePoint, ...]:
+    """Measure the plain backbone on few frames of each video, drawn at random: a baseline for curves.
+
+    Args:
+        model: as in `to_budget`.
+        batches: as in `to_budget`.
+        seed: different seeds draw different frames.
+        metric: as in `to_budget`.
+
+    Returns:
+        One point for each number of frames, from one to all. Frames that are left out cost nothing.
+
+    Raises:
+        DynskipError: if there are no videos, or something does not fit.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return Replay(model, batches, metric).by_count(
+        lambda count, shape: torch.rand(shape, generator=generator).argsort(1).argsort(1) < count
+    )
+
+
 class Replay:
     """Encoded videos, and what a model does on them."""
 
     def __init__(self, model: Gated, batches: Batches, metric: Metric) -> None:
-        self.model, self.metric = model, metric
-        self.repeats: tuple[bool, ...] = getattr(model, "repeats", ())  # images have none
-        self.videos = encode(model, batches)
+        self.model, self.metric, self.videos = model, metric, encode(model, batches)
         targets = [target.cpu() for _, target in self.videos]
         if len({target.shape[1:] for target in targets}) > 1:
             raise DynskipError("Targets of some batches are class indices and of others multi-hot; give one kind.")
         self.targets = torch.cat(targets)
 
-    @property
-    def terminator(self) -> EarlyTerminator | None:
-        """What ends videos, if anything does."""
-        return terminator_of(self.model)
-
-    def read(self, forward_threshold: tuple[float, ...]) -> list[SkipOutput]:
-        """Gate all videos, to their ends."""
-        model: Any = self.model
-        own, terminator = model.forward_threshold, self.terminator
+    def decide(self, forward_threshold: tuple[float, ...]) -> list[tuple[SkipOutput, Tensor]]:
+        """Gate all videos, to their ends. With each output come the predictions after each frame, `(B, T, K)`."""
+        model = self.model
+        own, terminator = model.forward_threshold, model.terminator
         try:
-            model.forward_threshold = forward_threshold
-            if terminator is not None:
-                model.terminator = None
+            model.forward_threshold, model.terminator = forward_threshold, None
             with torch.no_grad(), in_mode(model, False):
-                return [model.decide(encoded) for encoded, _ in self.videos]
+                outputs = [model.decide(encoded) for encoded, _ in self.videos]
         finally:
-            model.forward_threshold = own
-            if terminator is not None:
-                model.terminator = terminator
+            model.forward_threshold, model.terminator = own, terminator
+        return [
+            (output, rules.read(output.stopped_at, encoded.frame_logits, model.repeats))
+            for output, (encoded, _) in zip(outputs, self.videos, strict=True)
+        ]
 
     def end(
         self,
-        outputs: Sequence[SkipOutput],
-        running: Sequence[Tensor],
+        decided: Sequence[tuple[SkipOutput, Tensor]],
         forward_threshold: tuple[float, ...],
-        termination_threshold: float,
-    ) -> OperatingPoint:
-        """Measure videos that were read to their ends as if they ended early."""
-        terminator = copy.copy(self.terminator)
-        assert terminator is not None
-        terminator.threshold = termination_threshold
-        ended = []
-        for (encoded, _), output, logits in zip(self.videos, outputs, running, strict=True):
-            assert output.gate_logits is not None
-            stopped_at = rules.end_videos(terminator, logits, output.stopped_at)
-            lookup = self.model.lookup_for(encoded.image_size)
-            ended.append(masked_output(stopped_at, output.gate_logits, encoded.frame_logits, lookup, self.repeats))
-        return self.at(ended, forward_threshold, termination_threshold)
+        termination_threshold: float | None,
+    ) -> CurvePoint:
+        """Measure what `decide` returned, as if videos ended at a threshold; `None` reads them to their ends."""
+        outputs = [output for output, _ in decided]
+        if termination_threshold is not None:
+            terminator = copy.copy(self.model.terminator)
+            assert terminator is not None
+            terminator.threshold = termination_threshold
+            for i, ((encoded, _), (output, running)) in enumerate(zip(self.videos, decided, strict=True)):
+                assert output.gate_logits is not None
+                outputs[i] = masked_output(
+                    rules.end_videos(terminator, running, output.stopped_at),
+                    output.gate_logits,
+                    encoded.frame_logits,
+                    self.model.lookup_for(encoded.image_size),
+                    self.model.repeats,
+                )
+        logits, macs = [output.logits for output in outputs], [output.macs for output in outputs]
+        return self._measure(logits, macs, forward_threshold, termination_threshold)
 
-    def points(
-        self, forward_threshold: tuple[float, ...], termination_thresholds: Sequence[float] | None = None
-    ) -> list[OperatingPoint]:
-        """Measure forward thresholds; if the model ends videos, with each of some termination thresholds."""
-        outputs, terminator = self.read(forward_threshold), self.terminator
-        if terminator is None or termination_thresholds == ():
-            return [self.at(outputs, forward_threshold, None)]
-        running = [
-            rules.read(output.stopped_at, encoded.frame_logits, self.repeats)
-            for output, (encoded, _) in zip(outputs, self.videos, strict=True)
-        ]
-        if termination_thresholds is None:
-            cuts = Cuts(
-                torch.cat([part.softmax(-1).amax(-1)[:, terminator.min_frames :].flatten() for part in running])
-            )
-            levels = {min(max(cuts.at(i / LEVELS), 1e-6), 1.0) for i in range(LEVELS + 1)}
-            termination_thresholds = sorted({terminator.threshold, *levels})
-        return [self.end(outputs, running, forward_threshold, threshold) for threshold in termination_thresholds]
-
-    def at(
-        self, outputs: Sequence[SkipOutput], forward_threshold: tuple[float, ...], termination_threshold: float | None
-    ) -> OperatingPoint:
-        """Measure what a model gave for all videos."""
-        point = self.measure([output.logits for output in outputs], [output.macs for output in outputs])
-        return OperatingPoint(point.accuracy, point.macs, forward_threshold, termination_threshold)
-
-    def frames(self, pick: Callable[[int, int], Tensor]) -> CurvePoint:
-        """Measure the plain backbone on some frames: `pick(B, T)` marks which."""
+    def frames(self, pick: Callable[[tuple[int, int]], Tensor]) -> CurvePoint:
+        """Measure the plain backbone on the frames that `pick((B, T))` marks."""
         logits, macs = [], []
         for encoded, _ in self.videos:
-            picked = pick(*encoded.frame_logits.shape[:2]).to(encoded.frame_logits.device)
-            # As a model of one gate, which stops all frames but the picked ones.
+            batch, frames, _ = encoded.frame_logits.shape
+            picked = pick((batch, frames)).to(encoded.frame_logits.device)
+            # As a model of one gate that stops all frames except the picked ones.
             logits.append(rules.read(picked.long(), encoded.frame_logits, (False,))[:, -1])
             macs.append(picked.sum(1).double() * self.model.lookup_for(encoded.image_size).dense)
-        return self.measure(logits, macs)
+        return self._measure(logits, macs)
 
-    def measure(self, logits: Sequence[Tensor], macs: Sequence[Tensor]) -> CurvePoint:
+    def dense(self) -> CurvePoint:
+        """Measure the plain backbone on all frames."""
+        return self.frames(lambda shape: torch.ones(shape, dtype=torch.bool))
+
+    def by_count(self, pick: Callable[[int, tuple[int, int]], Tensor]) -> tuple[CurvePoint, ...]:
+        """Measure the plain backbone on 1, 2, ... frames of each video, which `pick(count, (B, T))` marks."""
+        most = max(encoded.frame_logits.shape[1] for encoded, _ in self.videos)
+        return tuple(self.frames(partial(pick, count)) for count in range(1, most + 1))
+
+    def _measure(self, logits: list[Tensor], macs: list[Tensor], *thresholds: Any) -> CurvePoint:
         """Compare all videos' answers with the targets."""
         probabilities = torch.cat([part.softmax(-1) for part in logits]).cpu()
-        return CurvePoint(float(self.metric(probabilities, self.targets)), float(torch.cat(list(macs)).mean()))
-
-
-def every_frame(batch: int, frames: int) -> Tensor:
-    return torch.ones(batch, frames, dtype=torch.bool)
+        return CurvePoint(float(self.metric(probabilities, self.targets)), float(torch.cat(macs).mean()), *thresholds)

@@ -15,15 +15,15 @@ from dynskip.gates.base import Gate, GateState, Step, check_widths, is_plain
 
 
 class PolicyGate(Gate):
-    """Learned gate: a projection, a recurrent cell over the frames kept so far, and two logits.
+    """Learned gate: a projection, a recurrent cell over the used frames, and two logits.
 
     Args:
         in_features: channels `C_n` of the stage's pooled features.
         hidden: width of the projection and of the hidden state.
-        temporal: `"lstm"` remembers earlier frames; `None` puts a fully connected layer in the cell's place (the
+        temporal: `"lstm"` remembers earlier frames; `None` takes a fully connected layer instead of the cell (the
             thesis' ablation).
-        forward_bias: what the forward logit starts with above the stop logit. Five unbiased gates would let one
-            frame in 32 through; at 3.0 each gate starts by forwarding 95 % of the frames.
+        forward_bias: how far the forward logit starts above the stop logit. With 3.0 each gate starts by forwarding
+            95 % of the frames. With 0.0, five gates would let one frame in 32 through.
 
     Raises:
         DynskipError: if a width is not positive or `temporal` is unknown.
@@ -32,7 +32,6 @@ class PolicyGate(Gate):
         Thesis Eq. 3.1-3.4.
     """
 
-    origin: Tensor
     broadcasts = True
 
     def __init__(
@@ -42,12 +41,12 @@ class PolicyGate(Gate):
         temporal: Literal["lstm"] | None = "lstm",
         forward_bias: float = 3.0,
     ) -> None:
-        super().__init__()
         check_widths(in_features=in_features, hidden=hidden)
+        super().__init__(hidden)
         if temporal not in ("lstm", None):
             raise DynskipError(f"temporal={temporal!r} is unknown; use 'lstm', or None for a gate without memory.")
         self.in_features = in_features
-        self.hidden = self.hidden_features = hidden
+        self.hidden = hidden
         self.temporal = temporal
         self.forward_bias = forward_bias
         self.project = nn.Linear(in_features, hidden)
@@ -55,32 +54,11 @@ class PolicyGate(Gate):
         self.cell: Any = nn.LSTMCell(hidden, hidden) if temporal == "lstm" else nn.Linear(hidden, hidden)
         self.decide = _decision(hidden, forward_bias)
         self.has_memory = temporal is not None
-        # Knows device and dtype, whatever has taken the layers' place (a quantised layer has no `weight`).
-        self.register_buffer("origin", torch.zeros(hidden), persistent=False)
 
     def initial_state(self, batch: int) -> GateState:
-        """Return the state before the first frame: zeros.
-
-        Args:
-            batch: number of videos.
-
-        Returns:
-            Hidden and cell state `(B, hidden)`; without memory, a hidden representation that nothing reads.
-        """
-        zeros = self.origin.repeat(batch, 1)
+        """Return zeros: hidden and cell state `(B, hidden)`; without memory, one `(B, hidden)` that nothing reads."""
+        (zeros,) = super().initial_state(batch)
         return (zeros, zeros) if self.temporal == "lstm" else (zeros,)
-
-    def forward(self, pooled: Tensor, state: GateState) -> tuple[Tensor, GateState]:
-        """Decide on one frame a video.
-
-        Args:
-            pooled: `(B, C_n)` pooled features.
-            state: the state to decide from.
-
-        Returns:
-            `(B, 2)` logits (stop, forward), and the state after this frame.
-        """
-        return self.step(self.embed(pooled), state)
 
     def embed(self, pooled: Tensor) -> Tensor:
         """Do what does not depend on earlier frames.
@@ -89,8 +67,8 @@ class PolicyGate(Gate):
             pooled: `(M, C_n)` pooled features, in any order.
 
         Returns:
-            `(M, 4 * hidden)` what the frame adds to the cell's own gates. `(M, hidden)` where something is attached to
-            the cell, which is called as a whole then; without memory, the hidden representation.
+            `(M, 4 * hidden)`, the frame's share of the sums in the cell. `(M, hidden)` without memory, and where hooks
+            or the like on the cell need a call of the whole cell.
         """
         x = _call(self.project, pooled)
         if self.temporal is None:
@@ -98,15 +76,7 @@ class PolicyGate(Gate):
         return _linear(x, self.cell.weight_ih, self.cell.bias_ih) if is_plain(self.cell, nn.LSTMCell) else x
 
     def step(self, embedded: Tensor, state: GateState) -> tuple[Tensor, GateState]:
-        """Decide on one frame a video from what `embed` made of it, or on several.
-
-        Args:
-            embedded: `(B, E)` what `embed` returned, or `(B, S, E)` for `S` frames of each video.
-            state: the state to decide from, of each video.
-
-        Returns:
-            As `forward`; of several frames `(B, S, 2)` logits, and states `(B, S, hidden)`.
-        """
+        """Decide from what `embed` returned; see `Gate.step`."""
         if self.temporal is None:
             return self.decide(embedded), (embedded,)
         if not is_plain(self.cell, nn.LSTMCell):
@@ -129,11 +99,11 @@ class PolicyGate(Gate):
 
     @classmethod
     def step_together(cls, gates: Sequence[Any]) -> Step | None:
-        """Return one `step` for several gates: two batched products in the place of two a gate."""
+        """Return one `step` for several gates, with two batched products for all of them; see `Gate.step_together`."""
         alike = all(type(g) is PolicyGate and g.temporal == "lstm" and g.hidden == gates[0].hidden for g in gates)
         if not alike or not all(is_plain(g.cell, nn.LSTMCell) and is_plain(g.decide, nn.Linear) for g in gates):
             return None
-        # Copies, which a GPU makes in microseconds. Nothing is left of them when the weights change.
+        # Copies cost microseconds on a GPU. They are made anew each time, so they follow changes of the weights.
         weight = torch.stack([g.cell.weight_hh for g in gates]).transpose(1, 2)
         bias = torch.stack([g.cell.bias_hh for g in gates])[:, None]
         decide = torch.stack([g.decide.weight for g in gates]).transpose(1, 2)
@@ -151,44 +121,38 @@ class PolicyGate(Gate):
 
 
 class LinearGate(Gate):
-    """Learned gate: two logits straight from the pooled features, without memory.
+    """Learned gate without memory: two logits straight from the pooled features.
 
     Its hidden representation is the frame's pooled features.
 
     Args:
         in_features: channels `C_n` of the stage's pooled features.
-        forward_bias: what the forward logit starts with above the stop logit, see `PolicyGate`.
+        forward_bias: how far the forward logit starts above the stop logit, see `PolicyGate`.
 
     Raises:
         DynskipError: if the width is not positive.
 
     Reference:
-        Veit and Belongie, "Convolutional networks with adaptive inference graphs", ECCV 2018, whose gates have a hidden
-        layer besides.
+        Veit and Belongie, "Convolutional networks with adaptive inference graphs", ECCV 2018. Their gates also have a
+        hidden layer.
     """
 
-    origin: Tensor
     has_memory = False
 
     def __init__(self, in_features: int, forward_bias: float = 3.0) -> None:
-        super().__init__()
         check_widths(in_features=in_features)
-        self.in_features = self.hidden_features = in_features
+        super().__init__(in_features)
+        self.in_features = in_features
         self.forward_bias = forward_bias
         self.decide = _decision(in_features, forward_bias)
-        self.register_buffer("origin", torch.zeros(in_features), persistent=False)
 
-    def initial_state(self, batch: int) -> GateState:
-        """Return `(B, C_n)` zeros, which nothing reads."""
-        return (self.origin.repeat(batch, 1),)
-
-    def forward(self, pooled: Tensor, state: GateState) -> tuple[Tensor, GateState]:
-        """Decide on one frame a video; see `PolicyGate.forward`."""
-        return self.decide(pooled), (pooled,)
+    def step(self, embedded: Tensor, state: GateState) -> tuple[Tensor, GateState]:
+        """Decide from the features alone; see `Gate.step`."""
+        return self.decide(embedded), (embedded,)
 
     def extra_repr(self) -> str:
         """Say what the gate reads."""
-        return f"{self.hidden_features}"
+        return f"{self.in_features}"
 
 
 class PairwiseGate(Gate):
@@ -199,44 +163,33 @@ class PairwiseGate(Gate):
     Args:
         in_features: channels `C_n` of the stage's pooled features.
         hidden: width of the projection.
-        forward_bias: what the forward logit starts with above the stop logit, see `PolicyGate`.
+        forward_bias: how far the forward logit starts above the stop logit, see `PolicyGate`.
 
     Raises:
         DynskipError: if a width is not positive.
 
     Reference:
-        After Ghodrati et al., "FrameExit: conditional early exiting for efficient video recognition", CVPR 2021, whose
-        gates see a frame beside what was gathered before it.
+        After Ghodrati et al., "FrameExit: conditional early exiting for efficient video recognition", CVPR 2021. Their
+        gates compare a frame with what was gathered before it.
     """
 
-    origin: Tensor
     broadcasts = True
 
     def __init__(self, in_features: int, hidden: int = 64, forward_bias: float = 3.0) -> None:
-        super().__init__()
         check_widths(in_features=in_features, hidden=hidden)
+        super().__init__(hidden)
         self.in_features = in_features
-        self.hidden_features = hidden
         self.hidden = hidden
         self.forward_bias = forward_bias
         self.project = nn.Linear(in_features, hidden)
         self.decide = _decision(2 * hidden, forward_bias)
-        self.register_buffer("origin", torch.zeros(hidden), persistent=False)
-
-    def initial_state(self, batch: int) -> GateState:
-        """Return `(B, hidden)` zeros in the place of a last used frame."""
-        return (self.origin.repeat(batch, 1),)
-
-    def forward(self, pooled: Tensor, state: GateState) -> tuple[Tensor, GateState]:
-        """Decide on one frame a video; see `PolicyGate.forward`."""
-        return self.step(self.embed(pooled), state)
 
     def embed(self, pooled: Tensor) -> Tensor:
-        """Project the frame; see `PolicyGate.embed`."""
+        """Project the frame; see `Gate.embed`."""
         return self.project(pooled).relu()  # type: ignore[no-any-return]
 
     def step(self, embedded: Tensor, state: GateState) -> tuple[Tensor, GateState]:
-        """Compare with the last used frame; see `PolicyGate.step`."""
+        """Compare with the last used frame; see `Gate.step`."""
         last = state[0].to(embedded.dtype)
         if embedded.ndim == 3:
             last = last[:, None].expand_as(embedded)
@@ -244,27 +197,28 @@ class PairwiseGate(Gate):
 
     def extra_repr(self) -> str:
         """Say what the gate reads and remembers."""
-        return f"{self.in_features} -> 2 x {self.hidden_features}"
+        return f"{self.in_features} -> 2 x {self.hidden}"
 
 
 def _cell(mixed: Tensor, memory: Tensor) -> GateState:
-    """Move an LSTM cell on, given the sums that enter its gates."""
+    """Advance an LSTM cell, given the sums that enter its gates."""
     take, keep, _, show = mixed.sigmoid().chunk(4, -1)  # one launch for three gates is worth the fourth's work
     memory = torch.addcmul(keep * memory, take, mixed.chunk(4, -1)[2].tanh())
     return show * memory.tanh(), memory
 
 
 def _call(layer: nn.Module, x: Tensor) -> Tensor:
-    """Call a linear layer; where nothing is attached to it, at the speed of `_linear`."""
+    """Call a linear layer, through `_linear` where nothing is attached to the layer."""
     if is_plain(layer, nn.Linear):
         return _linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]
     return layer(x)  # type: ignore[no-any-return]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Do what `F.linear` does; for few rows on a CPU, at the speed at which memory gives the weights.
+    """Do what `F.linear` does, faster for few rows on a CPU.
 
-    There `F.linear` reads weights at a third of that speed or less, and reading them is nearly all that a gate costs.
+    There, reading the weights is nearly all that a gate costs. `F.linear` reads them at a third of the memory's speed
+    or less, `torch.bmm` at full speed.
     """
     if (
         torch.compiler.is_compiling()  # compilers and exporters have kernels of their own
@@ -274,7 +228,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         or weight.shape[0] % 2
     ):
         return F.linear(x, weight, bias)
-    columns = x.flatten().view(x.shape).t()  # a single row may have odd strides, which take a slow path
+    columns = x.flatten().view(x.shape).t()  # a single row may have odd strides, and these are slow
     return torch.bmm(weight.unflatten(0, (2, -1)), columns.expand(2, -1, -1)).flatten(0, 1).t() + bias
 
 
@@ -284,13 +238,13 @@ def exponential_temperature(epoch: float, initial: float = 5.0, decay: float = 0
     Args:
         epoch: epochs of gate training so far.
         initial: temperature at epoch 0.
-        decay: rate an epoch.
+        decay: rate of the decay, per epoch.
 
     Returns:
         The temperature.
 
     Raises:
-        DynskipError: if it is not positive, as where a large `decay` lets it underflow.
+        DynskipError: if it is not positive. A large `decay` lets it underflow to 0.
 
     Reference:
         Thesis section 4.2; Jang et al., "Categorical reparameterization with Gumbel-softmax", ICLR 2017.

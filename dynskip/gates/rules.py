@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dynskip.errors import DynskipError
-from dynskip.gates.base import Gate, GateState, between_0_and_1, check_widths, logit
+from dynskip.gates.base import Gate, GateState, check_widths, logit
 from dynskip.inner import InnerClassifier
 
 TINY = 1e-12  # keeps logarithms and quotients finite
 
 
-class SimilarityGate(Gate):
+class _Rule(Gate):
+    """A gate with one setting, strictly between 0 and 1."""
+
+    setting = "threshold"
+    range_reason: str
+
+    def check_setting(self, name: str, value: Any) -> Any:
+        if name == self.setting and not (isinstance(value, int | float) and 0.0 < value < 1.0):
+            raise DynskipError(f"{name}={value} is out of range; give a number between 0 and 1: {self.range_reason}.")
+        return super().check_setting(name, value)
+
+
+class SimilarityGate(_Rule):
     """Stop frames that barely differ from the last used one. Needs no training, so it works on any finished model.
 
-    The distance of pooled features is `|x - y| / (|x| + |y|)`: 0 for equal frames, at most 1. A frame stops up to
-    `threshold`; the first frame has nothing before it and counts as 1. The forward probability is
+    The distance of pooled features `x` and `y` is `|x - y| / (|x| + |y|)`: 0 for equal frames, at most 1. A frame stops
+    up to `threshold`. The first frame has nothing before it; its distance is 1. The forward probability is
     `distance / (distance + threshold)`.
 
-    A frame that it stops counts as the last used one once more in the video's mean (`repeats_last`): a shot that stands
-    still weighs as much as it lasts. With `state_update="reached"` the gate compares with the last frame that reached
-    it, and stopped frames do not count.
+    A frame that it stops counts as the last used one once more in the video's mean (`repeats_last`), so a still shot
+    weighs as much as it lasts. With `state_update="reached"` the gate compares with the last frame that reached it, and
+    stopped frames do not count.
 
-    Its hidden representation is the frame's pooled features. Distances are computed in float32, but features in half
-    precision carry two to three digits: a threshold below 0.01 then stops frames that differ in their rounding alone.
+    Its hidden representation is the frame's pooled features. Distances are computed in float32. Features in half
+    precision have only two to three digits, so a threshold below 0.01 then stops only frames that differ by rounding.
 
     Args:
         in_features: channels `C_n` of the stage's pooled features.
@@ -37,114 +50,109 @@ class SimilarityGate(Gate):
         DynskipError: if the width is not positive or the threshold out of range.
     """
 
-    origin: Tensor
     repeats_last = True
     broadcasts = True
+    range_reason = "distances are 0 for equal frames and at most 1"
 
     def __init__(self, in_features: int, threshold: float = 0.01) -> None:
-        super().__init__()
         check_widths(in_features=in_features)
-        self.in_features = self.hidden_features = in_features
+        super().__init__(in_features)
+        self.in_features = in_features
         self.threshold = threshold
-        # What the first frame is compared with; it also knows the device and dtype.
-        self.register_buffer("origin", torch.zeros(in_features), persistent=False)
-
-    def initial_state(self, batch: int) -> GateState:
-        """Return `(B, C_n)` zeros, at distance 1 from any frame."""
-        return (self.origin.repeat(batch, 1),)
-
-    def forward(self, pooled: Tensor, state: GateState) -> tuple[Tensor, GateState]:
-        """Decide on one frame a video; see `Gate.forward`."""
-        return self.step(self.embed(pooled), state)
-
-    def embed(self, pooled: Tensor) -> Tensor:
-        """Return the features as they are."""
-        return pooled
 
     def step(self, embedded: Tensor, state: GateState) -> tuple[Tensor, GateState]:
-        """Compare with the last used frame; see `PolicyGate.step`."""
+        """Compare with the last used frame; see `Gate.step`."""
+        # The first frame is compared with zeros, which are at distance 1 from any frame.
         x, last = _precise(embedded), _precise(state[0])
         if x.ndim == 3:
             last = last[:, None]
         distance = _norm(x - last) / (_norm(x) + _norm(last)).clamp(min=TINY)
         return _logarithms(distance, self.threshold), (embedded,)
 
-    def check_setting(self, name: str, value: Any) -> Any:
-        """Refuse thresholds that no distance can have."""
-        if name == "threshold":
-            return between_0_and_1(value, name, "distances are 0 for equal frames and at most 1")
-        return super().check_setting(name, value)
-
     def extra_repr(self) -> str:
         """Show the rule."""
-        return f"{self.hidden_features}, stop at distance <= {self.threshold}"
+        return f"{self.in_features}, stop at distance <= {self.threshold}"
 
 
-class ConfidenceGate(Gate):
-    """Stop frames of whose class an inner classifier is sure, or else those of which it is not.
+class ConfidenceGate(_Rule):
+    """Stop frames of whose class an inner classifier is sure, or those of which it is not.
 
-    Still images leave where they are sure (`EarlyExit`). In a video, where a stopped frame adds nothing to the answer,
-    `stop="unsure"` leaves out frames that show little. The rule itself is not trained, its classifier is: see
-    `docs/gates.md`. The forward probability is 0.5 at the threshold and moves with the odds of the confidence.
+    Still images leave where the classifier is sure (`EarlyExit`). In a video a stopped frame adds nothing to the
+    answer, so there `stop="unsure"` is useful: it leaves out frames that show little. The rule is not trained, but its
+    classifier is, see `docs/gates.md`.
 
-    Its hidden representation is the classifier's `(B, K)` logits: in `StopOrForward`, give `nn.Identity()` as the inner
+    With the measure `"confidence"`, the forward probability is 0.5 at the threshold and moves with the odds of the
+    confidence. With `"entropy"` (and `stop="sure"`) it is `entropy / (entropy + threshold)`.
+
+    Its hidden representation is the classifier's `(B, K)` logits. In `StopOrForward`, give `nn.Identity()` as the inner
     classifier to see them as `inner_logits`.
 
     Args:
         in_features: channels `C_n` of the stage's pooled features.
         num_classes: number of classes `K`, at least 2.
-        threshold: probability of the most probable class, in (0, 1).
-        stop: `"sure"` stops from the threshold on, `"unsure"` up to it.
+        threshold: confidence or entropy at which the decision changes, in (0, 1); by default 0.9 for confidence and
+            0.1 for entropy.
+        stop: which frames stop, `"sure"` or `"unsure"` ones. At the threshold itself a frame stops.
+        measure: what tells how sure the classifier is. `"confidence"` is the probability of the most probable class.
+            `"entropy"` is that of the class probabilities, divided by the entropy of equal probabilities: 0 where the
+            classifier is sure, 1 where it knows nothing.
 
     Attributes:
-        classifier: maps pooled features to class logits; put another module in its place where you have one.
+        classifier: maps pooled features to class logits. Replace it where you have one already.
 
     Raises:
         DynskipError: if a width is not positive, or an argument out of range.
 
     Reference:
-        Huang et al., "Multi-scale dense networks for resource efficient image classification", ICLR 2018.
+        Confidence: Huang et al., "Multi-scale dense networks for resource efficient image classification", ICLR 2018.
+        Entropy: Teerapittayanon et al., "BranchyNet: fast inference via early exiting from deep neural networks", ICPR
+        2016.
     """
 
-    measure = "confidence"
     has_memory = False
+    range_reason = "confidence and relative entropy lie between them"
 
     def __init__(
-        self, in_features: int, num_classes: int, threshold: float = 0.9, stop: Literal["sure", "unsure"] = "sure"
+        self,
+        in_features: int,
+        num_classes: int,
+        threshold: float | None = None,
+        stop: Literal["sure", "unsure"] = "sure",
+        measure: Literal["confidence", "entropy"] = "confidence",
     ) -> None:
-        super().__init__()
+        super().__init__(num_classes)
         if num_classes < 2:
             raise DynskipError(f"num_classes={num_classes}: being sure of a class takes at least two classes.")
         if stop not in ("sure", "unsure"):
             raise DynskipError(f"stop={stop!r} is unknown; use 'sure' or 'unsure', the frames that are to stop.")
-        self.threshold = threshold
+        if measure not in ("confidence", "entropy"):
+            raise DynskipError(f"measure={measure!r} is unknown; use 'confidence' or 'entropy'.")
+        self.threshold = {"confidence": 0.9, "entropy": 0.1}[measure] if threshold is None else threshold
         self.stop = stop
+        self.measure = measure
         self.in_features = in_features
-        self.num_classes = self.hidden_features = num_classes
+        self.num_classes = num_classes
         self.classifier = InnerClassifier(in_features, num_classes)
-
-    def initial_state(self, batch: int) -> GateState:
-        """Return `(B, K)` zeros, which nothing reads."""
-        return (next(self.classifier.parameters()).new_zeros(batch, self.hidden_features),)
 
     def forward(self, pooled: Tensor, state: GateState) -> tuple[Tensor, GateState]:
         """Decide on one frame a video; see `Gate.forward`."""
         answer = self.classifier(pooled)
-        logits = self.stop_if_sure(_precise(answer.detach()))
+        measured = self._entropy if self.measure == "entropy" else self._confidence
+        logits = measured(_precise(answer.detach()))
         return logits if self.stop == "sure" else logits.flip(1), (answer,)
 
-    def check_setting(self, name: str, value: Any) -> Any:
-        """Refuse thresholds that lie outside what is measured."""
-        if name == "threshold":
-            return between_0_and_1(value, name, f"the {self.measure} lies between them")
-        return super().check_setting(name, value)
-
-    def stop_if_sure(self, answer: Tensor) -> Tensor:
+    def _confidence(self, answer: Tensor) -> Tensor:
         """Return the `(B, 2)` logits of a gate that stops from the threshold on."""
         top, index = answer.max(1)
         others = answer.scatter(1, index[:, None], -math.inf).logsumexp(1)
-        # Logarithms of odds, taken from the logits: a probability rounds to 1.
+        # Logarithms of odds, computed from the logits, because a probability rounds to 1.
         return torch.stack([top - others, torch.full_like(top, logit(self.threshold))], 1)
+
+    def _entropy(self, answer: Tensor) -> Tensor:
+        """Return the `(B, 2)` logits of a gate that stops up to the threshold."""
+        logarithms = answer.log_softmax(1)
+        entropy = -(logarithms.exp() * logarithms).sum(1) / math.log(self.num_classes)
+        return _logarithms(entropy, self.threshold)
 
     def extra_repr(self) -> str:
         """Show the rule."""
@@ -153,43 +161,21 @@ class ConfidenceGate(Gate):
 
 
 class EntropyGate(ConfidenceGate):
-    """As `ConfidenceGate`, with the entropy of the class probabilities as what tells how sure a classifier is.
-
-    Entropy is divided by that of equal probabilities, so it lies between 0, sure, and 1. `stop="sure"` stops up to the
-    threshold. The forward probability (for `"sure"`) is `entropy / (entropy + threshold)`.
-
-    Args:
-        in_features: channels `C_n` of the stage's pooled features.
-        num_classes: number of classes `K`, at least 2.
-        threshold: entropy, in (0, 1).
-        stop: `"sure"` stops up to the threshold, `"unsure"` from it on.
-
-    Raises:
-        DynskipError: if a width is not positive, or an argument out of range.
-
-    Reference:
-        Teerapittayanon et al., "BranchyNet: fast inference via early exiting from deep neural networks", ICPR 2016.
-    """
-
-    measure = "entropy"
+    """Old name of `ConfidenceGate(..., measure="entropy")`, for one release."""
 
     def __init__(
         self, in_features: int, num_classes: int, threshold: float = 0.1, stop: Literal["sure", "unsure"] = "sure"
     ) -> None:
-        super().__init__(in_features, num_classes, threshold, stop)
-
-    def stop_if_sure(self, answer: Tensor) -> Tensor:
-        """Return the `(B, 2)` logits of a gate that stops up to the threshold."""
-        logarithms = answer.log_softmax(1)
-        entropy = -(logarithms.exp() * logarithms).sum(1) / math.log(self.num_classes)
-        return _logarithms(entropy, self.threshold)
+        new = 'ConfidenceGate(..., measure="entropy")'
+        warnings.warn(f"EntropyGate goes away after this release; use {new}.", DeprecationWarning, stacklevel=2)
+        super().__init__(in_features, num_classes, threshold, stop, measure="entropy")
 
 
 class FixedGate(Gate):
     """Forward every frame, or stop every frame, whatever the frame and the model's `forward_threshold`.
 
-    For stages that are to have no say: `FixedGate()` after all stages but the first leaves the first gate alone in
-    charge. It has no state and no hidden representation.
+    For stages that are not to decide: with `FixedGate()` after all stages but the first, the first gate decides alone.
+    It has no state and no hidden representation.
 
     Args:
         stop: whether frames stop; they go forward by default.
@@ -203,10 +189,6 @@ class FixedGate(Gate):
         self.stop = stop
         self.register_buffer("verdict", torch.tensor([50.0, -50.0] if stop else [-50.0, 50.0]), persistent=False)
 
-    def initial_state(self, batch: int) -> GateState:
-        """Return no tensors."""
-        return ()
-
     def forward(self, pooled: Tensor, state: GateState) -> tuple[Tensor, GateState]:
         """Decide on one frame a video; see `Gate.forward`."""
         return self.verdict.expand(pooled.shape[0], 2), state
@@ -216,16 +198,15 @@ class FixedGate(Gate):
         return "stop" if self.stop else "forward"
 
 
-class RandomGate(Gate):
+class RandomGate(_Rule):
     """Forward a given share of the frames, at random: the baseline that a gate has to beat.
 
-    A frame's draw depends on its features and on how many frames of its video moved the state before it, on nothing
-    else: in float32 and float64, the same video gets the same draws alone, in any batch and in any window. In half
-    precision, features differ between batch sizes by more than a draw may, so there some draws differ. A frame that
-    equals the one before it shares its fate until the state moves. Different seeds, and different widths, draw
-    differently.
+    A frame's draw depends only on its features and on how many frames of its video moved the state before it. So in
+    float32 and float64 the same video gets the same draws alone, in any batch and in any window. In half precision the
+    features themselves differ between batch sizes, enough to change some draws. A frame that equals the one before it
+    gets the same decision until the state moves. Different seeds, and different widths, draw differently.
 
-    Its state is its place in a sequence of numbers; there is nothing in it for an inner classifier.
+    Its state is its place in a sequence of numbers. An inner classifier learns nothing from it.
 
     Args:
         in_features: channels `C_n` of the stage's pooled features.
@@ -237,36 +218,27 @@ class RandomGate(Gate):
     """
 
     direction: Tensor
+    setting = "rate"
+    range_reason = "it is a share of frames; FixedGate forwards all or none"
 
     def __init__(self, in_features: int, rate: float, seed: int = 0) -> None:
-        super().__init__()
         check_widths(in_features=in_features)
+        super().__init__(hidden_features=1)
         self.rate = rate
         self.in_features = in_features
         self.seed = seed
-        self.hidden_features = 1
         direction = torch.randn(in_features, generator=torch.Generator().manual_seed(seed))
         self.register_buffer("direction", direction)
-
-    def initial_state(self, batch: int) -> GateState:
-        """Return the first place, `(B, 1)` zeros."""
-        return (self.direction.new_zeros(batch, 1),)
 
     def forward(self, pooled: Tensor, state: GateState) -> tuple[Tensor, GateState]:
         """Decide on one frame a video; see `Gate.forward`."""
         x, place = _precise(pooled), _precise(state[0])
         projection = (x * self.direction).sum(1) / _norm(x).clamp(min=TINY)
-        # Large enough a factor that frames of one video fall anywhere, small enough that rounding moves no draw.
+        # The factor spreads frames of one video over [0, 1), and is too small for rounding to change a draw.
         draw = torch.remainder(100 * projection + place[:, 0], 1.0).clamp(1e-6, 1 - 1e-6)
         logits = torch.stack([draw.logit(), torch.full_like(draw, logit(self.rate))], 1)
         golden = (math.sqrt(5) - 1) / 2  # its multiples cover [0, 1) evenly
         return logits, (torch.remainder(place + golden, 1.0),)
-
-    def check_setting(self, name: str, value: Any) -> Any:
-        """Refuse rates that are no share."""
-        if name == "rate":
-            return between_0_and_1(value, name, "it is a share of frames; FixedGate forwards all or none")
-        return super().check_setting(name, value)
 
     def extra_repr(self) -> str:
         """Show the rule."""
@@ -274,7 +246,7 @@ class RandomGate(Gate):
 
 
 def _precise(x: Tensor) -> Tensor:
-    """Squares and exponentials overflow in half precision."""
+    """Widen half precision, where squares and exponentials overflow."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -1,4 +1,4 @@
-"""Criteria over a wrapper's output: thin modules over pure functions, the terms of the thesis' loss and others."""
+"""Losses over a model's output: the terms of the thesis' loss, and others."""
 
 from dynskip.losses.criteria import (
     BudgetLoss,

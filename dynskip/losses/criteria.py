@@ -1,4 +1,4 @@
-"""Criteria over a wrapper's output: thin modules over the functions."""
+"""Criteria over a model's output: thin modules over the functions of `functional`."""
 
 from __future__ import annotations
 
@@ -9,20 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+import dynskip.losses.functional as functional
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
 from dynskip.gates import FORWARD, STOP
-from dynskip.losses.functional import (
-    budget_loss,
-    classification_loss,
-    distillation_loss,
-    efficiency_loss,
-    inner_classification_loss,
-    self_supervision_loss,
-    self_supervision_targets,
-    target_rate_loss,
-    usage_uniformity_loss,
-)
 from dynskip.output import SkipOutput
 
 
@@ -31,7 +21,7 @@ class ClassificationLoss(nn.Module):
 
     def forward(self, output: SkipOutput, targets: Tensor) -> Tensor:
         """Return the scalar loss of an output against `(B,)` class indices."""
-        return classification_loss(output.logits, targets)
+        return functional.classification_loss(output.logits, targets)
 
 
 class EfficiencyLoss(nn.Module):
@@ -39,7 +29,7 @@ class EfficiencyLoss(nn.Module):
 
     Args:
         lookup: the cost table. MACs are scaled to GMACs, as in the thesis; other units are taken as they are.
-        normalize: divide by the cost of a whole frame instead, so that a weight carries over to other backbones.
+        normalize: divide by the cost of a whole frame instead, so that a weight also suits other backbones.
 
     Reference:
         Thesis Eq. 3.10-3.11.
@@ -57,7 +47,7 @@ class EfficiencyLoss(nn.Module):
     def forward(self, output: SkipOutput) -> Tensor:
         """Return the scalar loss of an output."""
         _check_table(len(self.remaining), output)
-        return efficiency_loss(output.forward, self.remaining)
+        return functional.efficiency_loss(output.forward, self.remaining)
 
     def extra_repr(self) -> str:
         """Show what forwarding at each gate may cost."""
@@ -69,44 +59,37 @@ class InnerClassificationLoss(nn.Module):
 
     def forward(self, output: SkipOutput, targets: Tensor) -> Tensor:
         """Return the scalar loss of an output against `(B,)` class indices."""
-        return inner_classification_loss(_inner(output), output.forward, targets)
+        return functional.inner_classification_loss(_inner(output), output.forward, targets)
 
 
 class SelfSupervisionLoss(nn.Module):
-    """Teach gates to forward where the next inner classifier is surer of the true class (Eq. 3.14-3.15).
+    """Teach gates to forward where the next inner classifier is more confident of the true class (Eq. 3.14-3.15).
 
     Args:
-        supervise_last: compare the last inner classifier with the network's head, so that the last gate is taught, too
-            (the thesis leaves it out).
-        on_sample: penalise the straight-through sample (two possible values) instead of the forward probability.
+        supervise_last: also teach the last gate, by comparing its inner classifier with the network's head (the thesis
+            leaves it out).
     """
 
-    def __init__(self, supervise_last: bool = False, on_sample: bool = False) -> None:
+    def __init__(self, supervise_last: bool = False) -> None:
         super().__init__()
         self.supervise_last = supervise_last
-        self.on_sample = on_sample
 
     def forward(self, output: SkipOutput, targets: Tensor) -> Tensor:
         """Return the scalar loss of an output against `(B,)` class indices."""
-        inner = _inner(output)
-        if inner.shape[2] < 2 and not self.supervise_last:
+        final = output.frame_logits if self.supervise_last else None
+        labels = functional.self_supervision_targets(_inner(output), targets, final)
+        taught = labels.shape[2]
+        if taught == 0:
             raise DynskipError("Self-supervision compares each gate with the next one; it needs at least two gates.")
-        if self.on_sample or output.gate_logits is None:
-            margins = 2 * output.forward - 1
-        else:
-            margins = output.gate_logits[..., FORWARD] - output.gate_logits[..., STOP]
-        mask = output.evaluated
-        if self.supervise_last:
-            labels = self_supervision_targets(inner, targets, output.frame_logits)
-            mask = mask & torch.cat([mask[..., 1:], ~output.frame_logits.isnan().any(-1, keepdim=True)], -1)
-        else:
-            labels = self_supervision_targets(inner, targets)
-            margins, mask = margins[..., :-1], mask[..., :-1] & mask[..., 1:]
-        return self_supervision_loss(margins, labels, mask)
+        assert output.gate_logits is not None  # an output with inner logits has them
+        margins = output.gate_logits[..., FORWARD] - output.gate_logits[..., STOP]
+        ran = torch.cat([output.evaluated, ~output.frame_logits.isnan().any(-1, keepdim=True)], -1)
+        mask = ran[..., :-1] & ran[..., 1:]
+        return functional.self_supervision_loss(margins[..., :taught], labels, mask[..., :taught])
 
     def extra_repr(self) -> str:
-        """Show the options."""
-        return f"supervise_last={self.supervise_last}, on_sample={self.on_sample}"
+        """Show the option."""
+        return f"supervise_last={self.supervise_last}"
 
 
 class PolicyGuidanceLoss(nn.Module):
@@ -144,7 +127,7 @@ class TargetRateLoss(nn.Module):
     """Keep each gate's forward rate near a target (ConvNet-AIG).
 
     Args:
-        target: wanted share of frames that a gate forwards, in [0, 1]; one for all gates or one a gate.
+        target: wanted share of frames that a gate forwards, in [0, 1]; one number for all gates, or one a gate.
 
     Raises:
         DynskipError: if a target is out of range.
@@ -168,7 +151,7 @@ class TargetRateLoss(nn.Module):
             raise DynskipError(
                 f"Got {len(self.target)} target rates for {output.num_stages} gates; give one number or one a gate."
             )
-        return target_rate_loss(output.forward, self.target)
+        return functional.target_rate_loss(output.forward, self.target)
 
     def extra_repr(self) -> str:
         """Show the targets."""
@@ -176,7 +159,7 @@ class TargetRateLoss(nn.Module):
 
 
 class UsageUniformityLoss(nn.Module):
-    """Keep all outcomes of a frame (stopped by each gate, used) equally frequent, so that none dies out (AR-Net).
+    """Keep all outcomes of a frame (stopped by each gate, used) equally frequent, so that none disappears (AR-Net).
 
     Reference:
         Meng et al., "AR-Net: adaptive frame resolution for efficient action recognition", ECCV 2020.
@@ -184,7 +167,7 @@ class UsageUniformityLoss(nn.Module):
 
     def forward(self, output: SkipOutput) -> Tensor:
         """Return the scalar loss of an output."""
-        return usage_uniformity_loss(output.forward)
+        return functional.usage_uniformity_loss(output.forward)
 
 
 class BudgetLoss(nn.Module):
@@ -209,13 +192,12 @@ class BudgetLoss(nn.Module):
             raise DynskipError(f"budget={budget} is out of range; give a share of the backbone's cost in (0, 1].")
         self.budget = budget
         self.head = lookup.head / lookup.dense
-        shares = (lookup.per_stage + lookup.gates) / lookup.dense
-        self.register_buffer("costs", shares, persistent=False)
+        self.register_buffer("costs", (lookup.per_stage + lookup.gates) / lookup.dense, persistent=False)
 
     def forward(self, output: SkipOutput) -> Tensor:
         """Return the scalar loss of an output: the share of the plain backbone's cost above the budget."""
         _check_table(len(self.costs), output)
-        return budget_loss(output.forward, self.costs, self.head, self.budget)
+        return functional.budget_loss(output.forward, self.costs, self.head, self.budget)
 
     def extra_repr(self) -> str:
         """Show the budget."""
@@ -223,7 +205,7 @@ class BudgetLoss(nn.Module):
 
 
 class DistillationLoss(nn.Module):
-    """Teach inner classifiers to answer as the head does, wherever both ran; no labels are needed.
+    """Teach inner classifiers to answer as the head does, wherever both ran. Needs no labels.
 
     Args:
         temperature: softens both answers; positive and finite.
@@ -238,16 +220,14 @@ class DistillationLoss(nn.Module):
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
         if not 0.0 < temperature < math.inf:
-            raise DynskipError(
-                f"temperature={temperature} is not positive and finite; 1 leaves the answers as they are."
-            )
+            raise DynskipError(f"temperature={temperature} is not positive and finite; 1 does not soften the answers.")
         self.temperature = temperature
 
     def forward(self, output: SkipOutput) -> Tensor:
         """Return the scalar loss of an output."""
         inner, final = _inner(output), output.frame_logits
         ran = ~(inner.isnan().any(-1) | final.isnan().any(-1)[..., None])
-        return distillation_loss(inner, final, self.temperature, ran)
+        return functional.distillation_loss(inner, final, self.temperature, ran)
 
     def extra_repr(self) -> str:
         """Show the temperature."""
@@ -273,7 +253,7 @@ class LossParts:
     self_supervision: Tensor
 
     def __repr__(self) -> str:
-        """Show the numbers alone."""
+        """Show only the numbers."""
         return f"LossParts({', '.join(f'{name}={float(value.detach()):.4g}' for name, value in vars(self).items())})"
 
 
@@ -282,9 +262,9 @@ class SoFLoss(nn.Module):
 
     Args:
         lookup: the cost table for `EfficiencyLoss`.
-        alpha: accuracy against efficiency, in [0, 1]; 0.9 in the thesis.
-        beta: inner classification against self-supervision, in [0, 1]; 0.9 in the thesis. `None` leaves the guidance
-            out (the ablation), and needs no inner classifiers.
+        alpha: weight of classification, in [0, 1]; efficiency has the rest. 0.9 in the thesis.
+        beta: weight of inner classification, in [0, 1]; self-supervision has the rest. 0.9 in the thesis. `None` leaves
+            the guidance out (the ablation), and needs no inner classifiers.
         normalize: as in `EfficiencyLoss`.
 
     Raises:
@@ -304,12 +284,10 @@ class SoFLoss(nn.Module):
         """Return the total and its parts for an output against `(B,)` class indices."""
         classification, efficiency = self.classification(output, targets), self.efficiency(output)
         total = self.alpha * classification + (1 - self.alpha) * efficiency
-        if self.guidance is None:
-            zero = torch.zeros_like(total)
-            return LossParts(total, classification, efficiency, zero, zero)
-        inner, self_supervision = self.guidance.parts(output, targets)
-        beta = self.guidance.beta
-        total = total + beta * inner + (1 - beta) * self_supervision
+        inner = self_supervision = torch.zeros_like(total)
+        if self.guidance is not None:
+            inner, self_supervision = self.guidance.parts(output, targets)
+            total = total + self.guidance.beta * inner + (1 - self.guidance.beta) * self_supervision
         return LossParts(total, classification, efficiency, inner, self_supervision)
 
     def extra_repr(self) -> str:

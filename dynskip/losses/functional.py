@@ -20,7 +20,7 @@ def classification_loss(logits: Tensor, targets: Tensor) -> Tensor:
         Scalar, mean over videos.
 
     Raises:
-        DynskipError: if the targets do not fit the logits, or there is one class.
+        DynskipError: if the targets do not fit the logits, or there is only one class.
     """
     return F.cross_entropy(logits, _fitting(targets, logits))
 
@@ -30,8 +30,7 @@ def efficiency_loss(forward: Tensor, remaining: Tensor) -> Tensor:
 
     Args:
         forward: `(B, T, N)` decisions in [0, 1].
-        remaining: `(N,)` cost of the rest of the network after each gate, in the unit of your choice (the thesis:
-            GMACs).
+        remaining: `(N,)` cost of the rest of the network after each gate, in any unit (the thesis: GMACs).
 
     Returns:
         Scalar in that unit, mean over videos, frames and gates.
@@ -51,11 +50,11 @@ def inner_classification_loss(inner_logits: Tensor, forward: Tensor, targets: Te
         Scalar, the mean over videos of each video's mean over its forwarded gates; 0 for a video with none.
 
     Raises:
-        DynskipError: if the targets do not fit the logits, or there is one class.
+        DynskipError: if the targets do not fit the logits, or there is only one class.
     """
     targets = _fitting(targets, inner_logits)
     mask = forward.detach() > 0.5
-    # Masked-out logits may be NaN (never evaluated): replace them before the loss, not after.
+    # Logits outside the mask may be NaN: replace them before the loss, not after.
     logits = torch.where(mask[..., None], inner_logits, 0.0)
     expanded = targets[:, None, None].expand(mask.shape)
     losses = F.cross_entropy(logits.flatten(0, 2), expanded.flatten(), reduction="none").view_as(mask)
@@ -64,7 +63,7 @@ def inner_classification_loss(inner_logits: Tensor, forward: Tensor, targets: Te
 
 
 def self_supervision_targets(inner_logits: Tensor, targets: Tensor, final_logits: Tensor | None = None) -> Tensor:
-    """Pseudo-labels of the gates: forward where the next classifier is surer of the true class, Eq. 3.14.
+    """Pseudo-labels of the gates: forward where the next classifier is more confident of the true class, Eq. 3.14.
 
     Args:
         inner_logits: `(B, T, N, K)` logits of the inner classifiers.
@@ -75,7 +74,7 @@ def self_supervision_targets(inner_logits: Tensor, targets: Tensor, final_logits
         `(B, T, N - 1)` labels in {0, 1} without gradient, or `(B, T, N)` with `final_logits`.
 
     Raises:
-        DynskipError: if the targets do not fit the logits, or there is one class.
+        DynskipError: if the targets do not fit the logits, or there is only one class.
     """
     targets = _fitting(targets, inner_logits)
     logits = inner_logits if final_logits is None else torch.cat([inner_logits, final_logits[:, :, None]], 2)
@@ -118,9 +117,9 @@ def target_rate_loss(forward: Tensor, target: Tensor) -> Tensor:
 
 
 def usage_uniformity_loss(forward: Tensor) -> Tensor:
-    """Squared distance of what becomes of frames from all outcomes being equally frequent.
+    """Squared distance of the outcomes' shares from equal shares.
 
-    A frame has `N + 1` outcomes: it is stopped by one of the gates, or used.
+    A frame has `N + 1` outcomes: one of the gates stops it, or it is used.
 
     Args:
         forward: `(B, T, N)` decisions in [0, 1].
@@ -137,7 +136,7 @@ def usage_uniformity_loss(forward: Tensor) -> Tensor:
 
 
 def budget_loss(forward: Tensor, costs: Tensor, head: float, budget: float) -> Tensor:
-    """Cost of a frame above a budget; zero below it.
+    """Cost of a frame above a budget; 0 below it.
 
     Args:
         forward: `(B, T, N)` decisions in [0, 1].
@@ -146,7 +145,7 @@ def budget_loss(forward: Tensor, costs: Tensor, head: float, budget: float) -> T
         budget: cost a frame may have on average, in the same unit.
 
     Returns:
-        Scalar in that unit, the mean over all videos and frames of the batch, less the budget, if that is positive.
+        Scalar in that unit: the mean cost over all videos and frames of the batch less the budget, or 0 if negative.
 
     Reference:
         After Verelst and Tuytelaars, "Dynamic convolutions", CVPR 2020, whose hinges bound the cost of single blocks.
@@ -159,12 +158,12 @@ def budget_loss(forward: Tensor, costs: Tensor, head: float, budget: float) -> T
 def distillation_loss(
     inner_logits: Tensor, final_logits: Tensor, temperature: float = 1.0, mask: Tensor | None = None
 ) -> Tensor:
-    """Kullback-Leibler divergence of the inner classifiers' answers from the head's, which is only read.
+    """Kullback-Leibler divergence of the inner classifiers' answers from the head's. The head gets no gradient.
 
     Args:
         inner_logits: `(B, T, N, K)` logits of the inner classifiers.
         final_logits: `(B, T, K)` logits of the head.
-        temperature: divides all logits; the loss is scaled by its square to keep gradients as large.
+        temperature: divides all logits. The loss is multiplied by its square, so that gradients stay as large.
         mask: `(B, T, N)` boolean, where an inner classifier and the head ran; everywhere by default.
 
     Returns:
@@ -184,12 +183,12 @@ def distillation_loss(
 
 
 def _fitting(targets: Tensor, logits: Tensor) -> Tensor:
-    """Return class indices `(B,)` on the device of the logits `(B, ..., K)`; refuse what does not fit them."""
+    """Return class indices `(B,)` on the device of the logits `(B, ..., K)`. Refuse indices that do not fit them."""
     batch, classes = logits.shape[0], logits.shape[-1]
     if classes == 1:
         raise DynskipError(
-            "The model has one output, and softmax makes 1 of a single logit whatever it says, so there is nothing to "
-            'learn. Give the model two outputs, one of them for "no" (num_classes=2).'
+            "The model has one output, and the softmax of a single logit is always 1, so there is nothing to learn. "
+            'Give the model two outputs, one of them for "no" (num_classes=2).'
         )
     if targets.shape != (batch,) or targets.is_floating_point():
         raise DynskipError(

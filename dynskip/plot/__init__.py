@@ -4,8 +4,7 @@ Needs matplotlib (`pip install 'dynskip[plot]'`), except for `timeline_text`. Fi
 leave no global state behind: save one with `figure.savefig("timeline.png")`.
 """
 
-from dynskip.plot._bars import frame_usage, stage_macs
-from dynskip.plot._curves import accuracy_compute
+from dynskip.plot._charts import accuracy_compute, frame_usage, stage_macs
 from dynskip.plot._timeline import timeline, timeline_text
 
 __all__ = ["accuracy_compute", "frame_usage", "stage_macs", "timeline", "timeline_text"]

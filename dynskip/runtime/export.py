@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 import dynskip
-from dynskip.backbone import Carry, StagedBackbone
+from dynskip.backbone import Carry
 from dynskip.backbone.carry import count_samples, flatten, restore
 from dynskip.errors import DynskipError
 from dynskip.terminate import EarlyTerminator
@@ -30,20 +31,18 @@ def export(
     folder: str | Path,
     image_size: int | tuple[int, int],
     *,
-    format: Literal["onnx", "torch"] = "onnx",
     class_names: Sequence[str] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Path:
-    """Write every stage (with its pooling), gate and the head as graphs for any batch size, with a manifest.
+    """Write every stage (with its pooling), every gate and the head as ONNX files for any batch size, with a manifest.
 
-    ONNX files are run by the module `dynskip_onnx`, which needs no torch; `torch.export.load` reads the others.
+    The module `dynskip_onnx` runs them; it needs no torch.
 
     Args:
-        model: the model, in float32; it is exported in eval mode and stays as it is.
+        model: the model, in float32. It is exported in eval mode, and stays as it is.
         folder: new or empty folder to write to.
         image_size: `(H, W)` of the frames, or one number for squares.
-        format: `"onnx"`, or `"torch"` for `.pt2` files of `torch.export`.
         class_names: name of each class, for the manifest; by default the model's.
         mean: mean of each channel, for frames in [0, 1], that normalisation subtracts; by default as the model's
             `preprocessing` says.
@@ -56,148 +55,112 @@ def export(
         DynskipError: if a part cannot be exported, or a value does not fit the model; the message names it.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    folder = Path(folder)
-    preprocessing = model.preprocessing or {}
+    folder, preprocessing = Path(folder), model.preprocessing or {}
     class_names = model.class_names if class_names is None else class_names
     mean = preprocessing.get("mean") if mean is None else mean
     std = preprocessing.get("std") if std is None else std
-    _check(model, folder, format, class_names, mean, std)
+    _check(model, folder, class_names=class_names, mean=mean, std=std)
     folder.mkdir(parents=True, exist_ok=True)
     model = copy.deepcopy(model).cpu().eval()
-    writer = _Writer(folder, format)
-    stages, carry = _write_stages(model, writer, size)
-    writer.write("head", _Head(model.backbone, carry), carry, ["logits"])
-    lookup, terminator = model.lookup_for(size), model.terminator
+    stages, head = _write_parts(model, folder, size)
+    ends = model.terminator
     manifest = {
-        "format": f"dynskip-{format}",
+        "format": "dynskip-onnx",
         "version": VERSION,
         "made_with": {"torch": torch.__version__, "dynskip": dynskip.__version__},
         "input": {"shape": [model.backbone.input_size[0], *size], "mean": _floats(mean), "std": _floats(std)},
         "num_classes": model.backbone.num_classes,
         "class_names": list(class_names) if class_names is not None else None,
         "state_update": model.state_update,
-        "termination": terminator
-        and {"threshold": float(terminator.threshold), "min_frames": int(terminator.min_frames)},
-        "unit": lookup.unit,
-        "stages": [
-            {**stage, "macs": macs, "gate": {**stage["gate"], "macs": gate_macs}}
-            for stage, macs, gate_macs in zip(stages, lookup.per_stage.tolist(), lookup.gates.tolist(), strict=True)
-        ],
-        "head": {"file": writer.name("head"), "macs": lookup.head},
-        "sha256": writer.hashes,
+        "termination": ends and {"threshold": float(ends.threshold), "min_frames": int(ends.min_frames)},
+        "unit": model.lookup_for(size).unit,
+        "stages": stages,
+        "head": head,
+        "sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     return folder
 
 
-def _write_stages(model: StopOrForward, writer: _Writer, size: tuple[int, int]) -> tuple[list[dict[str, Any]], Carry]:
-    backbone = model.backbone
+def _write_parts(
+    model: StopOrForward, folder: Path, size: tuple[int, int]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Write the graphs; return what the manifest says of each stage, and of the head."""
+    initial_states = [[_fill(state, n) for state in gate.initial_state(1)] for n, gate in enumerate(model.gates)]
+    backbone, lookup, stages = model.backbone, model.lookup_for(size), []
     generator = torch.Generator().manual_seed(0)
     carry = backbone.start(torch.randn(2, backbone.input_size[0], *size, generator=generator))
-    stages = []
     for n, gate in enumerate(model.gates):
         entering, carry = carry, backbone.run(n, carry)
         values = list(flatten(carry.values, carry.kinds))
-        writer.write(f"stage_{n}", _Stage(backbone, n, entering), entering, ["pooled", *_names("out", len(values))])
-        # Cloned, for a gate may hand out one tensor of zeros twice, and a graph would take it for one input.
+        # Cloned, since a gate may return one tensor twice, and a graph would take it for one input.
         state = [s.clone() for s in gate.initial_state(2)]
-        inputs = Carry((backbone.pool(n, carry), *state), (("rows", 1),) * (1 + len(state)), 2)
-        writer.write(f"gate_{n}", _Gate(gate), inputs, ["logits", *_names("out", len(state))])
+        for_gate = Carry((backbone.pool(n, carry), *state), (("rows", 1),) * (1 + len(state)), 2)
+        stage_part, gate_part = _Part(backbone, partial(_run_stage, n), entering), _Part(gate, _run_gate, for_gate)
         stages.append(
             {
                 "name": backbone.stage_names[n],
-                "file": writer.name(f"stage_{n}"),
+                "file": _write(folder, f"stage_{n}", stage_part, ["pooled", *_names("out", len(values))]),
                 "layout": backbone.layouts[n],
                 "channels": backbone.num_features[n],
                 "values": [_describe(tensor, rows) for tensor, rows in values],
                 "gate": {
-                    "file": writer.name(f"gate_{n}"),
+                    "file": _write(folder, f"gate_{n}", gate_part, ["logits", *_names("out", len(state))]),
                     "forward_threshold": model.forward_threshold[n],
                     "repeats_last": model.repeats[n],
-                    "initial_state": [_fill(s, n) for s in gate.initial_state(1)],
+                    "initial_state": initial_states[n],
+                    "macs": float(lookup.gates[n]),
                 },
+                "macs": float(lookup.per_stage[n]),
             }
         )
-    return stages, carry
+    return stages, {"file": _write(folder, "head", _Part(backbone, _run_head, carry), ["logits"]), "macs": lookup.head}
 
 
-class _Flat(nn.Module):
-    """A part of the model as a function of the flat tensors that enter it."""
+def _run_stage(stage: int, backbone: Any, carry: Carry) -> tuple[Tensor, ...]:
+    carry = backbone.run(stage, carry)
+    return backbone.pool(stage, carry), *(tensor.clone() for tensor, _ in flatten(carry.values, carry.kinds))
 
-    def __init__(self, carry: Carry) -> None:
+
+def _run_gate(gate: Any, carry: Carry) -> tuple[Tensor, ...]:
+    logits, state = gate(carry.values[0], carry.values[1:])
+    return logits, *state
+
+
+def _run_head(backbone: Any, carry: Carry) -> tuple[Tensor, ...]:
+    return (backbone.head(carry),)
+
+
+class _Part(nn.Module):
+    """A part of a module, `run(module, carry)`, as a function of the flat tensors that enter it."""
+
+    def __init__(self, module: nn.Module, run: Callable[[Any, Carry], tuple[Tensor, ...]], entering: Carry) -> None:
         super().__init__()
-        self.carry = carry
-        self.rows = [rows for _, rows in flatten(carry.values, carry.kinds)]
+        self.module, self.run_part, self.carry = module, run, entering
+        self.flat = list(flatten(entering.values, entering.kinds))
 
-    def entering(self, tensors: tuple[Tensor, ...]) -> Carry:
-        # Numbers that grow with the batch are worked out anew from the rows that came.
-        batch = count_samples(zip(tensors, self.rows, strict=True))
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        # Numbers that grow with the batch follow from the rows that came.
+        batch = count_samples((tensor, rows) for tensor, (_, rows) in zip(tensors, self.flat, strict=True))
         values = restore(self.carry.values, self.carry.kinds, iter(tensors), batch)
-        return Carry(values, self.carry.kinds, batch)
+        return self.run_part(self.module, Carry(values, self.carry.kinds, batch))
 
 
-class _Stage(_Flat):
-    def __init__(self, backbone: StagedBackbone, stage: int, carry: Carry) -> None:
-        super().__init__(carry)
-        self.backbone, self.stage = backbone, stage
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        carry = self.backbone.run(self.stage, self.entering(tensors))
-        return self.backbone.pool(self.stage, carry), *(t.clone() for t, _ in flatten(carry.values, carry.kinds))
-
-
-class _Head(_Flat):
-    def __init__(self, backbone: StagedBackbone, carry: Carry) -> None:
-        super().__init__(carry)
-        self.backbone = backbone
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return (self.backbone.head(self.entering(tensors)),)
-
-
-class _Gate(nn.Module):
-    def __init__(self, gate: nn.Module) -> None:
-        super().__init__()
-        self.gate = gate
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        pooled, *state = tensors
-        logits, new_state = self.gate(pooled, tuple(state))
-        return logits, *new_state
-
-
-class _Writer:
-    """Exports parts into a folder and remembers their hashes."""
-
-    def __init__(self, folder: Path, format: Literal["onnx", "torch"]) -> None:
-        self.folder = folder
-        self.format = format
-        self.hashes: dict[str, str] = {}
-
-    def name(self, part: str) -> str:
-        return part + (".onnx" if self.format == "onnx" else ".pt2")
-
-    def write(self, part: str, module: nn.Module, entering: Carry, outputs: list[str]) -> None:
-        flat = list(flatten(entering.values, entering.kinds))
-        batch = torch.export.Dim("batch", min=1)
-        shapes = tuple({0: batch if rows == 1 else rows * batch} if rows else None for _, rows in flat)
-        path = self.folder / self.name(part)
-        try:
-            program = torch.export.export(module.eval(), tuple(t for t, _ in flat), dynamic_shapes=(shapes,))
-            if self.format == "torch":
-                torch.export.save(program, path)
-            else:
-                names = _names("in", len(flat))
-                torch.onnx.export(
-                    program, (), path, input_names=names, output_names=outputs, external_data=False, verbose=False
-                )
-        except Exception as error:
-            raise DynskipError(
-                f"The part {part!r} cannot be exported for any batch size: {type(error).__name__}: {error}. Choose "
-                "other boundaries, so that code that depends on the batch size lies inside another part, or replace "
-                "the operation that the message names."
-            ) from error
-        self.hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+def _write(folder: Path, name: str, part: _Part, outputs: list[str]) -> str:
+    """Write a part as an ONNX file for any batch size; return the file's name."""
+    file, inputs, batch = f"{name}.onnx", _names("in", len(part.flat)), torch.export.Dim("batch", min=1)
+    shapes = tuple({0: batch if rows == 1 else rows * batch} if rows else None for _, rows in part.flat)
+    options: dict[str, Any] = {"input_names": inputs, "output_names": outputs, "external_data": False, "verbose": False}
+    try:
+        program = torch.export.export(part.eval(), tuple(t for t, _ in part.flat), dynamic_shapes=(shapes,))
+        torch.onnx.export(program, (), folder / file, **options)
+    except Exception as error:
+        raise DynskipError(
+            f"The part {name!r} cannot be exported for any batch size: {type(error).__name__}: {error}. Choose other "
+            "boundaries, so that code that depends on the batch size lies inside another part, or replace the "
+            "operation that the message names."
+        ) from error
+    return file
 
 
 def _names(prefix: str, count: int) -> list[str]:
@@ -210,6 +173,7 @@ def _describe(tensor: Tensor, rows: int) -> dict[str, Any]:
 
 
 def _fill(state: Tensor, stage: int) -> dict[str, Any]:
+    """Describe a state before the first frame: one number everywhere."""
     value = float(state.flatten()[0])
     if not bool((state == value).all()):
         raise DynskipError(
@@ -223,29 +187,19 @@ def _floats(values: Sequence[float] | None) -> list[float] | None:
     return [float(value) for value in values] if values is not None else None
 
 
-def _check(
-    model: StopOrForward,
-    folder: Path,
-    format: str,
-    class_names: Sequence[str] | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-) -> None:
-    if format not in ("onnx", "torch"):
-        raise DynskipError(f"format={format!r} is unknown; use 'onnx' or 'torch'.")
+def _check(model: StopOrForward, folder: Path, **given: Sequence[Any] | None) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DynskipError(f"{folder} is no empty folder. Name a new one, so that nothing is mixed or overwritten.")
+        raise DynskipError(f"{folder} is not an empty folder. Name a new one, so that nothing is mixed or overwritten.")
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if dtypes - {torch.float32}:
         raise DynskipError(f"Only float32 models are exported; this one has {dtypes}. Export model.float().")
     if model.terminator is not None and type(model.terminator) is not EarlyTerminator:
         raise DynskipError(
-            f"The rule of a {type(model.terminator).__name__} cannot be written down. Set model.terminator to an "
+            f"The manifest cannot hold the rule of a {type(model.terminator).__name__}. Set model.terminator to an "
             "EarlyTerminator or to None."
         )
     classes, channels = model.backbone.num_classes, model.backbone.input_size[0]
-    if class_names is not None and len(class_names) != classes:
-        raise DynskipError(f"Got {len(class_names)} class names for {classes} classes; give one for each.")
-    for what, values in (("mean", mean), ("std", std)):
-        if values is not None and len(values) != channels:
-            raise DynskipError(f"`{what}` has {len(values)} values for {channels} channels; give one for each.")
+    for name, values in given.items():
+        wanted, what = (classes, "classes") if name == "class_names" else (channels, "channels")
+        if values is not None and len(values) != wanted:
+            raise DynskipError(f"`{name}` has {len(values)} values for {wanted} {what}; give one for each.")

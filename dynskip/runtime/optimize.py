@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import types
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -24,26 +25,26 @@ from dynskip.errors import DynskipError
 if TYPE_CHECKING:
     from dynskip.wrapper import StopOrForward
 
-# Batches that make every graph there will be: one row; several rows; and from 16 rows on, where torch chooses other
-# convolutions when it has one thread. The second of a kind makes numbers that follow the batch size dynamic.
+# Batches that make torch compile every graph there will be: one row; several rows; and 16 rows or more, where torch
+# chooses other convolutions if it has one thread. The second batch of a kind makes the batch size dynamic.
 WARM_UP = (17, 3, 18, 2, 1)
 _Function: TypeAlias = Callable[..., tuple[Any, ...]]
 _serial = itertools.count()
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d)
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far an optimised model does what the plain one does, on some clips.
+    """How well an optimised model agrees with the plain one on some clips.
 
     Attributes:
         clips: clips compared.
-        decisions: share of frames that stopped at the same gate, or were used, or remained unseen in both.
+        decisions: share of frames with the same `stopped_at` in both.
         predictions: share of clips with the same most probable class.
         probability_gap: largest difference between two probabilities of a class.
-        plain_macs: executed MACs a clip of the plain model.
-        macs: executed MACs a clip of the optimised model.
+        plain_macs: executed MACs of the plain model, mean over the clips.
+        macs: executed MACs of the optimised model, mean over the clips.
     """
 
     clips: int
@@ -64,7 +65,7 @@ class Agreement:
 
 @torch.no_grad()
 def compare(plain: StopOrForward, other: StopOrForward, clips: Tensor) -> Agreement:
-    """Run two models on the same clips and compare what they decide.
+    """Run two models on the same clips and compare their decisions.
 
     Args:
         plain: the model to compare with, in eval mode.
@@ -96,24 +97,24 @@ def optimize(
 ) -> tuple[StopOrForward, Agreement]:
     """Build a faster copy of a model for inference at one image size.
 
-    BatchNorm is folded into the convolution before it, weights are laid out channels-last, and every stage is compiled
-    for any number of rows. All compiling happens here; no later call compiles, whatever the gates decide.
+    BatchNorm is folded into the convolution before it, weights become channels-last, and every stage is compiled for
+    any number of rows. All compiling happens here. No later call compiles, for any decisions.
 
     Args:
         model: the model, in eval mode; it stays as it is.
-        clips: `(B, T, C, H, W)` normalised calibration clips. Their frame size is the one to optimise for, and the
-            decisions on them are compared.
-        compile: compile the stages; `False` only folds and lays out, which takes no time.
-        dtype: compute in this precision, such as `torch.bfloat16`; videos then have to come in it, too.
-        buckets: batch sizes to pad to, such as `(1, 2, 4, 8)`: stages are compiled for these sizes alone, on a GPU
-            as CUDA graphs. By default one graph serves all sizes.
+        clips: `(B, T, C, H, W)` normalised calibration clips. The copy is for their frame size, and the decisions on
+            them are compared.
+        compile: compile the stages. `False` only folds and changes the layout, which is quick.
+        dtype: compute in this precision, such as `torch.bfloat16`; videos must then have it, too.
+        buckets: batch sizes to pad to, such as `(1, 2, 4, 8)`. Stages are compiled for these sizes alone, on a GPU as
+            CUDA graphs. By default one graph serves all sizes.
         backend: compiler, as in `torch.compile`.
 
     Returns:
         The faster model, and how its decisions on `clips` compare with the plain model's.
 
     Raises:
-        DynskipError: if the model is in training mode, or a bucket is no positive number.
+        DynskipError: if the model is in training mode, or a bucket is not a positive number.
     """
     if model.training:
         raise DynskipError("Only a model in eval mode can be optimised, since BatchNorm is folded. Call model.eval().")
@@ -122,7 +123,7 @@ def optimize(
     clips = check_video(clips, model.backbone)
     images = clips[:, 0]
     backbone = fold(model.backbone, images).to(dtype=dtype)
-    # A copy of the whole model keeps its class and what was set on it; the memo puts the folded backbone in.
+    # A copy of the whole model keeps its class and its settings; the memo puts the folded backbone in.
     fast = copy.deepcopy(model, {id(model.backbone): backbone})
     fast.gates.to(dtype=dtype)
     fast.inner = None
@@ -137,7 +138,7 @@ def optimize(
 def fold(backbone: StagedBackbone, images: Tensor) -> StagedBackbone:
     """Copy a backbone with BatchNorm folded into the convolutions before it, and weights channels-last.
 
-    What does not leave the logits as they were is undone.
+    A step that would change the logits is left out.
 
     Args:
         backbone: the backbone, in eval mode; it stays as it is.
@@ -146,18 +147,14 @@ def fold(backbone: StagedBackbone, images: Tensor) -> StagedBackbone:
     Returns:
         The copy.
     """
-    expected = backbone(images)
-    folded = copy.deepcopy(backbone)
-    folded.channels_last = False  # compiled graphs take images as they come
-    pairs = _foldable(folded, images)
-    undo = [_fold_pair(folded.model, *pair) for pair in pairs]
+    expected, pairs = backbone(images), _foldable(backbone, images[:1])
+    folded = _with_folded(backbone, pairs)
     if not _gives(folded, images, expected):
-        for restore in undo:
-            restore()
+        kept: list[tuple[str, str]] = []
         for pair in pairs:
-            restore = _fold_pair(folded.model, *pair)
-            if not _gives(folded, images, expected):
-                restore()
+            if _gives(_with_folded(backbone, [*kept, pair]), images, expected):
+                kept.append(pair)
+        folded = _with_folded(backbone, kept)
     folded.to(memory_format=torch.channels_last)
     if not _gives(folded, images, expected):
         folded.to(memory_format=torch.contiguous_format)
@@ -165,20 +162,17 @@ def fold(backbone: StagedBackbone, images: Tensor) -> StagedBackbone:
 
 
 def _foldable(backbone: StagedBackbone, images: Tensor) -> list[tuple[str, str]]:
-    """Name the convolutions whose output enters a BatchNorm as it is, with that BatchNorm."""
-    made_by: dict[int, str] = {}
-    alive: list[Tensor] = []  # keeps ids from being given away
-    calls: list[str] = []
+    """Name the convolutions whose output enters a BatchNorm, each with that BatchNorm."""
+    calls: Counter[str] = Counter()
     pairs: list[tuple[str, str]] = []
 
     def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            calls.append(name)
-            alive.append(output)
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            calls[name] += 1
             if isinstance(module, _CONVOLUTIONS):
-                made_by[id(output)] = name
-            elif id(inputs[0]) in made_by:
-                pairs.append((made_by[id(inputs[0])], name))
+                output.made_by = name
+            elif hasattr(inputs[0], "made_by"):
+                pairs.append((inputs[0].made_by, name))
 
         return hook
 
@@ -186,37 +180,35 @@ def _foldable(backbone: StagedBackbone, images: Tensor) -> list[tuple[str, str]]
         module.register_forward_hook(watch(name))
         for name, module in backbone.model.named_modules()
         if (isinstance(module, _CONVOLUTIONS) and isinstance(module.weight, nn.Parameter))
-        or (type(module) in (*_NORMS, BatchNormAct2d) and module.running_mean is not None)
+        or (type(module) in _NORMS and module.running_mean is not None)
     ]
     try:
-        backbone(images[:1])
+        backbone(images)
     finally:
         for handle in handles:
             handle.remove()
-    return [pair for pair in pairs if all(calls.count(name) == 1 for name in pair)]
+    return [pair for pair in pairs if all(calls[name] == 1 for name in pair)]
 
 
-def _fold_pair(model: nn.Module, conv_name: str, norm_name: str) -> Callable[[], None]:
-    """Fold one BatchNorm; return what undoes it."""
-    conv: Any = model.get_submodule(conv_name)
-    norm: Any = model.get_submodule(norm_name)
-    weight, bias = conv.weight, conv.bias
-    fused = fuse_conv_bn_eval(conv, norm)
-    conv.weight, conv.bias = fused.weight, fused.bias
-    rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
-    model.set_submodule(norm_name, rest.eval())
-
-    def undo() -> None:
-        conv.weight, conv.bias = weight, bias
-        model.set_submodule(norm_name, norm)
-
-    return undo
+def _with_folded(backbone: StagedBackbone, pairs: Sequence[tuple[str, str]]) -> StagedBackbone:
+    """Copy a backbone with these pairs of a convolution and a BatchNorm folded."""
+    folded = copy.deepcopy(backbone)
+    folded.channels_last = False  # compiled graphs take images as they come
+    for conv_name, norm_name in pairs:
+        conv: Any = folded.model.get_submodule(conv_name)
+        norm: Any = folded.model.get_submodule(norm_name)
+        fused = fuse_conv_bn_eval(conv, norm)
+        conv.weight, conv.bias = fused.weight, fused.bias
+        rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+        folded.model.set_submodule(norm_name, rest.eval())
+    return folded
 
 
 def _gives(backbone: StagedBackbone, images: Tensor, expected: Tensor) -> bool:
+    """Say whether a backbone still gives the logits expected."""
     try:
         logits = backbone(images)
-    except RuntimeError:  # a `view` that wants another memory layout
+    except RuntimeError:  # from a `view` that needs another memory layout
         return False
     return bool((logits - expected).abs().max() <= 1e-4 * expected.abs().max())
 
@@ -225,21 +217,20 @@ def _gives(backbone: StagedBackbone, images: Tensor, expected: Tensor) -> bool:
 def _compile(
     backbone: StagedBackbone, image: Tensor, buckets: Sequence[int], backend: str | Callable[..., Any]
 ) -> None:
-    """Swap compiled functions in for the evaluation segments, and run them once so that all compiling is done."""
+    """Put compiled functions in the place of the stages in eval mode, and run them so that all compiling is done."""
     kinds = [(("rows", 1),), *backbone._kinds[False], (("rows", 1),)]
     on_gpu = image.device.type == "cuda"
-    options: dict[str, Any] = {"fullgraph": True, "backend": backend}
-    if buckets:
-        options["dynamic"] = False
-        if backend == "inductor" and on_gpu:
-            options["mode"] = "reduce-overhead"
+    dynamic = False if buckets else None
+    mode = "reduce-overhead" if buckets and on_gpu and backend == "inductor" else None
     for n, segment in enumerate(backbone._segments[False]):
-        function = _prepared(torch.compile(_fresh(segment.function), **options), first=n == 0)
+        fresh = _fresh(segment.function)
+        compiled = torch.compile(fresh, fullgraph=True, dynamic=dynamic, backend=backend, mode=mode)
+        function = _prepared(compiled, first=n == 0)
         if buckets:
             function = _in_buckets(function, len(segment.constants), (kinds[n], kinds[n + 1]), buckets)
         backbone._segments[False][n] = replace(segment, function=function)
-    # The copy's weights never change, so the compiler may pack them once. Tracing reads this setting, too, so that it
-    # cannot be given to torch.compile.
+    # The copy's weights never change, so the compiler may pack them once. Tracing reads this setting, too, so it cannot
+    # be an option of torch.compile.
     with inductor_config.patch(freezing=not on_gpu):
         for batch in buckets[::-1] or WARM_UP:
             for _ in range(3 if buckets and on_gpu else 1):  # CUDA graphs are recorded in the second run
@@ -260,15 +251,15 @@ def _warm_up(backbone: StagedBackbone, images: Tensor) -> None:
 def _fresh(function: _Function) -> _Function:
     """Copy a function with a code object and a name of its own.
 
-    Compiled forms are kept with the code object and counted against a limit; which sizes have varied is remembered by
-    name, and the shapes of one stage would make those of another dynamic.
+    torch keeps compiled forms with the code object, up to a limit. It remembers by name which sizes have varied: with
+    one name, the shapes of one stage would make those of another dynamic.
     """
     code = function.__code__.replace(co_name=f"stage_{next(_serial)}")
     return types.FunctionType(code, function.__globals__, code.co_name)
 
 
 def _prepared(function: _Function, first: bool) -> _Function:
-    """Call a compiled function in the one way that it was compiled for."""
+    """Call a compiled function without gradients and in one memory layout, as it was compiled for."""
 
     def call(*args: Any) -> tuple[Any, ...]:
         with torch.no_grad():
@@ -278,7 +269,7 @@ def _prepared(function: _Function, first: bool) -> _Function:
 
 
 def _canonical(x: Tensor, first: bool) -> Tensor:
-    """Give a tensor the strides of its shape: compiled graphs depend on them, even on those of axes of one element."""
+    """Give a tensor the usual strides of its shape: compiled graphs check them, even along axes of one element."""
     channels_last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if channels_last and not first else torch.contiguous_format
     strides = torch.empty(x.shape, device="meta", memory_format=layout).stride()
@@ -288,7 +279,7 @@ def _canonical(x: Tensor, first: bool) -> Tensor:
 def _in_buckets(
     function: _Function, constants: int, kinds: tuple[tuple[Any, ...], tuple[Any, ...]], buckets: Sequence[int]
 ) -> _Function:
-    """Run a segment at batch sizes of `buckets` alone: pad by repeating the last row, split what is larger."""
+    """Run a stage at the batch sizes of `buckets` alone: pad by repeating the last row, split larger batches."""
 
     def call(model: nn.Module, *args: Any) -> tuple[Any, ...]:
         values = args[constants:]
@@ -299,7 +290,7 @@ def _in_buckets(
             bucket = next(size for size in buckets if size >= len(rows))
             padded = carry.select(torch.cat([rows, rows[-1:].expand(bucket - len(rows))]))
             outputs = function(model, *args[:constants], *padded.values)
-            # Selecting copies: the next replay of a CUDA graph writes over its outputs.
+            # Selecting copies, because the next replay of a CUDA graph overwrites its outputs.
             parts.append(Carry(outputs, kinds[1], bucket).select(torch.arange(len(rows), device=device)))
         return Carry.cat(parts).values
 

@@ -247,36 +247,40 @@ def training_batches(
     clips: Clips,
     epoch: int,
     batch_size: int,
+    parts: int = 1,
     workers: int = 0,
     first: int = 0,
     process: int = 0,
     processes: int = 1,
 ) -> DataLoader[Any]:
-    """Load an epoch of clips, shuffled by seed and epoch. The rest that fills no batch is left out.
+    """Load an epoch of clips, shuffled by seed and epoch. The rest that fills no step is left out.
 
     Args:
         clips: the videos.
         epoch: number of the epoch.
-        batch_size: videos of a batch, all processes together; each gets an equal share.
+        batch_size: videos of a step, all processes and parts together.
+        parts: batches that a step is computed in (gradient accumulation).
         workers: processes that decode.
         first: number of the first batch, to go on within an epoch.
         process: which of the processes this is.
         processes: how many there are.
 
     Returns:
-        A loader of `Batch`.
+        A loader of `Batch`, with this process's share of each.
 
     Raises:
-        DynskipError: if a batch cannot be shared evenly, or there are fewer videos than a batch has.
+        DynskipError: if a step cannot be shared evenly, or there are fewer videos than a step has.
     """
-    if batch_size < 1 or batch_size % processes:
-        raise DynskipError(f"A batch of {batch_size} videos cannot be shared evenly by {processes} processes.")
+    if batch_size < 1 or batch_size % (parts * processes):
+        raise DynskipError(
+            f"A step of {batch_size} videos cannot be shared evenly by {processes} processes in {parts} parts."
+        )
     if len(clips) < batch_size:
-        raise DynskipError(f"There are {len(clips)} training videos and a batch has {batch_size}. Make it smaller.")
+        raise DynskipError(f"There are {len(clips)} training videos and a step has {batch_size}. Make it smaller.")
     order = list(range(len(clips)))
     random.Random(derive_seed(clips.seed, epoch)).shuffle(order)
-    starts = range(first * batch_size, len(order) - batch_size + 1, batch_size)
-    share = batch_size // processes
+    part, share = batch_size // parts, batch_size // (parts * processes)
+    starts = range(first * part, len(order) // batch_size * batch_size, part)
     keys = [[(epoch, p) for p in order[s + process * share : s + (process + 1) * share]] for s in starts]
     return DataLoader(
         clips, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available()
@@ -284,7 +288,7 @@ def training_batches(
 
 
 class EvaluationLoader:
-    """Clips in order as `dynskip.evaluation` and `dynskip.calibrate` take them: `(video, targets, keys)`.
+    """Clips in order as `dynskip.evaluation.evaluate` takes them: `(video, targets, keys)`.
 
     Videos `(B, T, 3, H, W)` are normalised and on the device, targets `(B, K)` have all labels, keys are paths.
 
