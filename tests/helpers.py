@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import timm
@@ -21,6 +23,7 @@ from dynskip import (
     SkipOutput,
     StagedBackbone,
     StopOrForward,
+    sofnet,
     stage_model,
 )
 
@@ -262,3 +265,25 @@ def assert_same(actual: SkipOutput, expected: SkipOutput, exact: bool = False, s
 def assert_rows(actual: Tensor, expected: Tensor) -> None:
     """Compare values from batches of other sizes, for which convolutions pick other algorithms."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * float(expected.detach().abs().max()))
+
+
+def recipe(name: str) -> Any:
+    """Load a recipe of `examples/` as Python does that runs it, so that nothing finds the folder by `sys.path`."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def save_tiny_sofnet(folder: Path, preprocessing: Any, seed: int = 0, **kwargs: Any) -> Path:
+    """Save a small model for rendered videos, as recipes take it."""
+    from dynskip.video import stick_figures  # needs the extra `video`
+
+    torch.manual_seed(seed)
+    size = (3, preprocessing.size, preprocessing.size)
+    model = sofnet(stage_model("test_byobnet", num_classes=6, input_size=size), hidden=8, **kwargs).eval()
+    model.class_names, model.preprocessing = stick_figures.CLASSES, preprocessing.to_dict()
+    model.save_pretrained(folder)
+    return folder

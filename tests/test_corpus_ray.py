@@ -1,40 +1,34 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
+from helpers import recipe, save_tiny_sofnet
 
 pytest.importorskip("av")
 pytest.importorskip("ray.data")
-for needed in ("matplotlib", "pyarrow", "safetensors", "tqdm"):
+for needed in ("huggingface_hub", "PIL", "pyarrow", "safetensors", "tqdm"):
     pytest.importorskip(needed)
-# Ray starts with the path of this process, so that its workers find the examples; nothing is reported to anybody.
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is reported to anybody
 
-import corpus_ray  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 import ray  # noqa: E402
-import sofnet_activitynet as sofnet_example  # noqa: E402
-import stick_figures  # noqa: E402
-from training import save_checkpoint  # noqa: E402
-from video_data import Preprocessing, read_frames  # noqa: E402
 
+from dynskip import StopOrForward  # noqa: E402
+from dynskip.video import Preprocessing, open_source, sample_frames, stick_figures  # noqa: E402
+
+corpus_ray = recipe("corpus_ray")  # Ray's workers cannot import it: they are sent what they need
 PREP = Preprocessing(size=32, num_frames=4)
-CONFIG = sofnet_example.Config("test_byobnet", stick_figures.CLASSES, hidden=8, prep=PREP)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    file = tmp_path_factory.mktemp("model") / "last.pt"
-    save_checkpoint(file, config=CONFIG.to_json(), model=CONFIG.build().state_dict(), epoch=0)
-    return file
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_sofnet(tmp_path_factory.mktemp("saved") / "model", PREP)
 
 
 @pytest.fixture
@@ -49,9 +43,10 @@ def corpus(tmp_path: Path) -> Path:
     return videos
 
 
-def run(corpus: Path, out: Path, checkpoint: Path, *more: str) -> int:
+def run(model: Path, corpus: Path, out: Path) -> int:
     size = ["--actors", "2", "--actor-cpus", "0.5", "--batch", "3", "--streams", "2"]
-    return corpus_ray.main([str(corpus), "--out", str(out), "--checkpoint", str(checkpoint), *size, *more])
+    code: int = corpus_ray.main([str(model), str(corpus), "--out", str(out), *size])
+    return code
 
 
 def write_results(out: Path, name: str, rows: Sequence[dict[str, object]]) -> Path:
@@ -67,7 +62,7 @@ def failures(out: Path) -> list[str]:
 
 
 def test_two_actors_do_what_an_earlier_run_left(
-    corpus: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     *good, text = corpus_ray.find_videos(corpus)
@@ -76,7 +71,7 @@ def test_two_actors_do_what_an_earlier_run_left(
     cut_off = write_results(out, "b.parquet", [{"path": good[2], "label": "lost"}])
     cut_off.write_bytes(cut_off.read_bytes()[:-20])
 
-    assert run(corpus, out, checkpoint) == 1  # one failed
+    assert run(model, corpus, out) == 1  # one failed
     assert not ray.is_initialized()
     assert "7 videos, 1 of them done." in capsys.readouterr().out
     assert failures(out) == ["text.MP4"]
@@ -89,12 +84,12 @@ def test_two_actors_do_what_an_earlier_run_left(
     assert "not a readable video" in new[text]["error"] or "holds no video" in new[text]["error"]
 
     # What the actors answered is what the model says of each video alone.
-    model, _ = sofnet_example.restore(checkpoint)
+    loaded = StopOrForward.from_pretrained(model)
     for path in good[1:]:
-        frames = read_frames(Path(path), PREP.num_frames, PREP.short_side)
-        wanted = model.eval()(PREP.normalize(PREP.crop(frames))[None])
+        frames = sample_frames(open_source(Path(path)), PREP.num_frames, PREP.short_side)
+        wanted = loaded(PREP.normalize(PREP.crop(frames))[None])
         probability, label = wanted.probabilities[0].max(-1)
-        assert new[path]["label"] == CONFIG.classes[int(label)]
+        assert new[path]["label"] == stick_figures.CLASSES[int(label)]
         assert new[path]["probability"] == pytest.approx(float(probability), abs=1e-5)
         assert new[path]["gmacs"] == pytest.approx(float(wanted.macs[0]) / 1e9)
         assert (new[path]["used"], new[path]["seen"]) == (int(wanted.used.sum()), int(wanted.seen.sum()))
@@ -103,27 +98,24 @@ def test_two_actors_do_what_an_earlier_run_left(
     # Where nothing is left to do, Ray is not even started.
     Path(text).unlink()
     written = {file: file.stat().st_mtime_ns for file in files}
-    assert run(corpus, out, checkpoint) == 0
+    assert run(model, corpus, out) == 0
     assert "6 videos, 6 of them done." in capsys.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in (out / "videos").glob("*.parquet")} == written
     assert failures(out) == []
 
 
 def test_another_model_does_not_go_on_in_the_same_folder(
-    corpus: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     write_results(out, "a.parquet", [{"path": path, "label": "x"} for path in corpus_ray.find_videos(corpus)])
-    assert run(corpus, out, checkpoint) == 0
-    torch.manual_seed(1)
-    other = tmp_path / "other.pt"
-    save_checkpoint(other, config=CONFIG.to_json(), model=CONFIG.build().state_dict(), epoch=0)
-    assert run(corpus, out, other) == 2
-    assert "another model or other options: sha256 differ" in capsys.readouterr().err
-    assert run(corpus, out, checkpoint, "--threshold", "0.5") == 2
-    assert "other options: threshold differ" in capsys.readouterr().err
-    assert run(corpus, out, checkpoint) == 0
-    assert json.loads((out / "settings.json").read_text())["threshold"] is None
+    assert run(model, corpus, out) == 0
+    settings = (out / "model.json").read_text()
+    other = save_tiny_sofnet(tmp_path / "other", PREP, seed=1)
+    assert run(other, corpus, out) == 2
+    assert "holds the answers of another model. Choose another --out" in capsys.readouterr().err
+    assert run(shutil.copytree(model, tmp_path / "copy"), corpus, out) == 0  # the same model elsewhere
+    assert (out / "model.json").read_text() == settings
 
 
 def test_a_list_of_paths(corpus: Path, tmp_path: Path) -> None:
@@ -141,12 +133,10 @@ def test_a_list_of_paths(corpus: Path, tmp_path: Path) -> None:
         ("binary.txt", "is no text"),
     ],
 )
-def test_bad_corpora(
-    name: str, message: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_corpora(name: str, message: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    assert run(tmp_path / name, tmp_path / "out", checkpoint) == 2
+    assert run(model, tmp_path / name, tmp_path / "out") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -154,7 +144,7 @@ def test_bad_corpora(
 def test_what_is_wrong_with_the_model_is_said_before_ray_starts(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(corpus, tmp_path / "out", tmp_path / "none.pt") == 2
-    assert "none.pt does not exist" in capsys.readouterr().err
+    assert run(corpus, corpus, tmp_path / "out") == 2
+    assert f"{corpus} has no config.json" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert not ray.is_initialized()

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import importlib.util
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,10 @@ import pytest
 from dynskip.errors import DynskipError
 
 av = pytest.importorskip("av")
+for needed in ("PIL", "safetensors", "tqdm"):
+    pytest.importorskip(needed)
 
-import stick_figures  # noqa: E402
+from dynskip.video import stick_figures  # noqa: E402
 
 SMALL: dict[str, Any] = {"train_per_class": 2, "test_per_class": 1, "size": 48, "num_frames": 24}
 
@@ -32,14 +33,6 @@ def digests(root: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stick_figures.render_set(tmp_path_factory.mktemp("small"), **SMALL)
-
-
-@pytest.fixture
-def no_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(job: object) -> None:
-        raise AssertionError("a video was rendered")
-
-    monkeypatch.setattr(stick_figures, "_render", fail)
 
 
 def test_tables_list_every_video(small: Path) -> None:
@@ -89,9 +82,11 @@ def test_each_class_is_one_step_of_the_ring_of_poses() -> None:
     )
 
 
-def test_same_seed_gives_the_same_bytes_whatever_the_number_of_processes(small: Path, tmp_path: Path) -> None:
-    many = {**SMALL, "train_per_class": 6}  # enough for several processes
-    larger = digests(stick_figures.render_set(tmp_path, **many))
+def test_same_seed_gives_the_same_bytes_in_larger_sets_and_several_processes(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    larger = digests(stick_figures.render_set(tmp_path, **{**SMALL, "train_per_class": 16}))  # 102 videos
     videos = {path: digest for path, digest in digests(small).items() if path.endswith(".mp4")}
     assert len(videos) == 18
     assert {path: larger[path] for path in videos} == videos
@@ -102,7 +97,6 @@ def test_other_seed_gives_other_videos(small: Path, tmp_path: Path) -> None:
     assert not any(digest == other[path] for path, digest in digests(small).items() if path.endswith(".mp4"))
 
 
-@pytest.mark.usefixtures("no_rendering")
 def test_complete_set_is_left_alone(small: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in small.rglob("*")}
     assert stick_figures.render_set(small, **SMALL) == small
@@ -119,22 +113,20 @@ def test_incomplete_set_is_rendered_again(damage: str, tmp_path: Path) -> None:
     else:
         name = {"set.json missing": "set.json", "table missing": "segments.csv"}
         (tmp_path / name.get(damage, "videos/high_kick/test_0000.mp4")).unlink()
-    done: list[tuple[int, int]] = []
-    stick_figures.render_set(tmp_path, **smallest, progress=lambda *numbers: done.append(numbers))
-    assert done == [(n, 12) for n in range(1, 13)]
+    stick_figures.render_set(tmp_path, **smallest)
     assert digests(tmp_path) == before
 
 
 def test_interrupted_render_leaves_no_complete_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    render, calls = stick_figures._render, []
+    write, calls = stick_figures.write_video, []
 
-    def interrupted(job: stick_figures.Job) -> tuple[int, int]:
-        calls.append(job)
+    def interrupted(path: Path, frames: np.ndarray) -> None:
+        calls.append(path)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return render(job)
+        write(path, frames)
 
-    monkeypatch.setattr(stick_figures, "_render", interrupted)
+    monkeypatch.setattr(stick_figures, "write_video", interrupted)
     with pytest.raises(KeyboardInterrupt):
         stick_figures.render_set(tmp_path, **SMALL)
     assert not (tmp_path / "set.json").exists()
@@ -174,19 +166,3 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "set").write_text("")
     with pytest.raises(DynskipError, match="is a file, expected a folder"):
         stick_figures.render_set(tmp_path / "set", **SMALL)
-
-
-def test_missing_pyav_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DynskipError, match=r"pip install 'dynskip\[video\]'"):
-        stick_figures.render_set(tmp_path, **SMALL)
-
-
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    numbers = ["--train-per-class", "1", "--test-per-class", "1", "--size", "32", "--num-frames", "24"]
-    stick_figures.main([str(tmp_path), *numbers])
-    assert capsys.readouterr().out.strip() == str(tmp_path)
-    assert len(rows(tmp_path / "labels.csv")) == 12
-    with pytest.raises(SystemExit):
-        stick_figures.main([str(tmp_path), "--train-per-class", "0"])
-    assert "train_per_class is 0" in capsys.readouterr().err

@@ -10,33 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from helpers import recipe, save_tiny_sofnet
 
 av = pytest.importorskip("av")
-for needed in ("matplotlib", "PIL", "safetensors", "tqdm"):
+for needed in ("huggingface_hub", "matplotlib", "PIL", "safetensors", "tqdm"):
     pytest.importorskip(needed)
 
-import sofnet_activitynet as sofnet_example  # noqa: E402
-import stick_figures  # noqa: E402
-import stream_video  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from training import save_checkpoint  # noqa: E402
-from video_data import Preprocessing, read_frames  # noqa: E402
+from dynskip import UNSEEN, StopOrForward  # noqa: E402
+from dynskip.video import Preprocessing, open_source, sample_frames, stick_figures  # noqa: E402
 
-from dynskip import UNSEEN  # noqa: E402
-
+stream_video = recipe("stream_video")
 PREP = Preprocessing(size=32, num_frames=4)
-CONFIG = sofnet_example.Config("test_byobnet", stick_figures.CLASSES, hidden=8, threshold=1.0, prep=PREP)
 LENGTH = 24  # frames of the video, two seconds
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    model = CONFIG.build()
-    file = tmp_path_factory.mktemp("model") / "last.pt"
-    save_checkpoint(file, config=CONFIG.to_json(), model=model.state_dict(), epoch=0)
-    return file
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_sofnet(tmp_path_factory.mktemp("saved") / "model", PREP, threshold=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +37,9 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def run(source: Path | str, out: Path, *more: str) -> int:
-    return stream_video.main([str(source), str(out), "--device", "cpu", *more])
+def run(model: Path, source: Path | str, out: Path, *more: str) -> int:
+    code: int = stream_video.main([str(model), str(source), str(out), "--device", "cpu", *more])
+    return code
 
 
 def read(path: Path) -> tuple[list[np.ndarray], list[float]]:
@@ -64,9 +55,9 @@ def count(picture: np.ndarray, colour: tuple[int, int, int]) -> int:
 
 
 def test_every_frame_is_written_with_its_time_and_what_the_model_says(
-    checkpoint: Path, video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(video, tmp_path / "out.mp4", "--checkpoint", str(checkpoint)) == 0
+    assert run(model, video, tmp_path / "out.mp4") == 0
     pictures, times = read(tmp_path / "out.mp4")
     assert len(pictures) == LENGTH
     assert times == pytest.approx([i / stick_figures.FPS for i in range(LENGTH)], abs=2e-3)
@@ -75,21 +66,21 @@ def test_every_frame_is_written_with_its_time_and_what_the_model_says(
     # Two seconds at four frames a second: two predictions of four frames.
     predictions = [line for line in printed.splitlines() if "so far" in line]
     assert len(predictions) == 2
-    assert all(line.split()[3] in CONFIG.classes for line in predictions)
+    assert all(line.split()[3] in stick_figures.CLASSES for line in predictions)
     assert "8 frames looked at" in printed
 
 
-def test_decisions_and_costs_are_those_of_the_model(checkpoint: Path, video: Path) -> None:
-    model, _ = sofnet_example.restore(checkpoint)
-    frames = read_frames(video, PREP.num_frames, PREP.short_side)
+def test_decisions_and_costs_are_those_of_the_model(model: Path, video: Path) -> None:
+    loaded = StopOrForward.from_pretrained(model)
+    frames = sample_frames(open_source(video), PREP.num_frames, PREP.short_side)
     for bias in (3.0, -2.0, -30.0):  # all used, some stopped, all stopped at the first gate
-        for gate in model.eval().gates:
+        for gate in loaded.gates:
             gate.decide.bias.data[1] = bias
-        wanted = model(PREP.normalize(PREP.crop(frames))[None])
-        watcher = stream_video.Watcher(model, CONFIG.classes, PREP, "cpu")
+        wanted = loaded(PREP.normalize(PREP.crop(frames))[None])
+        watcher = stream_video.Watcher(loaded, "cpu")
         lines = [watcher.look(frame) for frame in frames]
         assert lines[:-1] == [None] * 3
-        label = CONFIG.classes[int(wanted.logits.argmax())]
+        label = stick_figures.CLASSES[int(wanted.logits.argmax())]
         assert f"{label} {100 * float(wanted.probabilities.max()):.1f} %" in str(lines[-1])
         assert list(watcher.recent) == wanted.stopped_at[0].tolist()
         assert watcher.macs == pytest.approx(float(wanted.macs[0]))
@@ -101,11 +92,11 @@ def test_decisions_and_costs_are_those_of_the_model(checkpoint: Path, video: Pat
         assert watcher.macs == pytest.approx(2 * float(wanted.macs[0]))
 
 
-def test_what_is_drawn_follows_the_decisions(checkpoint: Path) -> None:
-    model, _ = sofnet_example.restore(checkpoint)
-    watcher = stream_video.Watcher(model.eval(), CONFIG.classes, PREP, "cpu")
+def test_what_is_drawn_follows_the_decisions(model: Path) -> None:
+    loaded = StopOrForward.from_pretrained(model)
+    watcher = stream_video.Watcher(loaded, "cpu")
     grey = np.full((360, 640, 3), 90, np.uint8)
-    stages = model.backbone.num_stages
+    stages = loaded.backbone.num_stages
     drawn = {}
     for name, decisions in {"none": [], "used": [stages], "stopped": [0], "later": [2], "unseen": [UNSEEN]}.items():
         watcher.recent = deque(decisions)
@@ -120,27 +111,8 @@ def test_what_is_drawn_follows_the_decisions(checkpoint: Path) -> None:
     assert np.array_equal(drawn["unseen"], drawn["none"])
 
 
-def test_a_finished_classifier_skips_without_training(
-    video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    torch.manual_seed(0)
-    weights = tmp_path / "weights.safetensors"
-    save_file(CONFIG.build().backbone.model.state_dict(), weights)
-    network = ["--backbone", CONFIG.backbone, "--weights", str(weights), "--size", "32", "--frames", "8"]
-    saved = []
-    for distance in ("0.000001", "0.99"):
-        assert run(video, tmp_path / "out.mp4", *network, "--similarity", distance, "--threshold", "1") == 0
-        printed = capsys.readouterr().out
-        used = int(printed.split("frames looked at, ")[1].split()[0])
-        saved.append((used, int(printed.split("GMACs, ")[-1].split()[0])))
-    (many, little), (few, much) = saved
-    assert many == 8
-    assert few == 1  # all frames resemble the first one
-    assert little <= 0 < much
-
-
 def test_an_endless_source_is_closed_properly_when_it_is_stopped(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, handler = tmp_path / "out.mp4", signal.getsignal(signal.SIGINT)
 
@@ -154,7 +126,7 @@ def test_an_endless_source_is_closed_properly_when_it_is_stopped(
     thread = threading.Thread(target=interrupt_once_written)
     thread.start()
     source = "testsrc=rate=10:size=64x48"  # FFmpeg draws it, and never stops
-    assert run(source, out, "--format", "lavfi", "--checkpoint", str(checkpoint)) == 0
+    assert run(model, source, out, "--format", "lavfi") == 0
     thread.join()
     assert signal.getsignal(signal.SIGINT) is handler
     pictures, times = read(out)
@@ -165,7 +137,7 @@ def test_an_endless_source_is_closed_properly_when_it_is_stopped(
 
 
 def test_damaged_packets_are_skipped_and_counted(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damaged = tmp_path / "damaged.avi"
     with av.open(str(damaged), "w") as container:
@@ -180,12 +152,12 @@ def test_damaged_packets_are_skipped_and_counted(
                     broken.time_base = packet.time_base
                     packet = broken
                 container.mux(packet)
-    assert run(damaged, tmp_path / "out.mp4", "--checkpoint", str(checkpoint)) == 1
+    assert run(model, damaged, tmp_path / "out.mp4") == 1
     assert "2 damaged packets were skipped" in capsys.readouterr().err
     assert len(read(tmp_path / "out.mp4")[0]) == 10
 
 
-def test_a_video_that_breaks_off_gives_what_there_is(checkpoint: Path, video: Path, tmp_path: Path) -> None:
+def test_a_video_that_breaks_off_gives_what_there_is(model: Path, video: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole.mkv"
     with av.open(str(video)) as source, av.open(str(whole), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
@@ -195,7 +167,7 @@ def test_a_video_that_breaks_off_gives_what_there_is(checkpoint: Path, video: Pa
                 target.mux(packet)
     cut = tmp_path / "cut.mkv"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    run(cut, tmp_path / "out.mp4", "--checkpoint", str(checkpoint))
+    run(model, cut, tmp_path / "out.mp4")
     assert 0 < len(read(tmp_path / "out.mp4")[0]) < LENGTH
 
 
@@ -210,7 +182,7 @@ def test_a_video_that_breaks_off_gives_what_there_is(checkpoint: Path, video: Pa
 def test_what_is_no_video_writes_nothing(
     content: bytes | None,
     message: str,
-    checkpoint: Path,
+    model: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -218,18 +190,18 @@ def test_what_is_no_video_writes_nothing(
     out.write_bytes(b"what an earlier run wrote")
     if content is not None:
         source.write_bytes(content)
-    assert run(source, out, "--checkpoint", str(checkpoint)) == 2
+    assert run(model, source, out) == 2
     assert re.search(message, capsys.readouterr().err)
     assert out.read_bytes() == b"what an earlier run wrote"
 
 
-def test_a_file_without_frames(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_without_frames(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = tmp_path / "empty.mkv"
     with av.open(str(empty), "w") as container:
         stream = container.add_stream("libx264", rate=12)
         stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
         container.start_encoding()
-    assert run(empty, tmp_path / "out.mp4", "--checkpoint", str(checkpoint)) == 2
+    assert run(model, empty, tmp_path / "out.mp4") == 2
     assert re.search("holds no video frame|not a readable video", capsys.readouterr().err)
     assert not (tmp_path / "out.mp4").exists()
 
@@ -240,13 +212,13 @@ def test_a_file_without_frames(checkpoint: Path, tmp_path: Path, capsys: pytest.
         (["VIDEO", "VIDEO"], "is the source itself"),
         (["VIDEO", "nowhere/out.mp4"], "cannot be written"),
         (["VIDEO", "out.txt.unknown"], "cannot be written"),
-        (["9999", "out.mp4"], "9999: no such file, address or camera|9999: not a readable video"),
+        (["9999", "out.mp4"], "9999: (no such file or address|not a readable video)"),
     ],
 )
 def test_what_cannot_be_written_or_opened(
     arguments: list[str],
     message: str,
-    checkpoint: Path,
+    model: Path,
     video: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -255,7 +227,7 @@ def test_what_cannot_be_written_or_opened(
     monkeypatch.chdir(tmp_path)
     before = video.read_bytes()
     source, out = (argument.replace("VIDEO", str(video)) for argument in arguments)
-    assert run(source, Path(out), "--checkpoint", str(checkpoint)) == 2
+    assert run(model, source, Path(out)) == 2
     assert re.search(message, capsys.readouterr().err)
     assert video.read_bytes() == before
 
@@ -284,15 +256,21 @@ def test_times_rise_from_zero(stamps: list[float | None], wanted: list[float]) -
     assert [clock.at(stamp) for stamp in stamps] == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize("wrong", ["0", "-1", "inf", "nan"])
-def test_a_rate_is_above_zero(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        run("video", Path("out.mp4"), "--rate", wrong)
-    assert "give a number above 0" in capsys.readouterr().err
+@pytest.mark.parametrize("rate", ["0", "-1", "nan"])
+def test_a_rate_is_above_zero(
+    rate: str, model: Path, video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(model, video, tmp_path / "out.mp4", "--rate", rate) == 2
+    assert re.search("--rate .* is out of range; give a number above 0", capsys.readouterr().err)
+
+
+def test_a_folder_without_a_model(video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, video, tmp_path / "out.mp4") == 2
+    assert f"{tmp_path} has no config.json" in capsys.readouterr().err
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         stream_video.main(["--help"])
     shown = capsys.readouterr().out
-    assert all(word in shown for word in ("--checkpoint runs/mine/last.pt", "camera 0", "rtsp://", "--similarity"))
+    assert all(word in shown for word in ("runs/mine/model clip.mp4", "camera 0", "rtsp://", "similarity_gates.py"))

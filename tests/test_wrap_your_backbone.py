@@ -30,6 +30,7 @@ def test_the_readme_shows_the_same_lines() -> None:
 
 
 def test_the_script_skips_and_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("av")
     done = runpy.run_path(str(SCRIPT))
     printed = capsys.readouterr().out
     model, clips, video = done["model"], done["clips"], done["video"]

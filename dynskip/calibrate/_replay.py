@@ -17,7 +17,8 @@ from dynskip.errors import DynskipError
 from dynskip.metrics import sample_times, top_k_accuracy
 from dynskip.output import EncodedVideo, SkipOutput, masked_output
 
-Batches = Iterable[tuple[Tensor | EncodedVideo, Tensor]]
+Video = Tensor | EncodedVideo
+Batches = Iterable[tuple[Video, Tensor] | tuple[Video, Tensor, Sequence[str]]]
 Metric = Callable[[Tensor, Tensor], float]
 
 
@@ -29,7 +30,8 @@ def encode(model: Gated, batches: Batches) -> list[tuple[EncodedVideo, Tensor]]:
 
     Args:
         model: the model; videos are moved to its device.
-        batches: `(videos, targets)`, each a batch; videos that are encoded already stay as they are.
+        batches: `(videos, targets)` or `(videos, targets, keys)`, each a batch; videos that are encoded already stay as
+            they are.
 
     Returns:
         The encoded batches, on the model's device.
@@ -46,7 +48,7 @@ def encode(model: Gated, batches: Batches) -> list[tuple[EncodedVideo, Tensor]]:
     encoded = []
     with in_mode(model, False):
         for batch in batches:
-            if not isinstance(batch, Sequence) or len(batch) != 2:
+            if not isinstance(batch, Sequence) or len(batch) not in (2, 3):
                 raise DynskipError(
                     f"Expected batches (videos, targets); got a {type(batch).__name__}. A DataLoader over pairs gives "
                     "such batches; for one batch, pass [(videos, targets)]."

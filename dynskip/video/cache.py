@@ -70,10 +70,11 @@ class FrameCache:
         file = self.file(path)
         if not file.is_file():
             return None
+        stamp = _stamp(path)
         try:
             with safe_open(file, framework="np") as content:
                 notes = content.metadata()
-                if notes["source"] != _stamp(path):
+                if notes["source"] != stamp:
                     return None  # the video was replaced
                 kept, sums = content.get_slice("frames"), json.loads(notes["checksums"])
                 frames = {pick: np.ascontiguousarray(kept[pick]) for pick in set(picks)}

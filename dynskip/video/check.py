@@ -79,7 +79,7 @@ def check_videos(items: Sequence[Item], cache: FrameCache | None = None, workers
         suspects = ", ".join(str(item.path) for item in items[done : done + workers])
         raise DynskipError(
             f"A process that reads videos died after {done} of {len(items)}: out of memory, or killed by a damaged "
-            f"file. It may have been reading one of {suspects}. Try --workers 1 to find out. The cache keeps all."
+            f"file. It may have been reading one of {suspects}. Try one worker to find out; the cache keeps the rest."
         ) from error
 
 

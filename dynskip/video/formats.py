@@ -92,7 +92,7 @@ def read_items(
         if form not in FORMATS:
             raise DynskipError(f"There is no format {form!r}; choose one of {', '.join(FORMATS)}, or give a reader.")
         if form != "csv" and not data.is_dir():
-            raise DynskipError(f"{data} is no folder. With --annotations, --data is the folder of the videos.")
+            raise DynskipError(f"{data} is no folder. Expected the folder of the videos that the annotations name.")
         reader = FORMATS[form]
     items = reader(data, annotations, names)
     check_items(items, set(names.values()))
@@ -132,7 +132,7 @@ def read_csv(data: Path, annotations: Sequence[Path] = (), names: Mapping[int, s
     items = []
     for file in annotations or [data / "labels.csv" if data.is_dir() else data]:
         if not file.is_file():
-            raise DynskipError(f"{file} does not exist. --data takes a folder with a labels.csv, or such a file.")
+            raise DynskipError(f"{file} does not exist. Expected a folder with a labels.csv, or such a file.")
         for number, row in read_rows(file, ["path", "label", "split"]):
             if row["split"] not in SPLITS:
                 raise DynskipError(
@@ -256,7 +256,7 @@ def read_thumos(data: Path, annotations: Sequence[Path], names: Mapping[int, str
     refuse(
         annotations[0],
         faults,
-        "Numbered classes are named by val_Annotation.csv (give both files with --annotations) or by --classes FILE.",
+        "Numbered classes are named by val_Annotation.csv (give both files) or by a class list.",
     )
     folder, items = VideoFolder(data), []
     for video, entries in videos.items():

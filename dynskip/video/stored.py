@@ -87,13 +87,14 @@ def encode_clips(model: StopOrForward, clips: Clips, folder: Path, workers: int 
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(clips), VIDEOS_A_FILE)
     files = [folder / f"{start:06d}.safetensors" for start in starts]
+    read = []
     with tqdm(total=len(clips), desc=f"encode {folder.name}", leave=False, disable=None) as progress:
         for start, file in zip(starts, files, strict=True):
             positions = range(start, min(start + VIDEOS_A_FILE, len(clips)))
             if not file.exists():
                 _write(file, *_encode(model, clips, positions, workers), made_from)
+            read.append(_read(file, made_from))
             progress.update(len(positions))
-    read = [_read(file, made_from) for file in files]
     if errors := [error for _, found in read for error in found]:
         warnings.warn(f"{len(errors)} videos cannot be read and are left out:\n  " + "\n  ".join(errors), stacklevel=2)
     parts = [tensors for tensors, _ in read if len(tensors["positions"])]
