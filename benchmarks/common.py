@@ -146,9 +146,8 @@ def dense_gmacs(model: StopOrForward, size: int) -> float:
 
 def stage_gmacs(model: StopOrForward, size: int) -> float:
     """Return the GMACs of a video in stages and the head alone."""
-    lookup = model.lookup_for((size, size))
-    costs = [*lookup.per_stage.tolist(), lookup.head]
-    return sum(a * b for a, b in zip(costs, rows_executed(model.backbone.num_stages), strict=True)) / 1e9
+    lookup, rows = model.lookup_for((size, size)), rows_executed(model.backbone.num_stages)
+    return float(lookup.per_stage @ lookup.per_stage.new_tensor(rows[:-1]) + rows[-1] * lookup.head) / 1e9
 
 
 def optimised(model: StopOrForward, video: Tensor) -> tuple[StopOrForward, Tensor]:
@@ -213,17 +212,17 @@ def progress(text: str, end: str = "\n") -> None:
 
 
 class Report:
-    """Collects what was measured, prints it, and writes it with what is needed to measure it again.
+    """Collects what was measured, prints it, and writes it with the command, the machine and all versions.
 
     Args:
-        question: what the script answers.
+        doc: the script's docstring, whose first line is its question.
         args: its arguments.
     """
 
-    def __init__(self, question: str, args: argparse.Namespace) -> None:
+    def __init__(self, doc: str, args: argparse.Namespace) -> None:
         self.args = args
         self.content: dict[str, Any] = {
-            "question": question.splitlines()[0],
+            "question": doc.splitlines()[0],
             "command": shlex.join(["python", *sys.argv]),
             "machine": machine(args.device),
             "results": {},
@@ -247,7 +246,7 @@ class Report:
         self.ratio(f"{name} / {other}", ratio, None if wanted is None else f"<= {wanted}")
 
     def ratio(self, name: str, value: float, wanted: str | None = None) -> None:
-        """Note a figure to be reached, to be printed last."""
+        """Note a figure that is printed last, with what it should be."""
         self.content["ratios"][name] = {"value": value, "wanted": wanted}
 
     def finish(self) -> None:
@@ -273,7 +272,7 @@ def processor() -> str:
 
 
 def parser(doc: str, optimize: bool = False) -> argparse.ArgumentParser:
-    """Return the arguments that all scripts take, and whether to optimise; the last two are for trying a script out."""
+    """Return a parser of the arguments that all scripts take; the hidden ones are for trying a script out."""
     result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--quick", action="store_true", help="few rounds")
     result.add_argument("--json", type=Path, help="file to write the results to")
