@@ -11,7 +11,6 @@ frame.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -52,7 +51,6 @@ class Engine:
         window: most frames `W` of a video in flight.
         counts: count what is executed, for `executed`.
         sample: draw decisions; with a window of 1 only.
-        gates: the gates to ask; by default the model's.
 
     Attributes:
         states: for each gate, the state that decides on each row's next frame.
@@ -78,11 +76,10 @@ class Engine:
         *,
         counts: bool = False,
         sample: bool = False,
-        gates: Sequence[Any] | None = None,
     ) -> None:
         self.model, self.backbone, self.counts, self.sample = model, model.backbone, counts, sample
         self.videos, self.stages = videos, model.backbone.num_stages
-        self.gates = list(model.gates if gates is None else gates)
+        self.gates = list(model.deciders)
         self.parts = [parts_of(gate) for gate in self.gates]
         self.reached = model.state_update == "reached"
         self.in_order = self.reached or not any(part.has_memory for part in self.parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,8 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dynskip import rules
-from dynskip._check import Checked, check_eval, check_video
-from dynskip._fit import check_encoded, check_lookup, check_noise, check_parts, check_wrapper_setting
+from dynskip._check import check_eval, check_video
+from dynskip._fit import Wrapper, check_encoded, check_parts
 from dynskip._pretrained import Pretrained
 from dynskip.backbone import StagedBackbone, encode_images
 from dynskip.errors import DynskipError
@@ -22,14 +22,13 @@ from dynskip.output import EncodedVideo, FrameResult, SkipOutput, VideoResult, d
 from dynskip.runtime.clip import LookAhead, run_clip, tune
 from dynskip.runtime.online import Session
 from dynskip.runtime.streams import aserve, serve
-from dynskip.summary import as_size, one_frame, stage_table
 from dynskip.terminate import EarlyTerminator
 
 if TYPE_CHECKING:
     from dynskip.runtime.optimize import Agreement
 
 
-class StopOrForward(Pretrained, Checked):
+class StopOrForward(Pretrained, Wrapper):
     """Put gates around a backbone: after each stage, a gate decides frame by frame to stop or to go forward.
 
     `train()` runs every stage and gate on every frame and masks, so that gradients reach all decisions. `eval()` runs
@@ -74,30 +73,19 @@ class StopOrForward(Pretrained, Checked):
         state_update: Literal["used", "reached"] = "used",
         forward_threshold: float | Sequence[float] = 0.5,
     ) -> None:
-        super().__init__()
-        for n, gate in enumerate(gates):
-            if not isinstance(gate, nn.Module):
-                raise DynskipError(f"Gate {n} is a {type(gate).__name__}; a gate is an nn.Module such as PolicyGate.")
-        self.backbone = backbone
-        self.gates: Any = nn.ModuleList(gates)  # Any: gates are a protocol of their own, which nn.Module hides
+        check_parts(backbone, gates, inner, lookup)
+        super().__init__(backbone, forward_threshold, lookup)
+        self.gates = nn.ModuleList(gates)
         self.inner = nn.ModuleList(inner) if inner is not None else None
         self.terminator: EarlyTerminator | None = terminator
         self.state_update: Literal["used", "reached"] = state_update
-        self.temperature = 1.0
-        self.forward_threshold: Any = forward_threshold  # kept as a tuple, one a gate
-        check_parts(backbone, gates, inner)
-        check_lookup(backbone, lookup)
-        self._given_lookup = lookup
-        self._measured: dict[tuple[int, int], FLOPsLookup] = {}
         self.look_ahead: LookAhead | None = None
-        self.class_names: Sequence[str] | None = None
-        self.preprocessing: Mapping[str, Any] | None = None
 
     def check_setting(self, name: str, value: Any) -> Any:
-        """Refuse settings that make no sense; thresholds become one a gate."""
+        """Refuse settings that make no sense; return thresholds as one a gate."""
         if name == "look_ahead" and not isinstance(value, LookAhead | None):
-            raise DynskipError(f"look_ahead={value!r} is none; give a LookAhead(frames, stages), or None.")
-        return check_wrapper_setting(self, name, value)
+            raise DynskipError(f"look_ahead={value!r} is no look-ahead; give a LookAhead(frames, stages), or None.")
+        return super().check_setting(name, value)
 
     def forward(self, video: Tensor, *, dense: bool = False, sample: bool | None = None) -> SkipOutput:
         """Classify videos.
@@ -211,63 +199,15 @@ class StopOrForward(Pretrained, Checked):
         """
         return aserve(self, sources, max_streams, batch_size)
 
-    @property
-    def repeats(self) -> tuple[bool, ...]:
-        """For each gate, whether a frame that it stops counts as the last used one in the video's mean.
-
-        So it is where the gate has `repeats_last`, and compares frames with the last used one (`state_update="used"`).
-        """
-        return tuple(self.state_update == "used" and getattr(gate, "repeats_last", False) for gate in self.gates)
-
-    def lookup_for(self, image_size: tuple[int, int]) -> FLOPsLookup:
-        """Return the cost table for frames of a size.
-
-        Args:
-            image_size: `(H, W)`.
-
-        Returns:
-            The table given at construction, or one measured now and kept.
-
-        Raises:
-            DynskipError: if the given table was made for another size.
-        """
-        if (given := self._given_lookup) is not None:
-            if given.image_size not in (None, image_size):
-                raise DynskipError(
-                    "The cost table was made for frames of {}x{}, ".format(*given.image_size)
-                    + "and these are {}x{}. Measure one for this size, or leave `lookup` out.".format(*image_size)
-                )
-            return given
-        if image_size not in self._measured:
-            self._measured[image_size] = FLOPsLookup.measure(self.backbone, image_size, self.gates)
-        return self._measured[image_size]
-
-    def summary(self, image_size: int | tuple[int, int] | None = None) -> str:
-        """Describe the model stage by stage: channels, costs, gates and their rules.
-
-        Args:
-            image_size: `(H, W)` to count at, or one number for squares; by default the size at which the backbone was
-                cut, or that of the given cost table.
-
-        Returns:
-            A table to print; costs are multiply-adds of one frame.
-        """
-        given = self._given_lookup.image_size if self._given_lookup is not None else None
-        lookup = self.lookup_for(as_size(image_size) or given or self.backbone.input_size[1:])
-        rules = [
+    def _rules(self) -> list[str]:
+        return [
             f"Gates remember frames that were {self.state_update}.",
             f"A video ends early: {self.terminator.extra_repr()}." if self.terminator else "Every frame is looked at.",
         ]
-        title = f"StopOrForward around {type(self.backbone.model).__name__}"
-        return stage_table(title, self.backbone, list(self.gates), lookup, self.forward_threshold, rules)
 
     def extra_repr(self) -> str:
         """Show the rules, and what a frame costs where that has been counted."""
-        thresholds = self.forward_threshold[:1] if len(set(self.forward_threshold)) == 1 else self.forward_threshold
-        shown = ", ".join(f"{threshold:g}" for threshold in thresholds)
-        tables = [self._given_lookup] if self._given_lookup is not None else list(self._measured.values())
-        costs = [f", {one_frame(table)}" for table in tables]
-        return f"state_update={self.state_update!r}, forward_threshold={shown}{''.join(costs)}"
+        return f"state_update={self.state_update!r}, {super().extra_repr()}"
 
     def encode(self, video: Tensor) -> EncodedVideo:
         """Run the whole backbone on every frame.
@@ -309,7 +249,8 @@ class StopOrForward(Pretrained, Checked):
         sample = self.training if sample is None else sample
         frame_logits, stages = encoded.frame_logits, self.backbone.num_stages
         batch, frames, _ = frame_logits.shape
-        check_noise(noise, (batch, frames, stages, 2))
+        if noise is not None and noise.shape != (wanted := (batch, frames, stages, 2)):
+            raise DynskipError(f"The noise has shape {tuple(noise.shape)}; expected (B, T, N, 2) = {wanted}.")
         if not self.training:
             check_eval(self, "`decide`")
         states = [gate.initial_state(batch) for gate in self.gates]
@@ -319,30 +260,26 @@ class StopOrForward(Pretrained, Checked):
             part.embed(x.flatten(0, 1)).unflatten(0, (batch, frames))
             for part, x in zip(parts, encoded.pooled, strict=True)
         ]
-        everything = torch.ones(batch, dtype=torch.bool, device=frame_logits.device)
-        all_gate_logits, all_decisions, all_inner = [], [], []
+        keeps_from = range(stages) if self.state_update == "reached" else [stages] * stages
+        all_logits, all_decisions, all_inner, stops = [], [], [], []
         for t in range(frames):
-            step_logits, decisions, inner, reached, new_states = [], [], [], [everything], []
+            said, decisions, inner, proposed = [], [], [], []
             for n, part in enumerate(parts):
                 logits, state = part.step(embedded[n][:, t], states[n])
                 draws = None if noise is None else noise[:, t, n]
-                decision = rules.draw(logits, bounds[n], self.temperature, sample, self.training, draws)
+                said.append(logits)
+                decisions.append(rules.draw(logits, bounds[n], self.temperature, sample, self.training, draws))
+                proposed.append(state)
                 if self.inner is not None:
                     inner.append(self.inner[n](state[0]))
-                step_logits.append(logits)
-                decisions.append(decision)
-                new_states.append(state)
-                reached.append(reached[n] & (decision.detach() > 0.5))
-            commits = [reached[-1]] * stages if self.state_update == "used" else reached[:-1]
-            states = [rules.keep(*both) for both in zip(commits, new_states, states, strict=True)]
-            all_gate_logits.append(torch.stack(step_logits, 1))
+            all_logits.append(torch.stack(said, 1))
             all_decisions.append(torch.stack(decisions, 1))
-            if inner:
-                all_inner.append(torch.stack(inner, 1))
+            all_inner += [torch.stack(inner, 1)] if inner else []
+            stops.append(rules.stopped(all_decisions[-1].detach() > 0.5))
+            states = [rules.keep(stops[-1] >= n, *both) for n, *both in zip(keeps_from, proposed, states, strict=True)]
 
-        gate_logits, forward = torch.stack(all_gate_logits, 1), torch.stack(all_decisions, 1)
+        gate_logits, forward, stopped_at = (torch.stack(each, 1) for each in (all_logits, all_decisions, stops))
         inner_logits = torch.stack(all_inner, 1) if all_inner else None
-        stopped_at = rules.stopped(forward.detach() > 0.5)
         lookup = self.lookup_for(encoded.image_size)
         if not self.training:
             if self.terminator is not None:

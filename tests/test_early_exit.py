@@ -143,6 +143,20 @@ def test_a_stage_without_an_exit_passes_every_image_whatever_the_threshold() -> 
     assert not output.logits.isnan().any()
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_stage_without_an_exit_has_no_answer(training: bool) -> None:
+    backbone = toy_backbone(0, 2)
+    gates = [FixedGate(), ConfidenceGate(backbone.num_features[1], CLASSES, 0.5).double()]
+    output = EarlyExit(backbone, gates).train(training)(images(5))
+    assert output.inner_logits is not None
+    assert output.inner_logits[:, 0, 0].isnan().all()
+    assert output.inner_logits[:, 0, 1].isfinite().all()
+    assert output.logits.isfinite().all()
+    if training:
+        output.logits.sum().backward()
+        assert all(p.grad.isfinite().all() for p in gates[1].parameters() if p.grad is not None)
+
+
 def test_forward_threshold_moves_all_exits() -> None:
     backbone = toy_backbone(1, 3)
     gates = list(confident(backbone).exits)
@@ -244,10 +258,10 @@ NAN[1, 0, 0, 0] = math.nan
 @pytest.mark.parametrize(
     ("call", "telling"),
     [
-        (lambda: MODEL(toy_video(2, 3)), r"must have shape \(B, 3, H, W\), .* videos are for StopOrForward"),
+        (lambda: MODEL(toy_video(2, 3)), r"must have shape \(B, 3, H, W\); got .* videos are for StopOrForward"),
         (lambda: MODEL(images(2)[0]), r"Add a batch dimension with `image\[None\]`"),
-        (lambda: MODEL(images(2)[:0]), "with at least one image"),
-        (lambda: MODEL(images(2).float()), "image batch is torch.float32 and the model torch.float64"),
+        (lambda: MODEL(images(2)[:0]), r"The image is empty: shape \(0, 3, 8, 8\)"),
+        (lambda: MODEL(images(2).float()), "image is torch.float32 and the model torch.float64"),
         (lambda: MODEL(NAN), "NaN or infinite values in 1 images, the first being image 1"),
         (lambda: EarlyExit(BACKBONE, EXITS[:1]), "Got 1 gates for 2 stages"),
         (lambda: EarlyExit(BACKBONE, EXITS, [nn.Identity()]), "Got 1 inner classifiers for 2 gates"),

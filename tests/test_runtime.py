@@ -478,12 +478,12 @@ def test_runtime_a_session_of_one_takes_frames_without_a_batch() -> None:
 @pytest.mark.parametrize(
     ("frame", "telling"),
     [
-        (torch.zeros(3, 8, 8, dtype=torch.uint8), r"A frame must be a floating-point tensor.*frame.float\(\) / 255"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), r"Frames must be a floating-point tensor.*frame.float\(\) / 255"),
         (None, "got NoneType"),
         (torch.zeros(4, 8, 8).double(), r"must have shape \(3, H, W\); got \(4, 8, 8\)"),
-        (torch.zeros(2, 3, 8, 8).double(), r"must have shape \(3, H, W\); got \(2, 3, 8, 8\)"),
+        (torch.zeros(2, 3, 8, 8).double(), r"must have shape \(1, 3, H, W\); got \(2, 3, 8, 8\)"),
         (torch.zeros(8, 8).double(), r"must have shape \(3, H, W\); got \(8, 8\)"),
-        (torch.zeros(3, 0, 8).double(), r"must have shape \(3, H, W\); got \(3, 0, 8\)"),
+        (torch.zeros(3, 0, 8).double(), r"The frame is empty: shape \(3, 0, 8\)"),
         (torch.zeros(3, 8, 8), "frame is torch.float32 and the model torch.float64"),
         (torch.full((3, 8, 8), math.nan).double(), "NaN or infinite values"),
         (torch.zeros(3, 9, 8).double(), r"is 9x8 and earlier ones of this session were 8x8. .*session.reset\(\)"),
@@ -501,11 +501,11 @@ def test_runtime_frames_that_do_not_fit_leave_a_session_as_it_was(frame: Any, te
 
 def test_runtime_frames_of_a_lock_step_batch_that_do_not_fit() -> None:
     session = toy_model().stream(3)
-    with pytest.raises(DynskipError, match=r"\(3, 3, H, W\), one frame a video; got \(3, 8, 8\)"):
+    with pytest.raises(DynskipError, match=r"\(3, 3, H, W\); got \(3, 8, 8\)\. Give one frame a video"):
         session(torch.zeros(3, 8, 8).double())
     frames = torch.zeros(3, 3, 8, 8).double()
     frames[1, 0, 0, 0] = math.inf
-    with pytest.raises(DynskipError, match=r"of videos \[1\] has NaN or infinite values"):
+    with pytest.raises(DynskipError, match="NaN or infinite values in 1 videos, the first being video 1"):
         session(frames)
 
 

@@ -345,7 +345,7 @@ def bad_frames() -> dict[str, tuple[Any, str]]:
         "nothing": (None, "got NoneType"),
         "nan": (good * math.nan, "NaN or infinite"),
         "size": (torch.zeros(3, 9, 8).double(), "is 9x8 and earlier ones of this stream were 8x8"),
-        "empty": (torch.zeros(3, 0, 8).double(), r"got \(3, 0, 8\)"),
+        "empty": (torch.zeros(3, 0, 8).double(), r"empty: shape \(3, 0, 8\)"),
     }
 
 

@@ -746,7 +746,7 @@ def test_a_deep_copy_is_the_same_and_independent() -> None:
         (torch.zeros(1, 1, 2, 3, 8, 8).double(), r"got \(1, 1, 2, 3, 8, 8\)"),
         (torch.zeros(1, 2, 4, 8, 8).double(), r"shape \(B, T, 3, H, W\); got \(1, 2, 4, 8, 8\)"),
         (torch.zeros(1, 2, 8, 8, 3).double(), r"got \(1, 2, 8, 8, 3\)\. .*channels before height"),
-        (torch.zeros(1, 0, 3, 8, 8).double(), r"empty: shape \(1, 0, 3, 8, 8\)\. Give at least one video and frame"),
+        (torch.zeros(1, 0, 3, 8, 8).double(), r"empty: shape \(1, 0, 3, 8, 8\)\. Every dimension has to be at least 1"),
         (torch.zeros(0, 2, 3, 8, 8).double(), r"empty: shape \(0, 2, 3, 8, 8\)"),
         (torch.zeros(1, 2, 3, 0, 8).double(), r"empty: shape \(1, 2, 3, 0, 8\)"),
         (torch.zeros(1, 2, 3, 8, 8), r"float32.*float64"),

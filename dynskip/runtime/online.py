@@ -67,14 +67,13 @@ class Session:
         """
         if any(module.training for module in self._modules):
             check_eval(self.model, "A session")
-        frames = frame[None] if isinstance(frame, Tensor) and frame.ndim == 3 and self.batch == 1 else frame
-        frames = check_frames(frames, self.model.backbone, self.batch)
+        frames = check_frames(frame, self.model.backbone, self.batch)
         engine, stages = self._engine, self.model.backbone.num_stages
         # All that the host has to know of the device before it starts, in one look.
         sound = frames.flatten(1).sum(1, dtype=torch.float32).isfinite()
         told = torch.stack([sound, engine.ended, engine.seen]).cpu()
         if not told[0].all():
-            refuse_not_finite(frames, self.batch)
+            refuse_not_finite(frames, "video")
         self._set_size((frames.shape[2], frames.shape[3]))
         rows = (told[1] == 0).nonzero().squeeze(1)
         if len(rows):

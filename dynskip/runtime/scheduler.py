@@ -132,10 +132,9 @@ class Scheduler:
         Raises:
             DynskipError: if the frame does not fit the model or the stream's earlier frames.
         """
-        frames = frame[None] if isinstance(frame, Tensor) and frame.ndim == 3 else frame
-        frames = check_frames(frames, self.model.backbone, 1)
+        frames = check_frames(frame, self.model.backbone, 1)
         if frames.device.type == "cpu":  # on a GPU a whole batch is looked at, before it runs
-            refuse_not_finite(frames, 1)
+            refuse_not_finite(frames, "frame")
         size = (frames.shape[2], frames.shape[3])
         if stream.size is None:
             if size not in self._tables:
@@ -341,7 +340,7 @@ class Scheduler:
 
     def _refuse_not_finite(self, frames: Tensor) -> None:
         """Look at frames that came on a GPU, a whole batch at once."""
-        refuse_not_finite(self._engine.features.gather(frames, self._engine.device)[0].values[0], 1)
+        refuse_not_finite(self._engine.features.gather(frames, self._engine.device)[0].values[0], "frame")
 
     def _costs(self, size: tuple[int, int]) -> FLOPsLookup:
         """Return the cost table for a size that the model can run; a model of one fixed size cannot run others."""
