@@ -22,14 +22,14 @@ from dynskip.output import EncodedVideo, SkipOutput, masked_output
 
 
 class EarlyExit(Pretrained, Wrapper):
-    """Put exits into an image classifier: an image that a gate stops is answered by the inner classifier there.
+    """Put exits into an image classifier: where a gate stops an image, the inner classifier there answers.
 
-    A batch of images counts as videos of one frame (`T = 1`), and outputs are those of `StopOrForward`; only what
-    answers for a stopped frame differs. In `eval()`, stages after an exit are not run for the images that left.
+    A batch of images is treated as videos of one frame (`T = 1`), and outputs are those of `StopOrForward`. In
+    `eval()`, stages after an exit are not run for the images that left there.
 
     Args:
         backbone: `N` stages and a head (`stage_model`).
-        gates: `N` gates, one after each stage; `FixedGate()` where no image is to leave.
+        gates: `N` gates, one after each stage; `FixedGate()` for a stage without an exit.
         inner: `N` inner classifiers over the gates' hidden states, which answer. Leave them out where gates have their
             own (`ConfidenceGate`, `EntropyGate`).
         forward_threshold: as in `StopOrForward`.
@@ -68,7 +68,7 @@ class EarlyExit(Pretrained, Wrapper):
         parts = zip(gates, classifiers, strict=True)
         self.exits: Any = nn.ModuleList(_Exit(*pair, backbone.num_classes) for pair in parts)
 
-    # What videos have, and images have not.
+    # Settings of videos, which images do not need.
     state_update = "used"
     terminator = None
 
@@ -128,8 +128,8 @@ class EarlyExit(Pretrained, Wrapper):
             sample: as in `forward`.
 
         Returns:
-            In training, every exit evaluated, decisions and answers straight-through. In eval, the output of the
-            skipping pass for the same decisions.
+            In training, every exit is evaluated, and decisions and answers are straight-through. In eval, the output
+            of the skipping pass for the same decisions.
 
         Raises:
             DynskipError: if the features are not this backbone's, or are those of videos.
