@@ -394,7 +394,7 @@ def damage(change: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]
         (lambda s: {}, "no state of a session"),
         (damage(lambda s: s.update(stage_names=["a", "b"])), r"of another model: its stage_names is \['a', 'b'\]"),
         (damage(lambda s: s.update(state_update="reached")), "its state_update is 'reached' and this model's 'used'"),
-        (damage(lambda s: s["tensors"].pop("used")), "not the tensors that this model's gates have"),
+        (damage(lambda s: s["tensors"].pop("used")), "does not have the tensors of this model's gates"),
         (damage(lambda s: s["tensors"].update(used=None)), "its used is NoneType, expected torch.int64"),
         (
             damage(lambda s: s["tensors"].update(macs=torch.zeros(3).double())),
@@ -403,12 +403,12 @@ def damage(change: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]
         (damage(lambda s: s["tensors"]["logit_sum"].fill_(math.nan)), "damaged: its logit_sum has NaN"),
         (damage(lambda s: s.update(furthest=[None, None])), "does not hold the furthest frame"),
         (damage(lambda s: s.pop("furthest")), "does not hold the furthest frame"),
-        (damage(lambda s: s["furthest"][0].pop("values")), "a stored frame cannot be gone on with"),
-        (damage(lambda s: s["furthest"][0].update(stopped_at=7)), "a stored frame cannot be gone on with"),
-        (damage(lambda s: s["furthest"][0].update(values=(torch.zeros(1, 3, 8, 8),))), "cannot be gone on with"),
+        (damage(lambda s: s["furthest"][0].pop("values")), "a stored frame cannot be used"),
+        (damage(lambda s: s["furthest"][0].update(stopped_at=7)), "a stored frame cannot be used"),
+        (damage(lambda s: s["furthest"][0].update(values=(torch.zeros(1, 3, 8, 8),))), "cannot be used"),
         (damage(lambda s: s["furthest"][0]["values"][0].fill_(math.nan)), "its logits are not finite"),
         (damage(lambda s: s.update(image_size=None)), "frames and no image size"),
-        (damage(lambda s: s.pop("image_size")), "cannot be gone on with"),
+        (damage(lambda s: s.pop("image_size")), "frames and no image size"),
     ],
 )
 def test_runtime_states_that_do_not_fit(spoil: Callable[[Any], Any], telling: str) -> None:
