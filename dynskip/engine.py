@@ -27,19 +27,13 @@ if TYPE_CHECKING:
 
 
 class Decisions(NamedTuple):
-    """What `Engine.decide` decided about `R` videos.
+    """What `Engine.decide` decided about `R` videos."""
 
-    Attributes:
-        videos: `(R,)` the rows, on the host.
-        stopped_at: `(R, W)` what became of each frame; -1 where that is not decided, or the video had ended.
-        running_logits: `(R, W, K)` running predictions after each frame.
-        codes: `(R, W + 1)` what `Engine.learn` tells the host: of each frame `stopped_at` if decided, else `N + 2` plus
-            the gate that would stop it now; last, whether the video has ended.
-    """
-
-    videos: Tensor
-    stopped_at: Tensor
-    running_logits: Tensor
+    videos: Tensor  # `(R,)` the rows, on the host
+    stopped_at: Tensor  # `(R, W)`; -1 where that is not decided, or the video had ended
+    running_logits: Tensor  # `(R, W, K)` running predictions after each frame
+    # `(R, W + 1)` what the host has to know. Of each frame: `stopped_at` if decided, else `N + 2` plus the gate that
+    # would stop it now. Last, whether the video has ended.
     codes: Tensor
 
 
@@ -52,22 +46,6 @@ class Engine:
         window: most frames `W` of a video in flight.
         counts: count what is executed, for `executed`.
         sample: draw decisions; only with a window of 1.
-
-    Attributes:
-        states: for each gate, the state that decides on each row's next frame.
-        proposed: with a window of 1, for each gate the state after each row's frame in flight.
-        sums: the sums of the videos' means, see `rules.Sums`.
-        seen: `(V,)` frames decided.
-        ended: `(V,)` boolean, videos that the terminator has ended.
-        gate_logits: `(V * W, N, 2)` logits of the gates on the frames in flight, in float32 or better.
-        frame_logits: `(V * W, K)` logits of these frames, where the head has run.
-        features: where frames are, and how many stages they have been through.
-        pending: on the host, whether each frame waits for a decision.
-        answered: on the host, whether each video has a used frame.
-        furthest: for each video without a used frame, the stopped frame that got furthest so far.
-        bounds: `(N,)` margins that frames have to exceed.
-        in_order: whether a gate's first answer is final: gates have no memory, or each one's memory advances without
-            waiting for later gates (`state_update="reached"`).
     """
 
     def __init__(self, model: Any, videos: int, window: int = 1, *, counts: bool = False, sample: bool = False) -> None:
@@ -76,6 +54,7 @@ class Engine:
         self.gates = list(model.deciders)
         self.parts = [parts_of(gate) for gate in self.gates]
         self.reached = model.state_update == "reached"
+        # Whether a gate's first answer is final: no gate has memory, or no memory waits for later gates.
         self.in_order = self.reached or not any(part.has_memory for part in self.parts)
         weight = next(model.parameters())
         self.dtype, self.device = weight.dtype, weight.device
@@ -83,15 +62,16 @@ class Engine:
         self.tie = rules.tie(self.dtype)
         # Tables are written in place, so they are copies, and no inference tensors even in a caller's inference mode.
         with torch.inference_mode(False), torch.no_grad():
+            # For each gate, the state that decides on each video's next frame.
             self.states: list[GateState] = [tuple(s.clone() for s in g.initial_state(videos)) for g in self.gates]
             self.sums = rules.nothing_counted(videos, self.backbone.num_classes, self.device)
-            self.seen = torch.zeros(videos, dtype=torch.long, device=self.device)
+            self.seen = torch.zeros(videos, dtype=torch.long, device=self.device)  # frames decided
             self.ended = torch.zeros(videos, dtype=torch.bool, device=self.device)
             # How often each video ran each stage and the head; and each gate's step, per video and per frame.
             self.ran = torch.zeros(videos, self.stages + 1, dtype=torch.float64)
             self.judged = torch.zeros(videos, self.stages, 2, dtype=torch.float64)
-        self.answered = [False] * videos
-        self.furthest: list[Furthest | None] = [None] * videos
+        self.answered = [False] * videos  # whether a frame was used
+        self.furthest: list[Furthest | None] = [None] * videos  # of the stopped frames; `None` once one was used
         self.open(window)
 
     def open(self, window: int) -> None:
@@ -103,8 +83,9 @@ class Engine:
         with torch.inference_mode(False), torch.no_grad():
             self.gate_logits = torch.zeros(frames, self.stages, 2, dtype=self.wide, device=self.device)
             self.frame_logits = torch.zeros(frames, self.backbone.num_classes, dtype=self.dtype, device=self.device)
+            # For each gate, the state after the frame in flight, if that is used. Only with one frame in flight.
             self.proposed = [tuple(s.clone() for s in state) for state in self.states] if window == 1 else []
-            self.pending = torch.zeros(frames, dtype=torch.bool)
+            self.pending = torch.zeros(frames, dtype=torch.bool)  # on the host: waits for a decision
             self._number = torch.zeros(frames, dtype=torch.long)  # of the frame in its video
             self.features = Features(self.backbone, self.pending)
             self._margins = torch.zeros(frames, self.stages, dtype=self.wide)  # on the host, of gates that were asked

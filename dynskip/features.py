@@ -15,16 +15,12 @@ from dynskip.flops import takes_channels_last
 class Features:
     """The carries of frames in flight, in the batches in which stages made them.
 
-    Args:
-        backbone: the backbone.
-        pending: on the host, whether each frame waits for a decision. What no pending frame needs is let go.
-
-    Attributes:
-        depth: on the host, the stages that each frame has been through, the head included.
+    `pending` says on the host which frames wait for a decision. What none of them needs is let go.
     """
 
     def __init__(self, backbone: StagedBackbone, pending: Tensor) -> None:
         self.backbone, self.pending = backbone, pending
+        # On the host, the stages that each frame has been through, the head included.
         self.depth = torch.zeros(len(pending), dtype=torch.long)
         self._batches: list[Carry | None] = []
         self._whole: int | None = None  # the batch that was gathered last, if it was a whole one
@@ -84,21 +80,13 @@ class Features:
 
 @dataclass
 class Furthest:
-    """The stopped frame that got furthest. It answers for its video if no frame is used.
+    """The stopped frame that got furthest. It answers for its video if no frame is used."""
 
-    Attributes:
-        score: see `rules.score`.
-        stopped_at: the gate that stopped it.
-        frame: its number in the video.
-        depth: the stages that it has been through, at least up to that gate.
-        carry: what the next stage takes, of this frame alone.
-    """
-
-    score: float
+    score: float  # see `rules.score`
     stopped_at: int
-    frame: int
-    depth: int
-    carry: Carry
+    frame: int  # its number in the video
+    depth: int  # stages that it has been through, at least up to the gate that stopped it
+    carry: Carry  # of this frame alone
 
 
 def run_to_end(backbone: StagedBackbone, frames: Sequence[Furthest]) -> Tensor:

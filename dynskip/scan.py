@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,23 +17,14 @@ from dynskip.gates import GateState, Step
 
 @dataclass
 class Group:
-    """Gates with memory that are asked in one step: `G` of them, or a single one, without that dimension.
-
-    Attributes:
-        gates: the numbers of the gates.
-        step: their step.
-        columns: for the frames of each column, `(G, R, E)` what the gates' stateless parts made of them.
-        state: `(G, R, ...)` their states, which the scan advances.
-        together: whether there is a dimension `G`.
-        asked: how often they were asked about a frame of each video.
-    """
+    """Gates with memory that are asked in one step: `G` of them, or a single one, without that dimension."""
 
     gates: list[int]
     step: Step
-    columns: Sequence[Tensor]
-    state: GateState
-    together: bool = False
-    asked: int = 0
+    columns: Sequence[Tensor]  # of each column of frames, `(G, R, E)`: what the gates' stateless parts made of it
+    state: GateState  # `(G, R, ...)`; the scan advances it
+    together: bool = False  # whether there is a dimension `G`
+    asked: int = 0  # how often they were asked about a frame of each video
 
     def states(self) -> dict[int, GateState]:
         """Return the state of each gate."""
@@ -43,21 +33,9 @@ class Group:
         return {n: tuple(part[i] for part in self.state) for i, n in enumerate(self.gates)}
 
 
-class Scanned(NamedTuple):
-    """What a scan found about `R` videos.
-
-    Attributes:
-        stop: `(R, W)` the first gate that stops each frame, `N` for none.
-        final: `(R, W)` whether that is final: neither the frame nor an earlier one lacks a stage.
-        gate_logits: `(R, W, N, 2)` the gates' logits.
-    """
-
-    stop: Tensor
-    final: Tensor
-    gate_logits: Tensor
-
-
-def scan(groups: Sequence[Group], gate_logits: Tensor, bounds: Tensor, depth: Tensor, on_host: Tensor) -> Scanned:
+def scan(
+    groups: Sequence[Group], gate_logits: Tensor, bounds: Tensor, depth: Tensor, on_host: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Decide on the frames of a window, in each video up to the first one that lacks a stage.
 
     Args:
@@ -67,6 +45,10 @@ def scan(groups: Sequence[Group], gate_logits: Tensor, bounds: Tensor, depth: Te
         depth: `(R, W)` stages that each frame has been through, the head included; `N + 2` where there is no frame to
             decide on.
         on_host: the same on the host.
+
+    Returns:
+        `(R, W)` the first gate that stops each frame, `N` for none; `(R, W)` whether that is final: neither the frame
+        nor an earlier one lacks a stage; and the new gate logits.
     """
     stages, window = gate_logits.shape[2], depth.shape[1]
     present = depth < stages + 2
@@ -95,7 +77,7 @@ def scan(groups: Sequence[Group], gate_logits: Tensor, bounds: Tensor, depth: Te
     fresh = torch.stack(said, 2).permute(1, 2, 0, 3)
     gate_logits[:, columns] = torch.where(present[:, columns, None, None], fresh, gate_logits[:, columns])
     final = torch.stack(goings + [torch.zeros_like(going)] * left, 1) & present
-    return Scanned(torch.stack(stops + [stops[-1]] * left, 1), final, gate_logits)
+    return torch.stack(stops + [stops[-1]] * left, 1), final, gate_logits
 
 
 def _ask(

@@ -28,42 +28,24 @@ Event: TypeAlias = FrameResult | VideoResult
 
 @dataclass(eq=False)
 class Stream:
-    """A video in flight.
-
-    Attributes:
-        key: its name.
-        source: the iterator of its frames.
-        row: its row in the engine.
-        ahead: most frames of it in flight.
-        images: its frames in flight.
-        held: frames that were in flight behind one that raised; they run again, one by one.
-        waiting: its frames in flight that wait in front of a stage.
-        over: whether it has no more frames.
-        error: why it failed.
-        size: the size of its frames, once that is known.
-        lookup: the cost table for that size.
-        seen: frames decided.
-        used: frames used.
-        macs: cost of the frames decided.
-        logits: its running prediction.
-    """
+    """A video in flight."""
 
     key: Hashable
-    source: Any
-    row: int
-    ahead: int
-    images: list[Tensor] = field(default_factory=list)
-    held: list[Tensor] = field(default_factory=list)
-    waiting: int = 0
-    over: bool = False
+    source: Any  # an iterator of frames, or what makes one
+    row: int  # in the engine
+    ahead: int  # most frames in flight
+    images: list[Tensor] = field(default_factory=list)  # the frames in flight
+    held: list[Tensor] = field(default_factory=list)  # a frame that raised, and those behind it, to run one by one
+    waiting: int = 0  # frames in front of a stage
+    over: bool = False  # no more frames come
     error: Exception | None = None
-    size: tuple[int, int] | None = None
+    size: tuple[int, int] | None = None  # of its frames, once that is known
     lookup: FLOPsLookup | None = None
     costs: list[float] = field(default_factory=list)  # of a frame, by what became of it
-    seen: int = 0
+    seen: int = 0  # frames decided
     used: int = 0
     macs: float = 0.0
-    logits: Tensor | None = field(default=None, repr=False)
+    logits: Tensor | None = None  # the running prediction
 
     @property
     def wants(self) -> bool:
