@@ -1,4 +1,4 @@
-"""Still images: answered where they leave, nothing run after that, every multiply-add counted."""
+"""Still images: answered at their exit, nothing runs after it, all multiply-adds are counted."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_skipping_is_masking_whatever_the_batch(
 
 
 def literal_answers(model: EarlyExit, pictures: Tensor) -> tuple[Tensor, list[int]]:
-    """Take each image alone, stage by stage, to where its confidence is enough."""
+    """Run each image alone, stage by stage, until an exit is confident."""
     answers, places = [], []
     for picture in pictures:
         carry = model.backbone.start(picture[None])
@@ -189,7 +189,7 @@ def test_training_output_is_the_hard_answer_and_teaches_gates_classifiers_and_ba
     loss = loss + InnerClassificationLoss()(output, targets)
     loss.backward()
     for name, parameter in model.named_parameters():
-        # Without an earlier frame, nothing has entered a cell's memory.
+        # Without an earlier frame, a cell's memory is empty.
         if "weight_hh" not in name:
             assert parameter.grad is not None, name
             assert parameter.grad.isfinite().all(), name

@@ -46,11 +46,11 @@ from dynskip import (
     stage_model,
 )
 
-COUNTS = [10.0**n for n in range(0, 14, 2)]  # costs that tell from a sum how often each part ran
+COUNTS = [10.0**n for n in range(0, 14, 2)]  # a sum of these says how often each part ran
 
 
 def counting(case: Case) -> StopOrForward:
-    """Build a case's model with a table whose sums say how many rows of each stage, gate and head they are made of."""
+    """Build a case's model with a cost table whose sums say how many rows each stage, gate and head ran."""
     model = case.model()
     stages = case.stages
     model._given_lookup = FLOPsLookup(COUNTS[:stages], 1e10, [0.0] * stages)
@@ -98,7 +98,7 @@ def assert_online_equals(model: StopOrForward, video: Tensor, expected: SkipOutp
     assert torch.equal(result.frames_seen, expected.seen.sum(1))
 
 
-# One set of decisions, however they are run
+# All ways of running make the same decisions
 
 
 @pytest.mark.parametrize("state_update", BOTH_UPDATES)
@@ -234,7 +234,7 @@ def test_runtime_rows_of_ended_videos_are_not_executed() -> None:
     assert torch.equal(ended.stopped_at == UNSEEN, steps[-1].ended)
 
 
-# Gates and numbers of other kinds
+# Other gates and dtypes
 
 
 class Stateless(nn.Module):
@@ -250,7 +250,7 @@ class Stateless(nn.Module):
 
 
 class Shared(nn.Module):
-    """Keep a sum in a tensor that stands in the state twice."""
+    """Keep a sum in a tensor that is in the state twice."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -359,7 +359,7 @@ def test_runtime_a_session_saved_and_restored_goes_on_identically(case: Case, da
         session(video[:, t])
     state = saved(session)
     elsewhere = copy.deepcopy(model).stream(case.batch)
-    elsewhere(video[:, -1] + 1)  # what stood there before is gone
+    elsewhere(video[:, -1] + 1)  # loading a state replaces this
     elsewhere.load_state_dict(state)
     for t in range(until, case.frames):
         assert_steps_equal(session(video[:, t]), elsewhere(video[:, t]))
