@@ -72,8 +72,8 @@ def check_frames(frames: Any, backbone: StagedBackbone, batch: int) -> Tensor:
     """Return one normalised frame of each video, `(B, C, H, W)`. Looks for no NaN: on a GPU that would wait."""
     single = batch == 1 and getattr(frames, "ndim", 3) != 4
     hint = "Give one frame a video, with channels before height and width."
-    frames = _check_batch(frames, backbone, "frame", () if single else (batch,), hint)
-    return frames[None] if single else frames
+    pixels = _check_batch(frames, backbone, "frame", () if single else (batch,), hint)
+    return pixels[None] if single else pixels
 
 
 def _check_batch(
@@ -100,7 +100,8 @@ def _check_batch(
         )
     if dims:
         refuse_not_finite(value, *dims)
-    return value.to(weight.device)
+    moved: Tensor = value.to(weight.device)
+    return moved
 
 
 def refuse_not_finite(value: Tensor, *dims: str) -> None:

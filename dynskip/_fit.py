@@ -176,7 +176,7 @@ def check_parts(
     for n, (gate, channels) in enumerate(zip(gates, backbone.num_features, strict=True)):
         this = f"Gate {n} ({type(gate).__name__})"
         where = f"after stage {names[n]!r} ({channels} channels)"
-        if not isinstance(gate, nn.Module):
+        if not issubclass(type(gate), nn.Module):
             raise DynskipError(f"{this} is no nn.Module; a gate is an nn.Module such as PolicyGate.")
         try:
             with in_mode(gate, False):

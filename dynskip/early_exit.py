@@ -78,7 +78,7 @@ class EarlyExit(Pretrained, Wrapper):
         return self.exits
 
     @property
-    def gates(self) -> tuple[Any, ...]:  # type: ignore[override]
+    def gates(self) -> tuple[Any, ...]:
         """The gates, one after each stage."""
         return tuple(part.gate for part in self.exits)
 
