@@ -377,7 +377,8 @@ def _refuse_difference(what: str, ours: tuple[Tensor, ...], theirs: tuple[Tensor
         # Not to the bit: the memory layout (channels-last) is not saved, and other kernels round otherwise.
         tolerance = 3e-2 if a.dtype in (torch.float16, torch.bfloat16) else 1e-4
         a, b = a.double(), b.double()
-        if not torch.allclose(a, b, rtol=0, atol=tolerance * float(a.abs().max().clamp(min=1e-6)), equal_nan=True):
+        scale = float(a.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp(min=1e-6))
+        if not torch.allclose(a, b, rtol=0, atol=tolerance * scale, equal_nan=True):
             raise DynskipError(
                 f"A model rebuilt from the configuration answers otherwise at {what}. What was changed after the model "
                 "was built, or is no argument of its parts, cannot be saved: make it an argument, or save the plain "
