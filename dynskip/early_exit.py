@@ -141,7 +141,8 @@ class EarlyExit(Pretrained, Wrapper):
         bounds = rules.bounds(self.forward_threshold).tolist()
         asked = [part(pooled[:, 0], ()) for part, pooled in zip(self.exits, encoded.pooled, strict=True)]
         gate_logits = torch.stack([logits for logits, _ in asked], 1)
-        inner_logits = torch.stack([answer for _, (answer,) in asked], 1)
+        inner = [answer for _, (answer,) in asked]
+        inner_logits = torch.stack(inner, 1)
         decisions = [
             torch.ones_like(logits[:, 0])
             if part.never_stops
@@ -156,8 +157,9 @@ class EarlyExit(Pretrained, Wrapper):
         # Where each image leaves, as shares of 0 and 1 that carry the gates' gradients; the last is the head's.
         passed = forward.cumprod(1)
         shares = F.pad(passed, (1, 0), value=1.0) - F.pad(passed, (0, 1))
-        answers = torch.cat([inner_logits.nan_to_num(), final[:, None]], 1)  # a NaN times a share of 0 would be a NaN
-        output.logits = (shares[..., None] * answers).sum(1)
+        # A stage without an exit has a share of 0, which would keep its NaN.
+        answers = [x.nan_to_num() if part.never_stops else x for part, x in zip(self.exits, inner, strict=True)]
+        output.logits = (shares[..., None] * torch.stack([*answers, final], 1)).sum(1)
         output.forward, output.gate_logits = forward[:, None], gate_logits[:, None]
         output.inner_logits, output.frame_logits = inner_logits[:, None], encoded.frame_logits
         output.evaluated = torch.ones_like(output.evaluated)

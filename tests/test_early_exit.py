@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dynskip import (
     ConfidenceGate,
+    DistillationLoss,
     DynskipError,
     EarlyExit,
     EfficiencyLoss,
@@ -153,7 +154,10 @@ def test_a_stage_without_an_exit_has_no_answer(training: bool) -> None:
     assert output.inner_logits[:, 0, 1].isfinite().all()
     assert output.logits.isfinite().all()
     if training:
-        output.logits.sum().backward()
+        targets = torch.zeros(5, dtype=torch.long)
+        losses = InnerClassificationLoss()(output, targets), DistillationLoss()(output), output.logits.sum()
+        assert all(loss.isfinite() for loss in losses)
+        torch.stack(losses).sum().backward()
         assert all(p.grad.isfinite().all() for p in gates[1].parameters() if p.grad is not None)
 
 
