@@ -1,7 +1,8 @@
-"""Checks of what users pass in, with the messages that tell them what to do about it."""
+"""Checks of what users pass in. The messages say how to fix it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class Checked(nn.Module):
-    """A module whose settings are checked whenever they are set, at construction and later."""
+    """A module that checks its settings whenever they are set."""
 
     def check_setting(self, name: str, value: Any) -> Any:
-        """Refuse a value that makes no sense, or return what is to be kept in its place.
+        """Refuse a value that makes no sense, or return the value to keep.
 
         Args:
             name: the attribute that is being set.
@@ -30,125 +31,87 @@ class Checked(nn.Module):
 
 
 def check_positive(value: Any, name: str) -> float:
-    """Refuse what is no finite positive number."""
+    """Refuse all but finite positive numbers."""
     if not (isinstance(value, int | float) and 0 < value < float("inf")):
         raise DynskipError(
-            f"{name}={value} has to be a finite positive number. A schedule that runs over its end gives others."
+            f"{name}={value} has to be a finite positive number. A schedule that runs past its end may give others."
         )
     return value
 
 
 def check_eval(model: Any, what: str) -> None:
-    """Refuse to skip with a part in training mode: its answers depend on their neighbours and move statistics."""
+    """Refuse to skip while a part is in training mode: a frame's answer would depend on its batch."""
     for part in running_parts(model):
-        if not any(map(_in_training, part.modules())):
-            continue
-        name = next(name for name, module in part.named_modules() if _in_training(module))
-        raise DynskipError(
-            f"{what} runs a model in evaluation mode, and {type(part).__name__}{'.' * bool(name)}{name} is in training "
-            "mode; call `model.eval()` first."
-        )
+        for name, module in part.named_modules():
+            # Quantised layers only do inference, but are built with `training` set.
+            if module.training and not type(module).__module__.startswith("torch.ao.nn.quantized"):
+                raise DynskipError(
+                    f"{what} runs a model in evaluation mode, and {type(part).__name__}{'.' * bool(name)}{name} is in "
+                    "training mode; call `model.eval()` first."
+                )
 
 
 def running_parts(model: Any) -> list[nn.Module]:
     """Return the parts of a model that run in evaluation."""
-    parts = (model.backbone, *getattr(model, "exits", model.gates), model.terminator)
-    return [part for part in parts if part is not None]
-
-
-def _in_training(module: nn.Module) -> bool:
-    # Quantised layers know inference alone, and are built with the flag of training.
-    return module.training and not type(module).__module__.startswith("torch.ao.nn.quantized")
+    return [part for part in (model.backbone, *model.deciders, model.terminator) if part is not None]
 
 
 def check_video(video: Any, backbone: StagedBackbone) -> Tensor:
-    """Return a batch `(B, T, C, H, W)` of normalised videos on the backbone's device; refuse what is none."""
-    channels = backbone.input_size[0]
-    _check_floating(video, "video")
-    if video.ndim != 5 or video.shape[2] != channels:
-        raise DynskipError(
-            f"A video batch must have shape (B, T, {channels}, H, W); got {tuple(video.shape)}. Add a batch "
-            "dimension with `video[None]` to a single video, and keep channels before height and width."
-        )
-    if 0 in video.shape:
-        raise DynskipError(f"The video batch is empty: shape {tuple(video.shape)}. Give at least one video and frame.")
-    _check_dtype(video, backbone, "video")
-    if not _all_finite(video):
-        bad = (~video.isfinite()).flatten(2).any(-1).nonzero().tolist()
-        raise DynskipError(
-            f"The video has NaN or infinite values in {len(bad)} frames, the first being frame {bad[0][1]} of "
-            f"video {bad[0][0]}. Check decoding and normalisation."
-        )
-    return to_device_of(backbone, video)
-
-
-def check_frames(frames: Any, backbone: StagedBackbone, batch: int) -> Tensor:
-    """Return one normalised frame for each of `batch` videos, `(B, C, H, W)`, on the backbone's device.
-
-    Whether it is finite is not looked at, since on a GPU that would wait: see `refuse_not_finite`.
-    """
-    channels = backbone.input_size[0]
-    _check_floating(frames, "frame")
-    if frames.ndim != 4 or frames.shape[:2] != (batch, channels) or 0 in frames.shape:
-        wanted = f"({channels}, H, W)" if batch == 1 else f"({batch}, {channels}, H, W), one frame a video"
-        got = tuple(frames.shape[1:] if batch == 1 and frames.ndim > 1 and len(frames) == 1 else frames.shape)
-        raise DynskipError(f"A frame must have shape {wanted}; got {got}. Keep channels before height and width.")
-    _check_dtype(frames, backbone, "frame")
-    return to_device_of(backbone, frames)
-
-
-def refuse_not_finite(frames: Tensor, batch: int) -> None:
-    """Refuse frames of which some have NaN or infinite values. Waits for the device."""
-    if not _all_finite(frames):
-        videos = (~frames.isfinite()).flatten(1).any(-1).nonzero().flatten().tolist()
-        where = "" if batch == 1 else f" of videos {videos}"
-        raise DynskipError(f"The frame{where} has NaN or infinite values. Check decoding and normalisation.")
-
-
-def to_device_of(module: nn.Module, value: Tensor) -> Tensor:
-    """Move a tensor to where a module's parameters are."""
-    parameter = next(module.parameters(), None)
-    return value if parameter is None or parameter.device == value.device else value.to(parameter.device)
+    """Return normalised videos `(B, T, C, H, W)` on the backbone's device."""
+    hint = "Add a batch dimension with `video[None]` to a single video, and keep channels before height and width."
+    return _check_batch(video, backbone, "video", ("B", "T"), hint, ("video", "frame"))
 
 
 def check_images(images: Any, backbone: StagedBackbone) -> Tensor:
-    """Return a batch `(B, C, H, W)` of normalised images on the backbone's device; refuse what is none."""
-    channels = backbone.input_size[0]
-    _check_floating(images, "image batch")
-    if images.ndim != 4 or images.shape[1] != channels or 0 in images.shape:
-        raise DynskipError(
-            f"An image batch must have shape (B, {channels}, H, W), with at least one image; got "
-            f"{tuple(images.shape)}. Add a batch dimension with `image[None]` to a single image; videos are for "
-            "StopOrForward."
-        )
-    _check_dtype(images, backbone, "image batch")
-    if not _all_finite(images):
-        bad = (~images.isfinite()).flatten(1).any(-1).nonzero().flatten().tolist()
-        raise DynskipError(
-            f"The image batch has NaN or infinite values in {len(bad)} images, the first being image {bad[0]}. Check "
-            "decoding and normalisation."
-        )
-    return to_device_of(backbone, images)
+    """Return normalised images `(B, C, H, W)` on the backbone's device."""
+    hint = "Add a batch dimension with `image[None]` to a single image; videos are for StopOrForward."
+    return _check_batch(images, backbone, "image", ("B",), hint, ("image",))
 
 
-def _check_floating(value: Any, name: str) -> None:
+def check_frames(frames: Any, backbone: StagedBackbone, batch: int) -> Tensor:
+    """Return one normalised frame of each video, `(B, C, H, W)`. Looks for no NaN: on a GPU that would wait."""
+    single = batch == 1 and getattr(frames, "ndim", 3) != 4
+    hint = "Give one frame a video, with channels before height and width."
+    pixels = _check_batch(frames, backbone, "frame", () if single else (batch,), hint)
+    return pixels[None] if single else pixels
+
+
+def _check_batch(
+    value: Any, backbone: StagedBackbone, name: str, leading: tuple[str | int, ...], hint: str, dims: Sequence[str] = ()
+) -> Tensor:
+    """Refuse all but `(*leading, C, H, W)` pixels in the model's dtype; where `dims` names dimensions, finite ones."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise DynskipError(
-            f"A {name} must be a floating-point tensor of normalised pixels; got {got}. Convert 8-bit frames with "
-            f"`{name}.float() / 255`, then subtract the model's mean and divide by its standard deviation."
+            f"{name.capitalize()}s must be a floating-point tensor of normalised pixels; got {got}. Convert 8-bit "
+            f"pixels with `{name}.float() / 255`, then subtract the model's mean and divide by its standard deviation."
         )
-
-
-def _check_dtype(value: Tensor, backbone: StagedBackbone, name: str) -> None:
+    shape, known = tuple(value.shape), (*leading, backbone.input_size[0])
+    if len(shape) != len(known) + 2 or any(isinstance(n, int) and n != m for n, m in zip(known, shape, strict=False)):
+        wanted = ", ".join(map(str, (*known, "H", "W")))
+        raise DynskipError(f"{name.capitalize()}s must have shape ({wanted}); got {shape}. {hint}")
+    if 0 in shape:
+        raise DynskipError(f"The {name} is empty: shape {shape}. Every dimension has to be at least 1.")
     weight = next(backbone.parameters(), value)
     if value.dtype != weight.dtype and not torch.is_autocast_enabled(value.device.type):
         raise DynskipError(
             f"The {name} is {value.dtype} and the model {weight.dtype}. Convert one of them, for instance with "
             f"`{name}.to({weight.dtype})`, or run under torch.autocast."
         )
+    if dims:
+        refuse_not_finite(value, *dims)
+    moved: Tensor = value.to(weight.device)
+    return moved
 
 
-def _all_finite(value: Tensor) -> bool:
-    # One reduction tells whether all is well; only where it overflows or is not, look closer.
-    return bool(torch.isfinite(value.detach().sum(dtype=torch.float32))) or bool(value.isfinite().all())
+def refuse_not_finite(value: Tensor, *dims: str) -> None:
+    """Refuse NaN and infinite values; `dims` name the leading dimensions. Waits for the device."""
+    # One sum tells whether all is well. It may overflow, so look closer before refusing.
+    if torch.isfinite(value.detach().sum(dtype=torch.float32)) or value.isfinite().all():
+        return
+    bad = (~value.isfinite()).flatten(len(dims)).any(-1).nonzero().tolist()
+    first = " of ".join(f"{name} {at}" for name, at in zip(reversed(dims), reversed(bad[0]), strict=True))
+    raise DynskipError(
+        f"There are NaN or infinite values in {len(bad)} {dims[-1]}s, the first being {first}. Check decoding and "
+        "normalisation."
+    )

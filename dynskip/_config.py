@@ -282,7 +282,7 @@ def compare(model: Wrapped, twin: Wrapped) -> None:
         for (what, ours), (_, theirs) in pairs:
             # Not to the bit: the memory layout (channels-last) is not saved, and other kernels round differently.
             tolerance = 3e-2 if ours.dtype in (torch.float16, torch.bfloat16) else 1e-4
-            limit = tolerance * float(ours.double().abs().max().clamp(min=1e-6))
+            limit = tolerance * float(ours.double().nan_to_num(0.0, 0.0, 0.0).abs().max().clamp(min=1e-6))
             if not torch.allclose(ours.double(), theirs.double(), rtol=0, atol=limit, equal_nan=True):
                 raise DynskipError(
                     f"A model rebuilt from the configuration gives other answers at {what}. What was changed after "

@@ -1,79 +1,133 @@
-"""Checks of how a wrapper's parts and settings fit one another."""
+"""What the wrappers share: settings that are checked, a cost table for each frame size, and checks of their parts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dynskip._check import check_positive
+from dynskip._check import Checked, check_positive
 from dynskip._modes import in_mode
 from dynskip.backbone import StagedBackbone
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
 from dynskip.output import EncodedVideo
+from dynskip.summary import as_size, one_frame, stage_table
 from dynskip.terminate import EarlyTerminator
 
 
-def check_encoded(encoded: EncodedVideo, backbone: StagedBackbone, frames: int | None = None) -> None:
-    """Refuse stored features of another backbone, or of videos with another number of frames."""
-    expected = backbone.num_features
-    shapes = tuple(tuple(pooled.shape) for pooled in encoded.pooled)
-    batch_frames = tuple(encoded.frame_logits.shape[:2])
-    wanted = tuple((*batch_frames, channels) for channels in expected)
-    classes = encoded.frame_logits.shape[-1]
-    if (
-        shapes != wanted
-        or classes != backbone.num_classes
-        or 0 in batch_frames
-        or batch_frames[1] != (frames or batch_frames[1])
-    ):
-        raise DynskipError(
-            f"Stored features of shapes {shapes} with {classes} classes are not this backbone's; expected (B, "
-            f"{frames or 'T'}, C_n) with C_n = {expected} and {backbone.num_classes} classes. Encode again with this "
-            "model."
-        )
+class Wrapper(Checked):
+    """Gates around a backbone: what `StopOrForward` and `EarlyExit` share."""
+
+    gates: Any  # a protocol of its own, which nn.Module hides
+    terminator: EarlyTerminator | None
+    state_update: str
+
+    def __init__(
+        self, backbone: StagedBackbone, forward_threshold: float | Sequence[float], lookup: FLOPsLookup | None = None
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.temperature = 1.0
+        self.forward_threshold: Any = forward_threshold  # kept as a tuple, one a gate
+        self.class_names: Sequence[str] | None = None
+        self.preprocessing: Mapping[str, Any] | None = None
+        self._given_lookup = lookup
+        self._measured: dict[tuple[int, int], FLOPsLookup] = {}
+
+    @property
+    def deciders(self) -> Any:
+        """What decides after each stage: the gates, or what they are part of."""
+        return self.gates
+
+    @property
+    def repeats(self) -> tuple[bool, ...]:
+        """For each gate, whether a frame that it stops counts as the last used one in the video's mean.
+
+        It does where the gate has `repeats_last` and compares frames with the last used one (`state_update="used"`).
+        """
+        return tuple(self.state_update == "used" and getattr(gate, "repeats_last", False) for gate in self.deciders)
+
+    def check_setting(self, name: str, value: Any) -> Any:
+        """Refuse settings that make no sense; return thresholds as one a gate."""
+        if name == "forward_threshold":
+            return _one_a_gate(value, self.backbone.num_stages)
+        if name == "temperature":
+            return check_positive(value, name)
+        if name == "state_update" and value not in ("used", "reached"):
+            raise DynskipError(f"state_update={value!r} is unknown; use 'used' or 'reached'.")
+        if name == "terminator" and value is not None:
+            if not isinstance(value, EarlyTerminator):
+                raise DynskipError(
+                    f"The terminator is a {type(value).__name__}; give an EarlyTerminator, or a rule derived from it."
+                )
+            if self.backbone.num_classes < 2:
+                raise DynskipError(
+                    "The model has one output. The softmax of one logit is always 1, so every video would end at once. "
+                    "Give the model two outputs, or leave the terminator out (`threshold=None`)."
+                )
+            value.train(self.training)  # a new part takes the model's mode
+        if name == "class_names" and value is not None:
+            names = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
+            classes = self.backbone.num_classes
+            if len(names) != classes or not all(isinstance(each, str) for each in names):
+                raise DynskipError(
+                    f"`class_names` has {len(names)} entries; give one string for each of {classes} classes."
+                )
+        return super().check_setting(name, value)
+
+    def lookup_for(self, image_size: tuple[int, int]) -> FLOPsLookup:
+        """Return the cost table for frames of a size. An exit's cost is its gate's and its classifier's.
+
+        Args:
+            image_size: `(H, W)`.
+
+        Returns:
+            The table given at construction, or one measured now and kept.
+
+        Raises:
+            DynskipError: if the given table was made for another size.
+        """
+        if (given := self._given_lookup) is not None:
+            if given.image_size not in (None, image_size):
+                raise DynskipError(
+                    "The cost table was made for frames of {}x{}, ".format(*given.image_size)
+                    + "and these are {}x{}. Measure one for this size, or leave `lookup` out.".format(*image_size)
+                )
+            return given
+        if image_size not in self._measured:
+            self._measured[image_size] = FLOPsLookup.measure(self.backbone, image_size, self.deciders)
+        return self._measured[image_size]
+
+    def summary(self, image_size: int | tuple[int, int] | None = None) -> str:
+        """Describe the model stage by stage: channels, costs, gates and their rules.
+
+        Args:
+            image_size: `(H, W)` to count at, or one number for squares; by default the size at which the backbone was
+                cut, or that of the given cost table.
+
+        Returns:
+            A table to print; costs are multiply-adds of one frame.
+        """
+        given = self._given_lookup.image_size if self._given_lookup is not None else None
+        lookup = self.lookup_for(as_size(image_size) or given or self.backbone.input_size[1:])
+        title = f"{type(self).__name__} around {type(self.backbone.model).__name__}"
+        return stage_table(title, self.backbone, list(self.gates), lookup, self.forward_threshold, self._rules())
+
+    def _rules(self) -> list[str]:
+        return []
+
+    def extra_repr(self) -> str:
+        """Show the thresholds, and what a frame costs where that has been counted."""
+        thresholds = self.forward_threshold[:1] if len(set(self.forward_threshold)) == 1 else self.forward_threshold
+        tables = [self._given_lookup] if self._given_lookup is not None else list(self._measured.values())
+        shown = [f"{threshold:g}" for threshold in thresholds] + [one_frame(table) for table in tables]
+        return f"forward_threshold={', '.join(shown)}"
 
 
-def check_noise(noise: Tensor | None, shape: tuple[int, ...]) -> None:
-    """Refuse noise that is not one pair for each gate and frame."""
-    if noise is not None and noise.shape != shape:
-        raise DynskipError(f"The noise has shape {tuple(noise.shape)}; expected (B, T, N, 2) = {shape}.")
-
-
-def check_wrapper_setting(model: Any, name: str, value: Any) -> Any:
-    """Refuse a setting of a wrapper that makes no sense; thresholds become one a gate."""
-    if name == "forward_threshold":
-        return check_thresholds(value, model.backbone.num_stages)
-    if name == "temperature":
-        return check_positive(value, name)
-    if name == "state_update" and value not in ("used", "reached"):
-        raise DynskipError(f"state_update={value!r} is unknown; use 'used' or 'reached'.")
-    if name == "terminator" and value is not None:
-        if not isinstance(value, EarlyTerminator):
-            raise DynskipError(
-                f"The terminator is a {type(value).__name__}; give an EarlyTerminator, or a rule derived from it."
-            )
-        if model.backbone.num_classes < 2:
-            raise DynskipError(
-                "The model has one output, and the softmax of one logit is 1 whatever it says, so that every video "
-                "would end at once. Give the model two outputs, or leave the terminator out (`threshold=None`)."
-            )
-        value.train(model.training)  # a new part takes the model's mode
-    if name == "class_names" and value is not None:
-        names = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
-        classes = model.backbone.num_classes
-        if len(names) != classes or not all(isinstance(each, str) for each in names):
-            raise DynskipError(
-                f"`class_names` has {len(names)} entries; give one string for each of {classes} classes."
-            )
-    return value
-
-
-def check_thresholds(value: float | Sequence[float], stages: int) -> tuple[float, ...]:
-    """Return one forward threshold a gate."""
+def _one_a_gate(value: float | Sequence[float], stages: int) -> tuple[float, ...]:
     thresholds = tuple(value) if isinstance(value, Sequence) else (value,) * stages
     if len(thresholds) != stages:
         raise DynskipError(
@@ -85,60 +139,76 @@ def check_thresholds(value: float | Sequence[float], stages: int) -> tuple[float
     return thresholds
 
 
-@torch.no_grad()
-def check_parts(backbone: StagedBackbone, gates: Sequence[Any], inner: Sequence[nn.Module | None] | None) -> None:
-    """Try every gate and inner classifier on zeros of its stage's width."""
-    stages, classes = backbone.num_stages, backbone.num_classes
-    if len(gates) != stages:
+def check_encoded(encoded: EncodedVideo, backbone: StagedBackbone, frames: int | None = None) -> None:
+    """Refuse stored features of another backbone, or of videos with another number of frames."""
+    expected, classes = backbone.num_features, encoded.frame_logits.shape[-1]
+    shapes = tuple(tuple(pooled.shape) for pooled in encoded.pooled)
+    batch, length = encoded.frame_logits.shape[:2]
+    wanted = tuple((batch, frames or length, channels) for channels in expected)
+    if shapes != wanted or classes != backbone.num_classes or length != (frames or length) or 0 in (batch, length):
         raise DynskipError(
-            f"Got {len(gates)} gates for {stages} stages; give one gate for each of {backbone.stage_names}."
+            f"Stored features of shapes {shapes} with {classes} classes are not this backbone's; expected (B, "
+            f"{frames or 'T'}, C_n) with C_n = {expected} and {backbone.num_classes} classes. Encode again with this "
+            "model."
         )
+
+
+@torch.no_grad()
+def check_parts(
+    backbone: StagedBackbone,
+    gates: Sequence[Any],
+    inner: Sequence[nn.Module | None] | None,
+    lookup: FLOPsLookup | None = None,
+) -> None:
+    """Try every gate and inner classifier on zeros of its stage's width, and check the cost table's stages."""
+    stages, classes, names = backbone.num_stages, backbone.num_classes, backbone.stage_names
+    if len(gates) != stages:
+        raise DynskipError(f"Got {len(gates)} gates for {stages} stages; give one gate for each of {names}.")
     if inner is not None and len(inner) != stages:
         raise DynskipError(f"Got {len(inner)} inner classifiers for {stages} gates; give one for each gate, or none.")
+    if lookup is not None and (len(lookup.per_stage) != stages or lookup.stage_names not in (None, names)):
+        has = lookup.stage_names or f"{len(lookup.per_stage)} unnamed stages"
+        raise DynskipError(
+            f"The cost table is for another backbone: it has {has}, the backbone {names}. Measure it with "
+            "FLOPsLookup.measure(backbone, image_size, gates)."
+        )
     weight = next(backbone.parameters(), torch.empty(0))
     for n, (gate, channels) in enumerate(zip(gates, backbone.num_features, strict=True)):
-        where = f"after stage {backbone.stage_names[n]!r} ({channels} channels)"
+        this = f"Gate {n} ({type(gate).__name__})"
+        where = f"after stage {names[n]!r} ({channels} channels)"
+        if not issubclass(type(gate), nn.Module):
+            raise DynskipError(f"{this} is no nn.Module; a gate is an nn.Module such as PolicyGate.")
         try:
             with in_mode(gate, False):
                 logits, state = gate(weight.new_zeros(2, channels), gate.initial_state(2))
         except Exception as error:
             raise DynskipError(
-                f"Gate {n} ({type(gate).__name__}) cannot run {where}: {error}. Build it for {channels} input "
-                "features, on the backbone's device and in its dtype."
+                f"{this} cannot run {where}: {error}. Build it for {channels} input features, on the backbone's device "
+                "and in its dtype."
             ) from error
         if tuple(logits.shape) != (2, 2):
             raise DynskipError(
-                f"Gate {n} ({type(gate).__name__}) {where} returned logits of shape {tuple(logits.shape)} for a "
-                "batch of 2; expected (B, 2): stop, forward."
+                f"{this} {where} returned logits of shape {tuple(logits.shape)} for a batch of 2; expected (B, 2): "
+                "stop, forward."
             )
-        classifier = None if inner is None else inner[n]
-        if classifier is None:
-            continue
-        if not state:
-            raise DynskipError(
-                f"Gate {n} ({type(gate).__name__}) has no hidden state for an inner classifier to read. "
-                "Let its state begin with one, or leave `inner` out."
-            )
-        try:
-            answer = classifier(state[0])
-        except Exception as error:
-            raise DynskipError(
-                f"Inner classifier {n} does not fit gate {n}, whose hidden state has {state[0].shape[-1]} features: "
-                f"{error}."
-            ) from error
-        if answer.shape[-1] != classes:
-            raise DynskipError(
-                f"Inner classifier {n} has {answer.shape[-1]} classes and the backbone's head {classes}; make them "
-                "equal."
-            )
+        if inner is not None and (classifier := inner[n]) is not None:
+            _check_classifier(classifier, state, classes, n, this)
 
 
-def check_lookup(backbone: StagedBackbone, lookup: FLOPsLookup | None) -> None:
-    if lookup is None:
-        return
-    if len(lookup.per_stage) != backbone.num_stages or lookup.stage_names not in (None, backbone.stage_names):
-        names = lookup.stage_names or f"{len(lookup.per_stage)} unnamed stages"
+def _check_classifier(classifier: nn.Module, state: tuple[Tensor, ...], classes: int, n: int, gate: str) -> None:
+    if not state:
         raise DynskipError(
-            f"The cost table is for another backbone: it has {names}, the backbone {backbone.stage_names}. Measure it "
-            "with FLOPsLookup.measure(backbone, image_size, gates)."
+            f"{gate} has no hidden state for an inner classifier to read. Let its state begin with one, or leave "
+            "`inner` out."
+        )
+    try:
+        answer = classifier(state[0])
+    except Exception as error:
+        raise DynskipError(
+            f"Inner classifier {n} does not fit gate {n}, whose hidden state has {state[0].shape[-1]} features: "
+            f"{error}."
+        ) from error
+    if answer.shape[-1] != classes:
+        raise DynskipError(
+            f"Inner classifier {n} has {answer.shape[-1]} classes and the backbone's head {classes}; make them equal."
         )

@@ -1,4 +1,4 @@
-"""Rows of tables: some by an index, or (`None`) all of them, without a copy."""
+"""Rows of tables: some, by an index, or all, by `None` and without a copy."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ def at_column(table: Tensor, column: Tensor) -> Tensor:
 
 
 def is_range(values: Tensor, count: int) -> bool:
-    """Whether these are the numbers from 0 on, so many of them."""
+    """Whether these are the numbers from 0 to `count - 1`, in order."""
     return len(values) == count > 0 and (count == 1 or torch.equal(values, torch.arange(count)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,27 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynskip import rules
-from dynskip._check import Checked, check_eval, check_images
-from dynskip._fit import check_encoded, check_parts, check_wrapper_setting
+from dynskip._check import check_eval, check_images
+from dynskip._fit import Wrapper, check_encoded, check_parts
 from dynskip._pretrained import Pretrained
 from dynskip.backbone import StagedBackbone, encode_images
 from dynskip.engine import Engine
 from dynskip.errors import DynskipError
-from dynskip.flops import FLOPsLookup
 from dynskip.gates import FixedGate, Gate, GateState
 from dynskip.output import EncodedVideo, SkipOutput, masked_output
-from dynskip.summary import as_size, one_frame, stage_table
 
 
-class EarlyExit(Pretrained, Checked):
-    """Put exits into an image classifier: an image that a gate stops is answered by the inner classifier there.
+class EarlyExit(Pretrained, Wrapper):
+    """Put exits into an image classifier: where a gate stops an image, the inner classifier there answers.
 
-    A batch of images counts as videos of one frame (`T = 1`), and outputs are those of `StopOrForward`; only what
-    answers for a stopped frame differs. In `eval()`, stages after an exit are not run for the images that left.
+    A batch of images is treated as videos of one frame (`T = 1`), and outputs are those of `StopOrForward`. In
+    `eval()`, stages after an exit are not run for the images that left there.
 
     Args:
         backbone: `N` stages and a head (`stage_model`).
-        gates: `N` gates, one after each stage; `FixedGate()` where no image is to leave.
+        gates: `N` gates, one after each stage; `FixedGate()` for a stage without an exit.
         inner: `N` inner classifiers over the gates' hidden states, which answer. Leave them out where gates have their
             own (`ConfidenceGate`).
         forward_threshold: as in `StopOrForward`.
@@ -58,36 +56,26 @@ class EarlyExit(Pretrained, Checked):
         inner: Sequence[nn.Module] | None = None,
         forward_threshold: float | Sequence[float] = 0.5,
     ) -> None:
-        super().__init__()
         if backbone.num_classes < 2:
             raise DynskipError(
-                "The model has one output, and the softmax of one logit is 1 whatever it says. Give it two outputs, "
-                "one for each answer."
+                "The model has one output. The softmax of one logit is always 1; give the model two outputs, one for "
+                "each answer."
             )
-        classifiers = inner if inner is not None else [nn.Identity() for _ in gates]
-        self.backbone = backbone
-        parts = zip(gates, classifiers, strict=False)
-        self.exits: Any = nn.ModuleList(_Exit(*pair, backbone.num_classes) for pair in parts)
-        self.temperature = 1.0
-        self.class_names: Sequence[str] | None = None
-        self.preprocessing: Mapping[str, Any] | None = None
-        self.forward_threshold: Any = forward_threshold  # kept as a tuple, one a gate
+        classifiers = list(inner) if inner is not None else [nn.Identity() for _ in gates]
         asked = [None if _never_stops(gate) else each for gate, each in zip(gates, classifiers, strict=False)]
         check_parts(backbone, gates, asked if len(classifiers) == len(gates) else classifiers)
-        self._measured: dict[tuple[int, int], FLOPsLookup] = {}
+        super().__init__(backbone, forward_threshold)
+        parts = zip(gates, classifiers, strict=True)
+        self.exits: Any = nn.ModuleList(_Exit(*pair, backbone.num_classes) for pair in parts)
 
-    # What videos have, and images have not.
+    # Settings of videos, which images do not need.
     state_update = "used"
     terminator = None
 
     @property
-    def repeats(self) -> tuple[bool, ...]:
-        """For each gate, that no image counts as another one."""
-        return (False,) * self.backbone.num_stages
-
-    def check_setting(self, name: str, value: Any) -> Any:
-        """Refuse settings that make no sense; see `StopOrForward`."""
-        return check_wrapper_setting(self, name, value)
+    def deciders(self) -> Any:
+        """The exits: each is a gate with the classifier that answers."""
+        return self.exits
 
     @property
     def gates(self) -> tuple[Any, ...]:
@@ -113,16 +101,6 @@ class EarlyExit(Pretrained, Checked):
             DynskipError: if the images have the wrong rank, channels or dtype, or NaN or infinite values.
         """
         return self.decide(self.encode(images), sample=sample) if self.training else self._skip(images, bool(sample))
-
-    def summary(self, image_size: int | tuple[int, int] | None = None) -> str:
-        """Describe the model stage by stage; see `StopOrForward.summary`. A gate's cost includes its classifier's."""
-        lookup = self.lookup_for(as_size(image_size) or self.backbone.input_size[1:])
-        title = f"EarlyExit around {type(self.backbone.model).__name__}"
-        return stage_table(title, self.backbone, self.gates, lookup, self.forward_threshold)
-
-    def extra_repr(self) -> str:
-        """Show what an image costs where that has been counted."""
-        return ", ".join(one_frame(table) for table in self._measured.values())
 
     def encode(self, images: Tensor) -> EncodedVideo:
         """Run the whole backbone on every image.
@@ -150,8 +128,8 @@ class EarlyExit(Pretrained, Checked):
             sample: as in `forward`.
 
         Returns:
-            In training, every exit evaluated, decisions and answers straight-through. In eval, the output of the
-            skipping pass for the same decisions.
+            In training, every exit is evaluated, and decisions and answers are straight-through. In eval, the output
+            of the skipping pass for the same decisions.
 
         Raises:
             DynskipError: if the features are not this backbone's, or are those of videos.
@@ -163,48 +141,37 @@ class EarlyExit(Pretrained, Checked):
         bounds = rules.bounds(self.forward_threshold).tolist()
         asked = [part(pooled[:, 0], ()) for part, pooled in zip(self.exits, encoded.pooled, strict=True)]
         gate_logits = torch.stack([logits for logits, _ in asked], 1)
-        inner_logits = torch.stack([answer for _, (answer,) in asked], 1)
-        forward = [
+        inner = [answer for _, (answer,) in asked]
+        inner_logits = torch.stack(inner, 1)
+        decisions = [
             torch.ones_like(logits[:, 0])
             if part.never_stops
             else rules.draw(logits, bound, self.temperature, sample, self.training)
             for part, bound, (logits, _) in zip(self.exits, bounds, asked, strict=True)
         ]
-        final = encoded.frame_logits[:, 0]
-        passed = torch.stack(forward, 1).cumprod(1)
-        stopped_at = rules.stopped(torch.stack(forward, 1).detach() > 0.5)
+        forward, final = torch.stack(decisions, 1), encoded.frame_logits[:, 0]
+        stopped_at = rules.stopped(forward.detach() > 0.5)
         output = self._output(stopped_at, gate_logits, inner_logits, final, encoded.image_size)
         if not self.training:
             return output
         # Where each image leaves, as shares of 0 and 1 that carry the gates' gradients; the last is the head's.
+        passed = forward.cumprod(1)
         shares = F.pad(passed, (1, 0), value=1.0) - F.pad(passed, (0, 1))
-        answers = torch.cat([inner_logits, final[:, None]], 1)
-        output.logits = (shares[..., None] * answers).sum(1)
-        output.forward, output.gate_logits = torch.stack(forward, 1)[:, None], gate_logits[:, None]
+        # A stage without an exit has a share of 0, which would keep its NaN.
+        answers = [x.nan_to_num() if part.never_stops else x for part, x in zip(self.exits, inner, strict=True)]
+        output.logits = (shares[..., None] * torch.stack([*answers, final], 1)).sum(1)
+        output.forward, output.gate_logits = forward[:, None], gate_logits[:, None]
         output.inner_logits, output.frame_logits = inner_logits[:, None], encoded.frame_logits
         output.evaluated = torch.ones_like(output.evaluated)
         return output
-
-    def lookup_for(self, image_size: tuple[int, int]) -> FLOPsLookup:
-        """Return the cost table for images of a size; the gates' costs include their inner classifiers.
-
-        Args:
-            image_size: `(H, W)`.
-
-        Returns:
-            The table, measured when a size first comes.
-        """
-        if image_size not in self._measured:
-            self._measured[image_size] = FLOPsLookup.measure(self.backbone, image_size, self.exits)
-        return self._measured[image_size]
 
     @torch.no_grad()
     def _skip(self, images: Tensor, sample: bool) -> SkipOutput:
         check_eval(self, "EarlyExit")
         images = check_images(images, self.backbone)
         batch = len(images)
-        engine = Engine(self, batch, sample=sample, gates=self.exits)
-        engine.answered = [True] * batch  # an exit answers for what it stops: nothing has to be kept to go on with
+        engine = Engine(self, batch, sample=sample)
+        engine.answered = [True] * batch  # an exit answers for what it stops, so no stopped image has to be kept
         rows = torch.arange(batch)
         engine.load(rows, images, torch.zeros_like(rows))
         engine.advance(rows)
@@ -216,26 +183,22 @@ class EarlyExit(Pretrained, Checked):
     def _output(
         self, stopped_at: Tensor, gate_logits: Tensor, inner_logits: Tensor, final: Tensor, size: tuple[int, int]
     ) -> SkipOutput:
-        """Make the output of a skipping pass; what the decisions did not ask for is masked."""
-        never = torch.tensor([part.never_stops for part in self.exits])
+        """Make the output of a skipping pass; mask what the decisions did not ask for."""
         answers = torch.cat([inner_logits, final[:, None]], 1)
-        output = masked_output(
+        return masked_output(
             stopped_at[:, None],
             gate_logits[:, None],
             final[:, None],
             self.lookup_for(size),
             self.repeats,
             fallback_frame=torch.full_like(stopped_at, -1),
-            inner_logits=inner_logits[:, None].masked_fill(
-                never.to(final.device, non_blocking=True)[:, None], math.nan
-            ),
+            inner_logits=inner_logits[:, None],
             logits=answers.gather(1, stopped_at[:, None, None].expand(-1, 1, answers.shape[-1])).squeeze(1),
         )
-        return output
 
 
 class _Exit(Gate):
-    """A gate and the classifier that answers for what it stops; a gate in itself, whose state is the answer."""
+    """A gate together with the classifier that answers for what it stops. Its state is the answer, NaN without exit."""
 
     has_memory = False
 
@@ -252,8 +215,8 @@ class _Exit(Gate):
 
     def forward(self, pooled: Tensor, state: GateState) -> tuple[Tensor, GateState]:
         logits, hidden = self.gate(pooled, self.gate.initial_state(len(pooled)))
-        if self.never_stops:
-            return logits, (pooled.new_zeros(len(pooled), self.num_classes),)
+        if self.never_stops:  # there is no exit, and so no answer
+            return logits, (pooled.new_full((len(pooled), self.num_classes), math.nan),)
         return logits, (self.inner(hidden[0]),)
 
 

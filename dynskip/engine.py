@@ -1,17 +1,16 @@
-"""Frames in flight: the one loop over stages and gates that online, clip and streams are policies of.
+"""Frames in flight: the only loop over stages and gates. Online, clip and streams are policies over it.
 
-`run` takes frames through stages, `ask` says which of them their gates let go on as the memories stand now, `decide`
-makes decisions final, frame by frame and in order, and `learn` tells the host. Tables lie on the model's device: only
-`ask` and `learn` wait for it.
+`run` takes frames through stages, `ask` says which of them go on according to the gates' current states, `decide` makes
+decisions final, frame by frame and in order, and `learn` tells the host. Tables are on the model's device: only `ask`
+and `learn` wait for it.
 
-Features do not depend on gates; only the gates' states link frames. So stages may run ahead on whatever the states of
-now let through, and gates decide again, on features already there, where a state has moved on. No stage runs twice on a
-frame.
+Features do not depend on gates; only the gates' states link frames. So stages may run ahead on frames that the current
+states let through. Where a used frame changes the states, gates decide again on features that are already there. No
+stage runs twice on a frame.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -28,83 +27,55 @@ if TYPE_CHECKING:
 
 
 class Decisions(NamedTuple):
-    """What `Engine.decide` decided about `R` videos.
+    """What `Engine.decide` decided about `R` videos."""
 
-    Attributes:
-        videos: `(R,)` the rows, on the host.
-        stopped_at: `(R, W)` what became of each frame; -1 where that is not decided, or the video had ended.
-        running_logits: `(R, W, K)` running predictions after each frame.
-        codes: `(R, W + 1)` what the host is to know, see `Engine.learn`.
-    """
-
-    videos: Tensor
-    stopped_at: Tensor
-    running_logits: Tensor
+    videos: Tensor  # `(R,)` the rows, on the host
+    stopped_at: Tensor  # `(R, W)`; -1 where that is not decided, or the video had ended
+    running_logits: Tensor  # `(R, W, K)` running predictions after each frame
+    # `(R, W + 1)` what the host has to know. Of each frame: `stopped_at` if decided, else `N + 2` plus the gate that
+    # would stop it now. Last, whether the video has ended.
     codes: Tensor
 
 
 class Engine:
-    """Frames in flight, up to `window` of each video. Frame `w` of video `v` goes by the number `v * window + w`.
+    """Frames in flight, up to `window` of each video. The number of frame `w` of video `v` is `v * window + w`.
 
     Args:
-        model: the model, a `StopOrForward` or what has the same settings.
+        model: a `StopOrForward` or `EarlyExit`.
         videos: number of rows `V`.
         window: most frames `W` of a video in flight.
         counts: count what is executed, for `executed`.
-        sample: draw decisions; with a window of 1 only.
-        gates: the gates to ask; by default the model's.
-
-    Attributes:
-        states: for each gate, the state that decides on each row's next frame.
-        proposed: with a window of 1, for each gate the state after each row's frame in flight.
-        sums: what the videos' means are made of.
-        seen: `(V,)` frames decided.
-        ended: `(V,)` boolean, videos that the terminator has ended.
-        gate_logits: `(V * W, N, 2)` what gates said of the frames in flight, in float32 or better.
-        frame_logits: `(V * W, K)` their logits, where the head has run.
-        features: where frames are, and how many stages they have been through.
-        pending: on the host, whether each frame waits for a decision.
-        answered: on the host, whether each video has a used frame.
-        furthest: for each video without a used frame, the stopped frame that got furthest so far.
-        bounds: `(N,)` margins that frames have to exceed.
-        in_order: whether no gate waits for what later ones say: without memory, or where memories advance gate by gate.
+        sample: draw decisions; only with a window of 1.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        videos: int,
-        window: int = 1,
-        *,
-        counts: bool = False,
-        sample: bool = False,
-        gates: Sequence[Any] | None = None,
-    ) -> None:
+    def __init__(self, model: Any, videos: int, window: int = 1, *, counts: bool = False, sample: bool = False) -> None:
         self.model, self.backbone, self.counts, self.sample = model, model.backbone, counts, sample
         self.videos, self.stages = videos, model.backbone.num_stages
-        self.gates = list(model.gates if gates is None else gates)
+        self.gates = list(model.deciders)
         self.parts = [parts_of(gate) for gate in self.gates]
         self.reached = model.state_update == "reached"
+        # Whether a gate's first answer is final: no gate has memory, or no memory waits for later gates.
         self.in_order = self.reached or not any(part.has_memory for part in self.parts)
         weight = next(model.parameters())
         self.dtype, self.device = weight.dtype, weight.device
         self.wide = torch.promote_types(self.dtype, torch.float32)
         self.tie = rules.tie(self.dtype)
-        # Tables are written in place: every tensor is our own, and a normal one even in a caller's inference mode.
+        # Tables are written in place, so they are copies, and no inference tensors even in a caller's inference mode.
         with torch.inference_mode(False), torch.no_grad():
+            # For each gate, the state that decides on each video's next frame.
             self.states: list[GateState] = [tuple(s.clone() for s in g.initial_state(videos)) for g in self.gates]
             self.sums = rules.nothing_counted(videos, self.backbone.num_classes, self.device)
-            self.seen = torch.zeros(videos, dtype=torch.long, device=self.device)
+            self.seen = torch.zeros(videos, dtype=torch.long, device=self.device)  # frames decided
             self.ended = torch.zeros(videos, dtype=torch.bool, device=self.device)
-            # How often each video ran each stage and the head, and each gate's step: for a video, and for a frame.
+            # How often each video ran each stage and the head; and each gate's step, per video and per frame.
             self.ran = torch.zeros(videos, self.stages + 1, dtype=torch.float64)
             self.judged = torch.zeros(videos, self.stages, 2, dtype=torch.float64)
-        self.answered = [False] * videos
-        self.furthest: list[Furthest | None] = [None] * videos
+        self.answered = [False] * videos  # whether a frame was used
+        self.furthest: list[Furthest | None] = [None] * videos  # of the stopped frames; `None` once one was used
         self.open(window)
 
     def open(self, window: int) -> None:
-        """Make room for other frames; those in flight are forgotten, what the videos remember is kept."""
+        """Make room for new frames. Those in flight are forgotten; what videos remember is kept."""
         self.window, frames = window, self.videos * window
         bounds = rules.bounds(self.model.forward_threshold).to(self.wide).expand(frames, -1)
         self._bounds = rules.drawn_bounds(bounds) if self.sample else bounds
@@ -112,15 +83,16 @@ class Engine:
         with torch.inference_mode(False), torch.no_grad():
             self.gate_logits = torch.zeros(frames, self.stages, 2, dtype=self.wide, device=self.device)
             self.frame_logits = torch.zeros(frames, self.backbone.num_classes, dtype=self.dtype, device=self.device)
+            # For each gate, the state after the frame in flight, if that is used. Only with one frame in flight.
             self.proposed = [tuple(s.clone() for s in state) for state in self.states] if window == 1 else []
-            self.pending = torch.zeros(frames, dtype=torch.bool)
+            self.pending = torch.zeros(frames, dtype=torch.bool)  # on the host: waits for a decision
             self._number = torch.zeros(frames, dtype=torch.long)  # of the frame in its video
-            self.features = Features(self.backbone, frames)
+            self.features = Features(self.backbone, self.pending)
             self._margins = torch.zeros(frames, self.stages, dtype=self.wide)  # on the host, of gates that were asked
         self._embedded: list[Tensor | None] = [None] * self.stages
 
     def reset(self, videos: Tensor) -> None:
-        """Put rows back to before their first frame."""
+        """Start new videos in some rows."""
         index = self.upload(videos)
         for gate, state in zip(self.gates, self.states, strict=True):
             for old, new in zip(state, gate.initial_state(len(videos)), strict=True):
@@ -134,24 +106,12 @@ class Engine:
     # Features
 
     def load(self, frames: Tensor, images: Tensor, numbers: Tensor) -> None:
-        """Take frames in.
-
-        Args:
-            frames: `(M,)` where they go.
-            images: `(M, C, H, W)`.
-            numbers: `(M,)` their numbers in their videos.
-        """
-        self.features.load(frames, images, self.pending)
-        self._number[frames], self.pending[frames] = numbers, True
+        """Take `(M,)` frames in: their images `(M, C, H, W)`, and their numbers in their videos `(M,)`."""
+        self.features.load(frames, images)
+        self._number[frames] = numbers
 
     def run(self, first: int, last: int, frames: Tensor) -> None:
-        """Run stages on frames that have been through all stages before; the head is stage `N`.
-
-        Args:
-            first: the first stage.
-            last: the last stage.
-            frames: `(M,)` frames, none twice.
-        """
+        """Run stages `first` to `last`, where the head is stage `N`, on `(M,)` frames that are in front of `first`."""
         carry, frames = self.features.gather(frames, self.device)
         index = self._index(frames, self.videos * self.window)
         for n in range(first, min(last + 1, self.stages)):
@@ -166,7 +126,7 @@ class Engine:
             put(self.frame_logits, index, self.backbone.head(carry).to(self.dtype))
         if self.counts:
             self.ran[:, first : last + 1] += self._videos(frames).bincount(minlength=self.videos)[:, None]
-        self.features.move(frames, carry, last + 1, self.pending)
+        self.features.move(frames, carry, last + 1)
 
     def _keep_embedded(self, stage: int, index: Tensor | None, embedded: Tensor) -> None:
         if index is None:
@@ -180,10 +140,10 @@ class Engine:
         table[index] = embedded.to(table.dtype)
 
     def _judge(self, stage: int, frames: Tensor, index: Tensor | None, embedded: Tensor) -> None:
-        """Ask a gate about frames from the states of now, and write down what it says."""
+        """Ask a gate about frames, from its current states, and keep its logits."""
         part, videos = self.parts[stage], self._videos(frames)
         if self.reached and part.has_memory and len(columns := (frames % self.window).unique()) > 1:
-            # Memories advance gate by gate: the frames of each video one after the other.
+            # Its memory advances from frame to frame: ask about the frames of each video one after the other.
             for column in columns.tolist():
                 chosen = (frames % self.window == column).nonzero().squeeze(1)
                 at = self.upload(chosen)
@@ -211,16 +171,7 @@ class Engine:
             self.judged[:, stage] += torch.stack([often, often * (self.window if shared else 1)], 1)
 
     def ask(self, first: int, last: int, frames: Tensor) -> Tensor:
-        """Say which frames go on after having been through some stages, as the memories stand now. Waits once.
-
-        Args:
-            first: the first gate to ask.
-            last: the last one.
-            frames: `(M,)` frames that have been through these stages.
-
-        Returns:
-            `(M,)` boolean, on the host.
-        """
+        """Say on the host which of `(M,)` frames pass gates `first` to `last`, from the current states. Waits once."""
         index = self._index(frames, self.videos * self.window)
         margins = rules.margins(take(self.gate_logits, index)[:, first : last + 1]).cpu()
         put(self._margins[:, first : last + 1], None if index is None else frames, margins)
@@ -229,12 +180,7 @@ class Engine:
         return going
 
     def advance(self, frames: Tensor, stages: int = 0) -> None:
-        """Take frames as far as their gates let them, as the memories stand now, and those that pass through the head.
-
-        Args:
-            frames: `(M,)` frames, wherever they are.
-            stages: stages that are run before the gates of earlier ones are heard.
-        """
+        """Take `(M,)` frames as far as the gates' current states let them; `stages` is as in `LookAhead`."""
         for first in range(self.stages + 1):
             here = self.features.depth[frames] == first
             if not here.any():
@@ -249,17 +195,15 @@ class Engine:
     # Decisions
 
     def decide(self, videos: Tensor) -> Decisions:
-        """Make decisions on pending frames final, up to the first of each video that lacks a stage. Does not wait.
+        """Make decisions on pending frames of `(R,)` rows final. Does not wait.
 
-        With a window of 1, frames have been asked about as far as they got, and all of them are decided.
-
-        Args:
-            videos: `(R,)` rows.
+        In each video, this ends at the first frame that lacks a stage. With a window of 1, the host knows the verdicts
+        already, and all frames are decided.
         """
         shape, rows = (self.videos, self.window), self._index(videos, self.videos)
         known = torch.where(self.pending, self.features.depth, self.stages + 2).view(shape)
         known = known if rows is None else known[videos]
-        if self.window == 1:  # the host has heard all verdicts
+        if self.window == 1:
             stop = rules.stopped(rules.forwards(self._margins[videos], self._bounds[videos]))[:, None]
             stop = torch.minimum(stop, known - 1)
             decisions = self._count(videos, rows, self.upload(stop), None)
@@ -278,7 +222,7 @@ class Engine:
             new = (stop < on_device) & (on_device < self.stages + 2)
         else:
             stop, new, said = scan(groups, said, self.bounds, on_device, known)
-        decisions = self._count(videos, rows, stop, new)  # before all else is written: a terminator may raise
+        decisions = self._count(videos, rows, stop, new)  # before anything is written: a terminator may raise
         for group in groups:
             self.judged[videos[:, None], torch.tensor(group.gates)] += group.asked
             for n, state in group.states().items():
@@ -288,7 +232,7 @@ class Engine:
         return decisions
 
     def groups(self, rows: Tensor | None) -> list[Group]:
-        """Return the gates with memory, as one where they allow it; that copies weights, so not on a CPU."""
+        """Return the gates with memory; on a GPU as one group, where they allow it. That copies weights."""
         shape, tables = (self.videos, self.window), [table for table in self._embedded if table is not None]
         find = getattr(type(self.gates[0]), "step_together", None)
         step = find(self.gates) if find is not None and self.device.type != "cpu" else None
@@ -305,7 +249,7 @@ class Engine:
         ]
 
     def _count(self, videos: Tensor, rows: Tensor | None, stop: Tensor, new: Tensor | None) -> Decisions:
-        """Let frames count in their videos' means, those that are `new` or all, and end videos."""
+        """Count frames in their videos' means (those that are `new`, or all), and end videos."""
         stopped_at = stop if new is None else torch.where(new, stop, rules.UNSEEN)
         frame_logits = take(self.frame_logits.unflatten(0, (self.videos, self.window)), rows)
         before = rules.Sums(*(take(table, rows) for table in self.sums))
@@ -333,8 +277,8 @@ class Engine:
         """Tell the host what was decided. Waits once, and once more where a video has no used frame yet.
 
         Returns:
-            On the host: `(R, W)` what became of each frame (-1 where the video had ended); `(R, W)` boolean, pending
-            frames that lack a stage as far as can be told now; `(R,)` boolean, videos that have ended.
+            On the host: `(R, W)` what became of each frame (-1 where not decided, or the video had ended); `(R, W)`
+            boolean, pending frames that lack a stage, from the current states; `(R,)` boolean, videos that have ended.
         """
         videos, told = decisions.videos, decisions.codes.cpu()
         codes, ended = told[:, :-1], told[:, -1].bool()
@@ -345,8 +289,8 @@ class Engine:
         final = pending & (codes <= self.stages)
         stopped_at = torch.where(final, codes, rules.UNSEEN)
         lacking = pending & ~final & ~ended[:, None] & (codes - (self.stages + 2) >= self.features.depth[frames])
-        has_used = (stopped_at == self.stages).any(1).tolist()
-        if not all(used or self.answered[row] for used, row in zip(has_used, videos.tolist(), strict=True)):
+        has_used = (stopped_at == self.stages).any(1)
+        if not (has_used | torch.tensor(self.answered)[videos]).all():
             self._margins[frames] = rules.margins(self.gate_logits[self.upload(frames)]).cpu()
         self._remember(videos, stopped_at)
         self.pending[frames[final | (pending & ended[:, None])]] = False
@@ -354,23 +298,22 @@ class Engine:
 
     def _remember(self, videos: Tensor, stopped_at: Tensor) -> None:
         """Keep the furthest of the frames that stopped, of videos without a used frame."""
-        if all(self.answered[row] for row in videos.tolist()):
-            return
         for row, gates in zip(videos.tolist(), stopped_at.tolist(), strict=True):
-            self.answered[row] = self.answered[row] or self.stages in gates
-            if self.answered[row]:
-                self.furthest[row] = None
+            if self.answered[row] or self.stages in gates:
+                self.answered[row], self.furthest[row] = True, None
                 continue
             for frame, gate in enumerate(gates, row * self.window):
+                if gate < 0:
+                    continue
                 best = self.furthest[row]
                 score = float(rules.score(torch.tensor(gate), self._margins[frame, gate]))
-                if gate >= 0 and (best is None or rules.further(score, best.score, self.tie)):
+                if best is None or rules.further(score, best.score, self.tie):
                     depth = min(int(self.features.depth[frame]), self.stages)
                     carry = self.features.row(frame, self.device)
                     self.furthest[row] = Furthest(score, gate, int(self._number[frame]), depth, carry)
 
     def executed(self, video: int, lookup: FLOPsLookup) -> float:
-        """Return the cost of all that was executed for a video since it was reset, in the table's unit."""
+        """Return the cost of all that ran for a video since it was reset, in the table's unit."""
         stages = torch.cat([lookup.per_stage + lookup.gates - lookup.steps, lookup.steps.new_tensor([lookup.head])])
         steps = torch.stack([lookup.shared, lookup.steps - lookup.shared], 1)
         return float((self.ran[video] * stages).sum() + (self.judged[video] * steps).sum())
@@ -379,7 +322,7 @@ class Engine:
         return frames.div(self.window, rounding_mode="floor") if self.window > 1 else frames
 
     def _index(self, rows: Tensor, count: int) -> Tensor | None:
-        """Return an index of a table's rows on the device; `None` for all of them, in order."""
+        """Return rows as an index on the device; `None` if they are all `count` rows of a table, in order."""
         return None if is_range(rows, count) else self.upload(rows)
 
     def _keep_state(self, table: GateState, rows: Tensor | None, state: GateState) -> None:
@@ -390,5 +333,5 @@ class Engine:
         return tuple(take(state, rows) for state in self.states[stage])
 
     def upload(self, values: Tensor) -> Tensor:
-        """Copy a tensor of the host to the device, without waiting."""
+        """Copy a tensor to the device, without waiting."""
         return values.to(self.device, non_blocking=True)

@@ -1,7 +1,7 @@
-"""What a pass over videos gives: what became of a frame, what a video's answer is, and a batch of both.
+"""What a pass over videos gives: results of a frame, results of a video, and a batch of both.
 
-A quantity has one name, wherever it is found: `used` is a frame's, `frames_used` a video's; `macs` are a video's,
-`frame_macs` a frame's; `logits` are a video's answer, `running_logits` the one so far, `frame_logits` a frame's.
+One quantity has one name everywhere. `used` is of a frame, `frames_used` of a video; `macs` are of a video,
+`frame_macs` of a frame; `logits` are a video's answer, `running_logits` its answer so far, `frame_logits` a frame's.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from dynskip.flops import FLOPsLookup
 
 @dataclass
 class FrameResult:
-    """What became of a frame: of one of a stream, or of one of each of a session's `B` videos.
+    """What became of a frame of a stream, or of one frame of each of a session's `B` videos.
 
-    Shapes are those of a session; what a stream hands out has no `B`, and numbers in the place of `(B,)` tensors.
+    Shapes are those of a session. The result of a stream has no `B`, and numbers in place of `(B,)` tensors.
 
     Attributes:
-        stopped_at: `(B,)` index of the gate that stopped the frame; `N` for used frames, -1 where the video had ended
-            before and the frame was not looked at.
+        stopped_at: `(B,)` index of the gate that stopped the frame; `N` for used frames, -1 for unseen ones: their
+            video had ended before.
         used: `(B,)` boolean, frames that passed every gate.
         gate_logits: `(B, N, 2)` logits (stop, forward), NaN where not evaluated.
         frame_logits: `(B, K)` logits of the frame, NaN unless used.
@@ -54,19 +54,19 @@ class FrameResult:
 
 @dataclass
 class VideoResult:
-    """What a video's answer is: of a stream, or of each of a session's `B` videos.
+    """The answer for a stream, or for each of a session's `B` videos.
 
-    Shapes are those of a session; what a stream hands out has no `B`, and numbers in the place of `(B,)` tensors.
+    Shapes are those of a session. The result of a stream has no `B`, and numbers in place of `(B,)` tensors.
 
     Attributes:
         logits: `(B, K)` mean over the used frames, or the fallback frame's; NaN where neither exists.
         frames_used: `(B,)` number of frames used.
         frames_seen: `(B,)` number of frames looked at.
-        fallback_frame: `(B,)` where no frame was used, the frame that was run to the end in their place; else -1.
+        fallback_frame: `(B,)` where no frame was used, the stopped frame that was run to the end; else -1.
         macs: `(B,)` float64 executed cost of the video, the fallback included.
-        speculative_macs: `(B,)` float64 what was executed beyond `macs`, ahead of decisions that then went otherwise.
+        speculative_macs: `(B,)` float64 cost of what ran ahead of the decisions, in vain; not in `macs`.
         key: name of the stream; `None` in sessions.
-        error: why the stream failed; `None` where it came to its end. The other fields tell how far it had got.
+        error: why the stream failed, else `None`. The other fields then tell how far it had got.
     """
 
     logits: Tensor
@@ -86,13 +86,14 @@ class VideoResult:
 
 @dataclass
 class SkipOutput:
-    """What a pass over videos decided, predicted and cost. What was not evaluated is masked, never invented.
+    """What a pass over videos decided, predicted and cost. What was not evaluated is NaN or 0.
 
     Classes are exclusive: `probabilities` are a softmax, and so are those that end videos.
 
     Attributes:
-        logits: `(B, K)` logits of each video: the mean over its used frames (Eq. 3.6), each as often as gates with
-            `repeats_last` say that it is shown. In eval, frames whose logits are not finite do not count.
+        logits: `(B, K)` logits of each video: the mean over its used frames (Eq. 3.6). A frame that a gate with
+            `repeats_last` stops counts the last used one once more. In eval, frames whose logits are not finite do not
+            count.
         forward: `(B, T, N)` decisions, 1 forward and 0 stop; straight-through in training, 0 where a gate was not
             evaluated.
         used: `(B, T)` boolean, frames that passed every gate.
@@ -100,12 +101,12 @@ class SkipOutput:
         frame_logits: `(B, T, K)` logits of each frame (Eq. 3.5), NaN where not computed.
         gate_logits: `(B, T, N, 2)` logits (stop, forward), NaN where not evaluated; `None` without gates.
         inner_logits: `(B, T, N, K)` logits of the inner classifiers, NaN where their gate was not evaluated; `None`
-            when they did not run (they serve training; the skipping pass leaves them out).
+            where they did not run, as in the skipping pass over videos.
         macs: `(B,)` float64 executed cost of each video in the lookup's unit (MACs), gates and head included.
-        fallback_frame: `(B,)` where no frame was used, the frame that was run to the end in their place; else -1.
+        fallback_frame: `(B,)` where no frame was used, the stopped frame that was run to the end; else -1.
         evaluated: `(B, T, N)` boolean, gates that ran: all of them in training, those a frame reached in eval.
-        speculative_macs: `(B,)` float64 what was executed beyond `macs` to run several frames or stages at a time,
-            ahead of decisions that then went otherwise. Zero unless stored videos are really skipped.
+        speculative_macs: `(B,)` float64 cost of what ran ahead of the decisions, in vain; not in `macs`. Zero unless
+            stored videos are really skipped.
     """
 
     logits: Tensor
@@ -118,7 +119,7 @@ class SkipOutput:
     macs: Tensor
     fallback_frame: Tensor
     evaluated: Tensor
-    speculative_macs: Tensor = None  # type: ignore[assignment]  # zeros like `macs`, which are not known here
+    speculative_macs: Tensor = None  # type: ignore[assignment]  # zeros like `macs`
 
     def __repr__(self) -> str:
         """Say what happened, in counts."""
@@ -157,9 +158,9 @@ class SkipOutput:
 
 @dataclass
 class EncodedVideo:
-    """Everything that gates and the video's prediction need of a dense backbone pass.
+    """All that gates and predictions need of a pass through the whole backbone.
 
-    With a frozen backbone, store it once and train gates on it in seconds per epoch.
+    With a frozen backbone, store it once and train gates on it in seconds an epoch.
 
     Attributes:
         pooled: for each of `N` stages `(B, T, C_n)` pooled features.
@@ -190,17 +191,17 @@ def masked_output(
     inner_logits: Tensor | None = None,
     logits: Tensor | None = None,
 ) -> SkipOutput:
-    """Make the output of a skipping pass; whatever the tensors hold that the decisions did not ask for is masked.
+    """Make the output of a skipping pass: mask what the decisions did not ask for.
 
     Args:
         stopped_at: `(B, T)` what became of each frame.
         gate_logits: `(B, T, N, 2)`.
         frame_logits: `(B, T, K)`.
         lookup: costs at the frames' size.
-        repeats: for each gate, whether frames that it stops count as the last used one.
-        fallback_frame: `(B,)`, where it has been chosen already.
-        inner_logits: `(B, T, N, K)`, where inner classifiers ran.
-        logits: `(B, K)` the videos' answers, where they do not follow from the frames' logits.
+        repeats: for each gate, whether frames that it stops repeat the last used one.
+        fallback_frame: `(B,)`; chosen here by default.
+        inner_logits: `(B, T, N, K)`, if inner classifiers ran.
+        logits: `(B, K)` the videos' answers; by default the mean of the answering frames' logits.
     """
     stages = gate_logits.shape[2]
     if fallback_frame is None:
@@ -227,7 +228,7 @@ def masked_output(
 
 
 def dense_output(frame_logits: Tensor, stages: int, lookup: FLOPsLookup) -> SkipOutput:
-    """Make the output of a pass that leaves the gates out and uses every frame, `(B, T, K)` logits."""
+    """Make the output of a pass without gates, which uses every frame: `(B, T, K)` logits."""
     batch, frames, _ = frame_logits.shape
     device = frame_logits.device
     return SkipOutput(

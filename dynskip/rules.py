@@ -1,12 +1,12 @@
-"""What follows from gates' logits. Every way of running calls these rules, and there is no other place for them.
+"""The rules: what follows from gates' logits. Every way of running calls these functions.
 
-Shapes: `B` videos of `T` frames, `N` gates, `K` classes. All functions are pure and run without waiting for a device.
+Shapes: `B` videos of `T` frames, `N` gates, `K` classes. All functions are pure and never wait for a device.
 
-    margins    forward logit minus stop logit              nearness, score    how far a stopped frame got
-    forwards   does a frame go forward?                    further, fallback  which one answers for its video
-    draw       the same, drawn, and with gradients         count              what adds to a video's mean
-    stopped    the first gate that says stop               running, ends      the running prediction; a video's end
-    keep       which rows keep a new state                 known              what was not computed is NaN
+    margins    forward logit minus stop logit            nearness, score    how far a stopped frame got
+    forwards   does a frame go forward?                  further, fallback  which frame answers for its video
+    draw       the same, drawn or with gradients         count              what adds to a video's mean
+    stopped    the first gate that says stop             running, ends      the running prediction; a video's end
+    keep       which rows keep a new state               known              NaN for what was not computed
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from dynskip.gates import FORWARD, STOP, GateState, logit
 
 UNSEEN = -1  # `stopped_at` of a frame that was never looked at, because the video had ended
-SATURATED = 100.0  # a margin as wide as this holds whatever the threshold
+SATURATED = 100.0  # no threshold overrules a margin as wide as this
 
 # One frame's decision
 
 
 def margins(gate_logits: Tensor) -> Tensor:
-    """Say how far forward logits lie above stop logits, in float32 or better: `(..., 2) -> (...)`."""
+    """Return forward logits minus stop logits, in float32 or better: `(..., 2) -> (...)`."""
     wide = gate_logits.to(torch.promote_types(gate_logits.dtype, torch.float32))
     stop, forward = wide.unbind(-1)
     return forward - stop
@@ -36,20 +36,20 @@ def margins(gate_logits: Tensor) -> Tensor:
 def bounds(forward_threshold: Sequence[float]) -> Tensor:
     """Return the `(N,)` float64 margins that frames have to exceed for these forward probabilities.
 
-    They lie within `SATURATED`, so that a gate which says `always` (such as `FixedGate`) is never overruled.
+    They lie within `SATURATED`, so that no threshold overrules a saturated gate such as `FixedGate`.
     """
     highest = 0.99 * SATURATED  # below it in every precision
     return torch.tensor([min(max(logit(p), -SATURATED), highest) for p in forward_threshold], dtype=torch.float64)
 
 
 def drawn_bounds(bounds: Tensor) -> Tensor:
-    """Return margins to exceed where decisions are drawn: a frame passes as often as its forward probability says."""
+    """Return margins to exceed where decisions are drawn: a frame passes with its forward probability."""
     uniform = torch.rand(bounds.shape, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
     return uniform.logit().to(bounds.dtype)
 
 
 def forwards(margin: Tensor, bound: Tensor | float) -> Tensor:
-    """Say which frames go forward. A NaN stops a frame, as the lowest margin would."""
+    """Say which frames go forward. A NaN stops a frame."""
     return margin > bound
 
 
@@ -60,7 +60,7 @@ def draw(
 
     Args:
         gate_logits: `(B, 2)` logits (stop, forward).
-        bound: margin that goes forward where nothing is drawn, see `bounds`.
+        bound: margin to exceed where nothing is drawn, see `bounds`.
         temperature: temperature of the Gumbel-softmax.
         sample: draw instead of taking the more probable decision.
         training: let gradients pass.
@@ -75,9 +75,8 @@ def draw(
     hard = forwards(margin, bound).to(gate_logits.dtype)
     if not training:
         return hard
-    soft = (
-        (margin / temperature).sigmoid().to(gate_logits.dtype)
-    )  # a softmax of two, which infinite logits leave finite
+    # The softmax of two logits, written so that it stays finite where logits are infinite.
+    soft = (margin / temperature).sigmoid().to(gate_logits.dtype)
     return hard + soft - soft.detach()
 
 
@@ -87,7 +86,7 @@ def stopped(forward: Tensor, dim: int = -1) -> Tensor:
 
 
 def keep(rows: Tensor, new: GateState, old: GateState) -> GateState:
-    """Return a state that is the new one where `rows` says so, else the old one. No dtype changes."""
+    """Return the new state where `rows` says so, and the old one elsewhere, in the old one's dtype."""
     return tuple(
         torch.where(rows.view(rows.shape + (1,) * (b.ndim - rows.ndim)), a.to(b.dtype), b)
         for a, b in zip(new, old, strict=True)
@@ -98,18 +97,18 @@ def keep(rows: Tensor, new: GateState, old: GateState) -> GateState:
 
 
 def nearness(margin: Tensor) -> Tensor:
-    """Rise with a stopped frame's forward probability, from 0 to below 1: float64. A NaN gives -1.5, below all."""
-    # A softmax would do, but its last digits depend on where in a batch a row stands.
+    """Map margins to float64 numbers from 0 to below 1, in the same order. A NaN gives -1.5, below all."""
+    # A softmax would do, but its last digits depend on a row's place in the batch.
     wide = margin.double().clamp(-1e30, 1e30)
     return (0.5 + 0.5 * wide / (1 + wide.abs())).clamp(max=1 - 1e-12).nan_to_num(-1.5)
 
 
 def score(stopped_at: Tensor, margin: Tensor) -> Tensor:
-    """Order stopped frames by how far they got, then by how nearly their gate forwarded them.
+    """Score stopped frames by how far they got, then by how nearly their gate forwarded them.
 
     Args:
         stopped_at: `(...)` the gate that stopped each frame.
-        margin: `(...)` what it said; a frame that a NaN stopped comes after all others.
+        margin: `(...)` that gate's margin; a frame that a NaN stopped comes last.
 
     Returns:
         `(...)` float64 scores, above -1; -2 for frames that did not stop.
@@ -119,17 +118,17 @@ def score(stopped_at: Tensor, margin: Tensor) -> Tensor:
 
 
 def tie(dtype: torch.dtype) -> float:
-    """Return by how much scores may differ that count as equal: more than rounding moves them in another batch."""
+    """Return up to which difference scores are equal: more than rounding in another batch size changes them."""
     return math.sqrt(torch.finfo(dtype).eps)
 
 
 def further(score: Any, best: Any, tie: float) -> Any:
-    """Whether a frame got further than the best one before it; of equals, the earlier one stays."""
+    """Whether a frame got further than the best one before it. Of equals, the earlier one stays."""
     return score > best + tie
 
 
 def fallback(stopped_at: Tensor, gate_logits: Tensor) -> Tensor:
-    """Choose, for videos without a used frame, the frame that answers in their place: `(B,)`, -1 for other videos.
+    """Choose the frame that answers for a video without a used frame: `(B,)`, -1 for videos that have one.
 
     Args:
         stopped_at: `(B, T)` what became of each frame.
@@ -147,7 +146,7 @@ def fallback(stopped_at: Tensor, gate_logits: Tensor) -> Tensor:
 
 
 def answering(stopped_at: Tensor, stages: int, fallback_frame: Tensor) -> Tensor:
-    """Mark the frames whose logits make the prediction: the used ones, or else the fallback. `(B, T)`."""
+    """Mark the frames whose logits make the prediction: the used ones, or the fallback. `(B, T)` boolean."""
     frames = torch.arange(stopped_at.shape[1], device=stopped_at.device)
     return (stopped_at == stages) | (frames == fallback_frame[:, None])
 
@@ -161,7 +160,7 @@ class Sums(NamedTuple):
     Attributes:
         total: `(B, K)` float64 sum of the logits that count.
         counted: `(B,)` number of them.
-        last: `(B, K)` float64 logits of the last used frame, which frames that repeat it add once more.
+        last: `(B, K)` float64 logits of the last used frame; a frame that repeats it adds them once more.
     """
 
     total: Tensor
@@ -176,11 +175,11 @@ def nothing_counted(videos: int, classes: int, device: torch.device) -> Sums:
 
 
 def source(stopped_at: Tensor, repeats: Sequence[bool]) -> Tensor:
-    """Say which frame's logits each frame adds to its video's mean, `(B, T)`; -1 for none.
+    """Return the number of the frame whose logits each frame adds to its video's mean, `(B, T)`; -1 for none.
 
     Args:
         stopped_at: `(B, T)` what became of each frame.
-        repeats: for each of `N` gates, whether frames that it stops count as the last used one.
+        repeats: for each of `N` gates, whether frames that it stops repeat the last used one.
     """
     frames = torch.arange(stopped_at.shape[1], device=stopped_at.device)
     used = stopped_at == len(repeats)
@@ -191,7 +190,7 @@ def source(stopped_at: Tensor, repeats: Sequence[bool]) -> Tensor:
 
 
 def times_counted(stopped_at: Tensor, repeats: Sequence[bool]) -> Tensor:
-    """Say how often each frame's logits count in its video's mean, `(B, T)`; 1 for frames that nothing repeats."""
+    """Return how often each frame's logits count in its video's mean, `(B, T)`; 1 for frames that nothing repeats."""
     at = source(stopped_at, repeats)
     counts = torch.zeros_like(stopped_at).scatter_add(1, at.clamp(min=0), (at >= 0).long())
     return counts.clamp(min=1)
@@ -202,8 +201,8 @@ def count(stopped_at: Tensor, frame_logits: Tensor, repeats: Sequence[bool], bef
 
     Args:
         stopped_at: `(B, T)` what became of each frame.
-        frame_logits: `(B, T, K)` logits, of used frames at least.
-        repeats: for each of `N` gates, whether frames that it stops count as the last used one.
+        frame_logits: `(B, T, K)` logits; only those of used frames matter.
+        repeats: for each of `N` gates, whether frames that it stops repeat the last used one.
         before: the sums before the first of these frames.
 
     Returns:
@@ -223,13 +222,13 @@ def count(stopped_at: Tensor, frame_logits: Tensor, repeats: Sequence[bool], bef
     added = torch.where(counts[..., None], added, 0.0)
     if used.shape[1] == 1:
         return Sums(before.total[:, None] + added, before.counted[:, None] + counts, last)
-    # Added one by one, as frames arrive, from what was there before: another order would round otherwise.
+    # Added one by one, as if frames arrived one by one: another order would round differently.
     total = torch.cat([before.total[:, None], added], 1).cumsum(1)[:, 1:]
     return Sums(total, before.counted[:, None] + counts.cumsum(1), last)
 
 
 def running(sums: Sums, dtype: torch.dtype) -> Tensor:
-    """Return the running prediction, mean logits `(..., K)`; NaN before anything has counted."""
+    """Return the running prediction, mean logits `(..., K)`; NaN before the first frame that counts."""
     return (sums.total / sums.counted[..., None]).to(dtype)
 
 
@@ -237,7 +236,7 @@ def ends(terminator: nn.Module, running_logits: Tensor, seen: Tensor) -> Tensor:
     """Say after which frames a terminator ends their video.
 
     Args:
-        terminator: the rule.
+        terminator: the terminator.
         running_logits: `(B, T, K)` running predictions.
         seen: `(B, T)` frames looked at so far.
 
@@ -250,10 +249,10 @@ def ends(terminator: nn.Module, running_logits: Tensor, seen: Tensor) -> Tensor:
 
 
 def end_videos(terminator: nn.Module, running_logits: Tensor, stopped_at: Tensor) -> Tensor:
-    """Return what becomes of each frame when videos that were read whole end early: `(B, T)`.
+    """Return what becomes of the frames of whole videos when the terminator ends them: `(B, T)`.
 
     Args:
-        terminator: the rule.
+        terminator: the terminator.
         running_logits: `(B, T, K)` running predictions after each frame.
         stopped_at: `(B, T)` what became of each frame.
     """
@@ -267,28 +266,28 @@ def unseen_after(ended: Tensor, stopped_at: Tensor) -> Tensor:
 
 
 def read(stopped_at: Tensor, frame_logits: Tensor, repeats: Sequence[bool]) -> Tensor:
-    """Return the running predictions of whole videos, `(B, T, K)` in float32 or better: `count`, from their start."""
+    """Return the running predictions of whole videos, `(B, T, K)` in float32 or better; see `count`."""
     before = nothing_counted(len(stopped_at), frame_logits.shape[-1], stopped_at.device)
     wide = torch.promote_types(frame_logits.dtype, torch.float32)
     return running(count(stopped_at, frame_logits, repeats, before), wide)
 
 
 def answer(fallback_logits: Tensor) -> Tensor:
-    """Return what a fallback frame's `(..., K)` logits answer: NaN where they are not finite, and so do not count."""
+    """Return the answer of fallback frames' `(..., K)` logits: NaN for a frame whose logits are not all finite."""
     return known(fallback_logits, _finite(fallback_logits))
 
 
 def known(values: Tensor, where: Tensor) -> Tensor:
-    """Put NaN in the place of what was not computed."""
+    """Replace what was not computed with NaN."""
     return values.masked_fill(~where.view(where.shape + (1,) * (values.ndim - where.ndim)), math.nan)
 
 
 def _finite(logits: Tensor) -> Tensor:
-    return (logits - logits == 0).all(-1)  # false for NaN and infinite values, in fewer launches than `isfinite`
+    return (logits - logits == 0).all(-1)  # as `isfinite`, in fewer launches
 
 
 def _repeating(stopped_at: Tensor, repeats: Sequence[bool]) -> Tensor:
     again = torch.zeros_like(stopped_at, dtype=torch.bool)
-    for n, repeat in enumerate(repeats):  # few gates repeat, and a table of them would have to be uploaded
+    for n, repeat in enumerate(repeats):  # few gates repeat; a table of them would have to be uploaded
         again = again | (stopped_at == n) if repeat else again
     return again

@@ -1,13 +1,12 @@
-"""Decide frame by frame, each from the states that the used frames before it have made: one pass, without waiting.
+"""Decide frame by frame, each from the states that the used frames before it have made. Never waits for the device.
 
-This is what links frames, and so the one thing that cannot be batched over them. All steps have the same shapes.
+This links frames, so it is the only part that cannot be batched over them. All steps have the same shapes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,23 +17,14 @@ from dynskip.gates import GateState, Step
 
 @dataclass
 class Group:
-    """Gates with memory that are asked as one: `G` of them together, or a single one without that dimension.
-
-    Attributes:
-        gates: which gates.
-        step: what asks them.
-        columns: for each column of frames `(G, R, E)` what the gates' stateless parts made of it.
-        state: `(G, R, ...)` their states, which move on during the scan.
-        together: whether there is a `G`.
-        asked: how often they were asked about a frame of each video.
-    """
+    """Gates with memory that are asked in one step: `G` of them, or a single one, without that dimension."""
 
     gates: list[int]
     step: Step
-    columns: Sequence[Tensor]
-    state: GateState
-    together: bool = False
-    asked: int = 0
+    columns: Sequence[Tensor]  # of each column of frames, `(G, R, E)`: what the gates' stateless parts made of it
+    state: GateState  # `(G, R, ...)`; the scan advances it
+    together: bool = False  # whether there is a dimension `G`
+    asked: int = 0  # how often they were asked about a frame of each video
 
     def states(self) -> dict[int, GateState]:
         """Return the state of each gate."""
@@ -43,33 +33,22 @@ class Group:
         return {n: tuple(part[i] for part in self.state) for i, n in enumerate(self.gates)}
 
 
-class Scanned(NamedTuple):
-    """What a scan found about `R` videos.
-
-    Attributes:
-        stop: `(R, W)` the first gate that stops each frame, `N` for none.
-        final: `(R, W)` whether that is final: neither the frame nor one before it lacks a stage.
-        gate_logits: `(R, W, N, 2)` what the gates said.
-    """
-
-    stop: Tensor
-    final: Tensor
-    gate_logits: Tensor
-
-
-def scan(groups: Sequence[Group], gate_logits: Tensor, bounds: Tensor, depth: Tensor, on_host: Tensor) -> Scanned:
-    """Decide on the frames of a window, up to the first of each video that lacks a stage.
+def scan(
+    groups: Sequence[Group], gate_logits: Tensor, bounds: Tensor, depth: Tensor, on_host: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Decide on the frames of a window, in each video up to the first one that lacks a stage.
 
     Args:
-        groups: the gates with memory; their states move on.
-        gate_logits: `(R, W, N, 2)` what gates have said so far, which holds for those without memory.
+        groups: the gates with memory; their states are advanced.
+        gate_logits: `(R, W, N, 2)` the gates' logits so far, which are final for gates without memory.
         bounds: `(N,)` margins to exceed.
         depth: `(R, W)` stages that each frame has been through, the head included; `N + 2` where there is no frame to
             decide on.
         on_host: the same on the host.
 
     Returns:
-        What was found.
+        `(R, W)` the first gate that stops each frame, `N` for none; `(R, W)` whether that is final: neither the frame
+        nor an earlier one lacks a stage; and the new gate logits.
     """
     stages, window = gate_logits.shape[2], depth.shape[1]
     present = depth < stages + 2
@@ -80,7 +59,7 @@ def scan(groups: Sequence[Group], gate_logits: Tensor, bounds: Tensor, depth: Te
     going = torch.ones_like(depths[0], dtype=torch.bool)
     said, stops, goings = [], [torch.zeros_like(depths[0])] * start, [going] * start
     for column in range(start, window):
-        if depth.device.type == "cpu" and not going.any():  # a look at a CPU costs nothing
+        if depth.device.type == "cpu" and not going.any():  # on a CPU, looking costs nothing
             break
         logits, proposed = _ask(groups, gate_logits, column, deepest[column])
         stop = rules.stopped(rules.forwards(rules.margins(logits), bounds[:, None]), 0)
@@ -98,13 +77,13 @@ def scan(groups: Sequence[Group], gate_logits: Tensor, bounds: Tensor, depth: Te
     fresh = torch.stack(said, 2).permute(1, 2, 0, 3)
     gate_logits[:, columns] = torch.where(present[:, columns, None, None], fresh, gate_logits[:, columns])
     final = torch.stack(goings + [torch.zeros_like(going)] * left, 1) & present
-    return Scanned(torch.stack(stops + [stops[-1]] * left, 1), final, gate_logits)
+    return torch.stack(stops + [stops[-1]] * left, 1), final, gate_logits
 
 
 def _ask(
     groups: Sequence[Group], gate_logits: Tensor, column: int, deepest: int
 ) -> tuple[Tensor, list[tuple[Group, GateState]]]:
-    """Return `(N, R, 2)` what gates say of a column of frames, and the states that those with memory propose."""
+    """Return the gates' logits `(N, R, 2)` on a column of frames, and the states that gates with memory propose."""
     if groups and groups[0].together:
         logits, new = groups[0].step(groups[0].columns[column], groups[0].state)
         return logits.to(gate_logits.dtype), [(groups[0], new)]

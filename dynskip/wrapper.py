@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from dynskip import rules
-from dynskip._check import Checked, check_eval, check_video
-from dynskip._fit import check_encoded, check_lookup, check_noise, check_parts, check_wrapper_setting
+from dynskip._check import check_eval, check_video
+from dynskip._fit import Wrapper, check_encoded, check_parts
 from dynskip._pretrained import Pretrained
 from dynskip.backbone import StagedBackbone, encode_images
 from dynskip.errors import DynskipError
@@ -21,19 +20,19 @@ from dynskip.gates import parts_of
 from dynskip.output import EncodedVideo, FrameResult, SkipOutput, VideoResult, dense_output, masked_output
 from dynskip.runtime.clip import LookAhead, run_clip, tune
 from dynskip.runtime.online import Session
-from dynskip.runtime.streams import aserve, serve
-from dynskip.summary import as_size, one_frame, stage_table
+from dynskip.runtime.scheduler import Scheduler
+from dynskip.runtime.streams import as_async, aserve, serve
 from dynskip.terminate import EarlyTerminator
 
 if TYPE_CHECKING:
     from dynskip.runtime.optimize import Agreement
 
 
-class StopOrForward(Pretrained, Checked):
-    """Put gates around a backbone: after each stage, a gate decides frame by frame to stop or to go forward.
+class StopOrForward(Pretrained, Wrapper):
+    """Put gates around a backbone: after each stage, a gate decides for each frame to stop or to go forward.
 
     `train()` runs every stage and gate on every frame and masks, so that gradients reach all decisions. `eval()` runs
-    only what the decisions ask for; both give the same results for the same decisions.
+    only what the decisions ask for. For the same decisions, both give the same results.
 
     Args:
         backbone: `N` stages and a head (`stage_model`).
@@ -43,17 +42,17 @@ class StopOrForward(Pretrained, Checked):
         lookup: cost table; `None` measures one for each frame size when it first comes.
         state_update: which frames advance the gates' memory. `"used"` (the thesis): all gates on frames that passed
             every gate. `"reached"`: each gate on every frame that reaches it.
-        forward_threshold: forward where the gate's forward probability exceeds this, for all gates or one a gate;
-            0.5 is the arg-max. See `dynskip.rules` for what gates answer that no threshold overrules.
+        forward_threshold: a frame goes forward where the gate's forward probability exceeds this; one number for all
+            gates, or one a gate. 0.5 is the arg-max. No threshold overrules saturated logits (`dynskip.rules`).
 
     Settings are checked whenever they are set.
 
     Attributes:
         temperature: temperature of the Gumbel-softmax in training; set it from a schedule every epoch.
-        class_names: name of each class, or `None`; set it, and it is saved and exported with the model.
+        class_names: name of each class, or `None`; saved and exported with the model.
         preprocessing: how frames are made from pictures, as arguments of `timm.data.create_transform` (`input_size`,
-            `mean`, `std`, ...), or `None`; set it, and it is saved with the model.
-        look_ahead: how far clips run ahead of the gates, such as `tune` returns; `None` for what suits the device.
+            `mean`, `std`, ...), or `None`; saved with the model.
+        look_ahead: how far clips run ahead of the gates, as `tune` returns it; `None` for what suits the device.
 
     Raises:
         DynskipError: if the parts do not fit one another; the message names the part.
@@ -74,30 +73,19 @@ class StopOrForward(Pretrained, Checked):
         state_update: Literal["used", "reached"] = "used",
         forward_threshold: float | Sequence[float] = 0.5,
     ) -> None:
-        super().__init__()
-        for n, gate in enumerate(gates):
-            if not isinstance(gate, nn.Module):
-                raise DynskipError(f"Gate {n} is a {type(gate).__name__}; a gate is an nn.Module such as PolicyGate.")
-        self.backbone = backbone
-        self.gates: Any = nn.ModuleList(gates)  # Any: gates are a protocol of their own, which nn.Module hides
+        check_parts(backbone, gates, inner, lookup)
+        super().__init__(backbone, forward_threshold, lookup)
+        self.gates = nn.ModuleList(gates)
         self.inner = nn.ModuleList(inner) if inner is not None else None
         self.terminator: EarlyTerminator | None = terminator
         self.state_update: Literal["used", "reached"] = state_update
-        self.temperature = 1.0
-        self.forward_threshold: Any = forward_threshold  # kept as a tuple, one a gate
-        check_parts(backbone, gates, inner)
-        check_lookup(backbone, lookup)
-        self._given_lookup = lookup
-        self._measured: dict[tuple[int, int], FLOPsLookup] = {}
         self.look_ahead: LookAhead | None = None
-        self.class_names: Sequence[str] | None = None
-        self.preprocessing: Mapping[str, Any] | None = None
 
     def check_setting(self, name: str, value: Any) -> Any:
-        """Refuse settings that make no sense; thresholds become one a gate."""
+        """Refuse settings that make no sense; return thresholds as one a gate."""
         if name == "look_ahead" and not isinstance(value, LookAhead | None):
-            raise DynskipError(f"look_ahead={value!r} is none; give a LookAhead(frames, stages), or None.")
-        return check_wrapper_setting(self, name, value)
+            raise DynskipError(f"look_ahead={value!r} is no look-ahead; give a LookAhead(frames, stages), or None.")
+        return super().check_setting(name, value)
 
     def forward(self, video: Tensor, *, dense: bool = False, sample: bool | None = None) -> SkipOutput:
         """Classify videos.
@@ -105,8 +93,8 @@ class StopOrForward(Pretrained, Checked):
         Args:
             video: `(B, T, C, H, W)` normalised frames in order, floating point.
             dense: leave the gates out and use every frame (the plain backbone; also the recipe's warm-up).
-            sample: draw decisions from the gates' probabilities instead of taking the more probable one. By default
-                drawn in training, not drawn in eval.
+            sample: draw decisions from the gates' probabilities instead of taking the more probable one; by default in
+                training only.
 
         Returns:
             The output; differentiable in training, without gradients when frames are really skipped.
@@ -115,24 +103,22 @@ class StopOrForward(Pretrained, Checked):
             DynskipError: if the video has the wrong rank, channels or dtype, no frames, or NaN or infinite values.
         """
         if dense:
-            frame_logits = self.encode(video).frame_logits
-            return dense_output(
-                frame_logits, self.backbone.num_stages, self.lookup_for((video.shape[3], video.shape[4]))
-            )
+            encoded = self.encode(video)
+            return dense_output(encoded.frame_logits, self.backbone.num_stages, self.lookup_for(encoded.image_size))
         if self.training:
             return self.decide(self.encode(video), sample=sample)
-        # Draws cannot be the same in another order, so a sampled pass goes frame by frame.
+        # A frame's draw must not depend on how far the clip looks ahead, so a sampled pass goes frame by frame.
         return run_clip(self, video, window=1 if sample else None, sample=bool(sample))
 
     def run_clip(self, video: Tensor, window: int | None = None) -> SkipOutput:
-        """Classify stored videos, really skipping: what `model(video)` does in eval, with the window to choose.
+        """Classify stored videos, really skipping: as `model(video)` in eval, with a window that you choose.
 
-        A window of frames of every video goes through each stage as one batch, ahead of the decisions that they depend
-        on. Outputs do not depend on the window: it trades `speculative_macs` for larger batches.
+        A window of frames of every video goes through each stage as one batch, before all decisions are made that they
+        depend on. Outputs do not depend on the window: it trades `speculative_macs` for larger batches.
 
         Args:
             video: `(B, T, C, H, W)` normalised frames in order, floating point.
-            window: frames of a video to look ahead; 1 goes frame by frame. By default as `look_ahead` says.
+            window: frames of a video in flight; 1 goes frame by frame. By default as `look_ahead` says.
 
         Returns:
             The output, without gradients.
@@ -143,12 +129,15 @@ class StopOrForward(Pretrained, Checked):
         return run_clip(self, video, window)
 
     def tune(self, video: Tensor) -> LookAhead:
-        """Measure how far ahead of the gates clips run fastest on this machine, and keep that as `look_ahead`.
+        """Measure with which look-ahead clips run fastest on this machine, and keep it as `look_ahead`.
 
         Answers do not depend on it. It depends on the videos' number and length, and on what the gates decide.
 
         Args:
             video: `(B, T, C, H, W)` normalised frames, like those to come.
+
+        Returns:
+            The look-ahead.
         """
         self.look_ahead = tune(self, video)
         return self.look_ahead
@@ -157,10 +146,10 @@ class StopOrForward(Pretrained, Checked):
         """Open a session that classifies videos while their frames arrive.
 
         Args:
-            batch: number of videos; a frame of each arrives at a time.
+            batch: number of videos. One frame of each arrives at a time.
 
         Returns:
-            The session, to be called with every frame.
+            The session; call it with every frame.
 
         Raises:
             DynskipError: if the batch is not positive, or the model is in training mode.
@@ -170,19 +159,19 @@ class StopOrForward(Pretrained, Checked):
     def serve_streams(
         self, sources: Iterable[Any], max_streams: int = 16, batch_size: int = 16, look_ahead: int = 1
     ) -> Iterator[FrameResult | VideoResult]:
-        """Classify many videos or cameras at once, their frames batched per stage.
+        """Classify many videos or cameras at once. Frames in front of the same stage run as one batch.
 
-        Results do not depend on which streams run beside one another; one that is done is replaced at once. A stream
-        that raises, sends a frame that does not fit, or on whose frame a stage or gate raises, fails alone. Sources
-        that wait for frames hold up the others; give them to `aserve_streams`. Closing the iterator closes the sources.
+        The results of a stream do not depend on the others. A stream that ends is replaced at once. Where a source
+        raises, a frame does not fit, or a stage or gate raises on it, that stream alone fails. A source that waits for
+        its frames holds up the others: give it to `aserve_streams`. Closing the iterator closes the sources.
 
         Args:
-            sources: one item a video, endless or lazy as you like: `(key, frames)`, or `frames` alone, which get their
-                number as key. Frames are an iterable of `(C, H, W)` normalised tensors.
+            sources: one item a video: `(key, frames)`, or `frames` alone, whose key is its number. Frames are an
+                iterable of `(C, H, W)` normalised tensors. Both may be endless.
             max_streams: streams in flight; the others wait.
             batch_size: most frames in one stage run.
-            look_ahead: most frames of a stream in flight, pulled when they can be taken. With 1, nothing is run in
-                vain; more fill batches where frames are there. With `state_update="reached"` it remains 1.
+            look_ahead: most frames of a stream in flight. With 1, nothing is run in vain; more fill batches where
+                frames are available. With `state_update="reached"` it is always 1.
 
         Returns:
             An iterator of events, a `FrameResult` for every frame, a `VideoResult` for every stream.
@@ -190,84 +179,36 @@ class StopOrForward(Pretrained, Checked):
         Raises:
             DynskipError: if a number is not positive, or the model is in training mode.
         """
-        return serve(self, sources, max_streams, batch_size, look_ahead)
+        return serve(Scheduler(self, max_streams, batch_size, look_ahead), iter(sources))
 
     def aserve_streams(
         self, sources: Any, max_streams: int = 16, batch_size: int = 16
     ) -> AsyncIterator[FrameResult | VideoResult]:
-        """Classify many videos or cameras at once, whenever their frames arrive: `async for event in ...`.
+        """Classify many videos or cameras at once, as their frames arrive: `async for event in ...`.
 
-        As `serve_streams`, with one frame of a stream in flight; but a stream that has to wait for its next frame holds
-        up nobody. Stages run in the event loop's thread; sources get their turn between them. Where you leave the loop
+        As `serve_streams`, with one frame of a stream in flight; but a stream that waits for its next frame does not
+        hold up the others. Stages run in the event loop's thread, and sources between them. If you leave the loop
         early, close it with `contextlib.aclosing`.
 
         Args:
-            sources: as in `serve_streams`; it and the frames of each stream may be asynchronous iterables.
+            sources: as in `serve_streams`. It, and the frames of each stream, may be asynchronous iterables.
             max_streams: as in `serve_streams`.
             batch_size: as in `serve_streams`.
 
         Returns:
             An asynchronous iterator of events.
         """
-        return aserve(self, sources, max_streams, batch_size)
+        return aserve(Scheduler(self, max_streams, batch_size), as_async(sources))
 
-    @property
-    def repeats(self) -> tuple[bool, ...]:
-        """For each gate, whether a frame that it stops counts as the last used one in the video's mean.
-
-        So it is where the gate has `repeats_last`, and compares frames with the last used one (`state_update="used"`).
-        """
-        return tuple(self.state_update == "used" and getattr(gate, "repeats_last", False) for gate in self.gates)
-
-    def lookup_for(self, image_size: tuple[int, int]) -> FLOPsLookup:
-        """Return the cost table for frames of a size.
-
-        Args:
-            image_size: `(H, W)`.
-
-        Returns:
-            The table given at construction, or one measured now and kept.
-
-        Raises:
-            DynskipError: if the given table was made for another size.
-        """
-        if (given := self._given_lookup) is not None:
-            if given.image_size not in (None, image_size):
-                raise DynskipError(
-                    "The cost table was made for frames of {}x{}, ".format(*given.image_size)
-                    + "and these are {}x{}. Measure one for this size, or leave `lookup` out.".format(*image_size)
-                )
-            return given
-        if image_size not in self._measured:
-            self._measured[image_size] = FLOPsLookup.measure(self.backbone, image_size, self.gates)
-        return self._measured[image_size]
-
-    def summary(self, image_size: int | tuple[int, int] | None = None) -> str:
-        """Describe the model stage by stage: channels, costs, gates and their rules.
-
-        Args:
-            image_size: `(H, W)` to count at, or one number for squares; by default the size at which the backbone was
-                cut, or that of the given cost table.
-
-        Returns:
-            A table to print; costs are multiply-adds of one frame.
-        """
-        given = self._given_lookup.image_size if self._given_lookup is not None else None
-        lookup = self.lookup_for(as_size(image_size) or given or self.backbone.input_size[1:])
-        rules = [
+    def _rules(self) -> list[str]:
+        return [
             f"Gates remember frames that were {self.state_update}.",
             f"A video ends early: {self.terminator.extra_repr()}." if self.terminator else "Every frame is looked at.",
         ]
-        title = f"StopOrForward around {type(self.backbone.model).__name__}"
-        return stage_table(title, self.backbone, list(self.gates), lookup, self.forward_threshold, rules)
 
     def extra_repr(self) -> str:
         """Show the rules, and what a frame costs where that has been counted."""
-        thresholds = self.forward_threshold[:1] if len(set(self.forward_threshold)) == 1 else self.forward_threshold
-        shown = ", ".join(f"{threshold:g}" for threshold in thresholds)
-        tables = [self._given_lookup] if self._given_lookup is not None else list(self._measured.values())
-        costs = [f", {one_frame(table)}" for table in tables]
-        return f"state_update={self.state_update!r}, forward_threshold={shown}{''.join(costs)}"
+        return f"state_update={self.state_update!r}, {super().extra_repr()}"
 
     def encode(self, video: Tensor) -> EncodedVideo:
         """Run the whole backbone on every frame.
@@ -284,10 +225,10 @@ class StopOrForward(Pretrained, Checked):
         if not self.training:
             check_eval(self, "`encode`")
         video = check_video(video, self.backbone)
-        batch, height, width = video.shape[0], video.shape[3], video.shape[4]
-        pooled, logits = encode_images(self.backbone, rearrange(video, "b t c h w -> (b t) c h w"))
-        features = tuple(rearrange(x, "(b t) c -> b t c", b=batch) for x in pooled)
-        return EncodedVideo(features, rearrange(logits, "(b t) k -> b t k", b=batch), (height, width))
+        batch, frames, _, height, width = video.shape
+        pooled, logits = encode_images(self.backbone, video.flatten(0, 1))
+        pooled, logits = [x.unflatten(0, (batch, frames)) for x in pooled], logits.unflatten(0, (batch, frames))
+        return EncodedVideo(tuple(pooled), logits, (height, width))
 
     def decide(self, encoded: EncodedVideo, *, sample: bool | None = None, noise: Tensor | None = None) -> SkipOutput:
         """Gate every frame from its stored features, and mask what the gates stop.
@@ -295,12 +236,12 @@ class StopOrForward(Pretrained, Checked):
         Args:
             encoded: what `encode` returned.
             sample: as in `forward`.
-            noise: `(B, T, N, 2)` standard Gumbel noise to sample with (stop, forward). Drawn from torch's generator by
-                default; given, a video's draws do not depend on which videos are beside it in the batch.
+            noise: `(B, T, N, 2)` standard Gumbel noise to sample with (stop, forward); by default drawn from torch's
+                generator. With given noise, the draws of a video do not depend on the rest of the batch.
 
         Returns:
-            In training, every gate evaluated on every frame, decisions straight-through. In eval, the output of the
-            skipping pass for the same decisions, early termination included.
+            In training, every gate is evaluated on every frame, and decisions are straight-through. In eval, the output
+            of the skipping pass for the same decisions, early termination included.
 
         Raises:
             DynskipError: if the features are not this backbone's, or the noise does not fit them.
@@ -309,7 +250,8 @@ class StopOrForward(Pretrained, Checked):
         sample = self.training if sample is None else sample
         frame_logits, stages = encoded.frame_logits, self.backbone.num_stages
         batch, frames, _ = frame_logits.shape
-        check_noise(noise, (batch, frames, stages, 2))
+        if noise is not None and noise.shape != (wanted := (batch, frames, stages, 2)):
+            raise DynskipError(f"The noise has shape {tuple(noise.shape)}; expected (B, T, N, 2) = {wanted}.")
         if not self.training:
             check_eval(self, "`decide`")
         states = [gate.initial_state(batch) for gate in self.gates]
@@ -319,40 +261,36 @@ class StopOrForward(Pretrained, Checked):
             part.embed(x.flatten(0, 1)).unflatten(0, (batch, frames))
             for part, x in zip(parts, encoded.pooled, strict=True)
         ]
-        everything = torch.ones(batch, dtype=torch.bool, device=frame_logits.device)
-        all_gate_logits, all_decisions, all_inner = [], [], []
+        keeps_from = range(stages) if self.state_update == "reached" else [stages] * stages
+        all_logits, all_decisions, all_inner, stops = [], [], [], []
         for t in range(frames):
-            step_logits, decisions, inner, reached, new_states = [], [], [], [everything], []
+            said, decisions, inner, proposed = [], [], [], []
             for n, part in enumerate(parts):
                 logits, state = part.step(embedded[n][:, t], states[n])
                 draws = None if noise is None else noise[:, t, n]
-                decision = rules.draw(logits, bounds[n], self.temperature, sample, self.training, draws)
+                said.append(logits)
+                decisions.append(rules.draw(logits, bounds[n], self.temperature, sample, self.training, draws))
+                proposed.append(state)
                 if self.inner is not None:
                     inner.append(self.inner[n](state[0]))
-                step_logits.append(logits)
-                decisions.append(decision)
-                new_states.append(state)
-                reached.append(reached[n] & (decision.detach() > 0.5))
-            commits = [reached[-1]] * stages if self.state_update == "used" else reached[:-1]
-            states = [rules.keep(*both) for both in zip(commits, new_states, states, strict=True)]
-            all_gate_logits.append(torch.stack(step_logits, 1))
+            all_logits.append(torch.stack(said, 1))
             all_decisions.append(torch.stack(decisions, 1))
-            if inner:
-                all_inner.append(torch.stack(inner, 1))
+            all_inner += [torch.stack(inner, 1)] if inner else []
+            stops.append(rules.stopped(all_decisions[-1].detach() > 0.5))
+            states = [rules.keep(stops[-1] >= n, *both) for n, *both in zip(keeps_from, proposed, states, strict=True)]
 
-        gate_logits, forward = torch.stack(all_gate_logits, 1), torch.stack(all_decisions, 1)
+        gate_logits, forward, stopped_at = (torch.stack(each, 1) for each in (all_logits, all_decisions, stops))
         inner_logits = torch.stack(all_inner, 1) if all_inner else None
-        stopped_at = rules.stopped(forward.detach() > 0.5)
         lookup = self.lookup_for(encoded.image_size)
         if not self.training:
             if self.terminator is not None:
-                # Frames after a video's end were decided on in vain: nothing that counts depends on them.
+                # Frames after a video's end were decided in vain: no result depends on them.
                 running = rules.read(stopped_at, frame_logits, self.repeats)
                 stopped_at = rules.end_videos(self.terminator, running, stopped_at)
             return masked_output(stopped_at, gate_logits, frame_logits, lookup, self.repeats, inner_logits=inner_logits)
         fallback_frame = rules.fallback(stopped_at, gate_logits)
         used = stopped_at == stages
-        # Straight-through: the product of the gates carries their gradient, a fallback frame counts as given.
+        # The product of the decisions carries the gates' gradients; a fallback frame counts with a constant 1.
         given = rules.answering(stopped_at, stages, fallback_frame) & ~used
         weights = (forward.prod(-1) + given.to(forward.dtype)) * rules.times_counted(stopped_at, self.repeats)
         return SkipOutput(

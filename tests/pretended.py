@@ -1,4 +1,4 @@
-"""A device that only says so: its tensors hold CPU data, and what a GPU would refuse or wait for is counted.
+"""A pretended device: its tensors hold CPU data, and what a GPU would refuse or wait for is counted.
 
 On a machine without a GPU this tells whether code mixes devices, how often the host waits for the device, and how many
 kernels are launched. It says nothing about time.
@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 KIND = "gpu"
-DEVICE = f"{KIND}:0"  # a name: inside `pretended()` it is a `torch.device`, before it torch does not know it
+DEVICE = f"{KIND}:0"  # a name, which torch knows inside `pretended()` only
 ValueT = TypeVar("ValueT")
 
 # The host cannot go on before it knows a value, or how many there are.
@@ -49,7 +49,7 @@ INDEXING = {
     aten._index_put_impl_.default,
 }
 COPIES = {aten._to_copy.default, aten.copy_.default}
-# Not views by their schema, and no kernels either.
+# Neither views by their schema nor kernels.
 NO_KERNEL = {
     aten._unsafe_view.default,
     aten.empty.memory_format,
@@ -100,7 +100,7 @@ class Counts:
         self.mixed[what, _place()] += 1
 
     def report(self, lines: int = 20) -> str:
-        """Say where it comes from."""
+        """List waits and mixed operations by place."""
         rows = [("mixed", self.mixed.most_common()), ("wait", self.waits.most_common(lines))]
         return "\n".join(
             [str(self), *(f"{n:6d} {name}: {what}, {place}" for name, some in rows for (what, place), n in some)]
@@ -118,7 +118,7 @@ def pretended() -> Iterator[Counts]:
     try:
         # Makes `torch.tensor(..., device=DEVICE)` on the host and copies it, as for a GPU.
         torch._C._set_only_lift_cpu_tensors(True)
-        # The backward pass starts its threads once a process, for the devices that there are by then.
+        # The backward pass starts its threads once a process, for the devices known at that time.
         with torch.autograd.set_multithreading_enabled(False), _Mode(counts):
             yield counts
     finally:
@@ -236,7 +236,7 @@ def _count_copy(counts: Counts, func: Any, args: Any, kwargs: dict[str, Any]) ->
         return to_ours
     counts.copies += 1
     if not to_ours:
-        counts.wait("device to host")  # where the copy does not wait, whoever reads it has to
+        counts.wait("device to host")  # if the copy does not wait, its reader has to
     elif blocks:
         counts.wait("host to device")
     return to_ours
@@ -269,7 +269,7 @@ def _count_operation(counts: Counts, func: Any, tensors: list[Tensor], ours: lis
         counts.wait(WAITS[func])
     elif func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None:
         counts.wait("repeat_interleave")
-    # What works element by element takes single numbers from the host.
+    # Pointwise operations take single numbers from the host.
     lenient = torch.Tag.pointwise in func.tags
     strangers = [tuple(x.shape) for x in tensors if not isinstance(x, Pretended) and not (lenient and x.ndim == 0)]
     if ours and strangers:

@@ -1,4 +1,4 @@
-"""Still images: answered where they leave, nothing run after that, every multiply-add counted."""
+"""Still images: answered at their exit, nothing runs after it, all multiply-adds are counted."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dynskip import (
     ConfidenceGate,
+    DistillationLoss,
     DynskipError,
     EarlyExit,
     EfficiencyLoss,
@@ -78,7 +79,7 @@ def test_skipping_is_masking_whatever_the_batch(
 
 
 def literal_answers(model: EarlyExit, pictures: Tensor) -> tuple[Tensor, list[int]]:
-    """Take each image alone, stage by stage, to where its confidence is enough."""
+    """Run each image alone, stage by stage, until an exit is confident."""
     answers, places = [], []
     for picture in pictures:
         carry = model.backbone.start(picture[None])
@@ -142,6 +143,23 @@ def test_a_stage_without_an_exit_passes_every_image_whatever_the_threshold() -> 
     assert not output.logits.isnan().any()
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_stage_without_an_exit_has_no_answer(training: bool) -> None:
+    backbone = toy_backbone(0, 2)
+    gates = [FixedGate(), ConfidenceGate(backbone.num_features[1], CLASSES, 0.5).double()]
+    output = EarlyExit(backbone, gates).train(training)(images(5))
+    assert output.inner_logits is not None
+    assert output.inner_logits[:, 0, 0].isnan().all()
+    assert output.inner_logits[:, 0, 1].isfinite().all()
+    assert output.logits.isfinite().all()
+    if training:
+        targets = torch.zeros(5, dtype=torch.long)
+        losses = InnerClassificationLoss()(output, targets), DistillationLoss()(output), output.logits.sum()
+        assert all(loss.isfinite() for loss in losses)
+        torch.stack(losses).sum().backward()
+        assert all(p.grad.isfinite().all() for p in gates[1].parameters() if p.grad is not None)
+
+
 def test_forward_threshold_moves_all_exits() -> None:
     backbone = toy_backbone(1, 3)
     gates = list(confident(backbone).exits)
@@ -174,7 +192,7 @@ def test_training_output_is_the_hard_answer_and_teaches_gates_classifiers_and_ba
     loss = loss + InnerClassificationLoss()(output, targets)
     loss.backward()
     for name, parameter in model.named_parameters():
-        # Without an earlier frame, nothing has entered a cell's memory.
+        # Without an earlier frame, a cell's memory is empty.
         if "weight_hh" not in name:
             assert parameter.grad is not None, name
             assert parameter.grad.isfinite().all(), name
@@ -243,10 +261,10 @@ NAN[1, 0, 0, 0] = math.nan
 @pytest.mark.parametrize(
     ("call", "telling"),
     [
-        (lambda: MODEL(toy_video(2, 3)), r"must have shape \(B, 3, H, W\), .* videos are for StopOrForward"),
+        (lambda: MODEL(toy_video(2, 3)), r"must have shape \(B, 3, H, W\); got .* videos are for StopOrForward"),
         (lambda: MODEL(images(2)[0]), r"Add a batch dimension with `image\[None\]`"),
-        (lambda: MODEL(images(2)[:0]), "with at least one image"),
-        (lambda: MODEL(images(2).float()), "image batch is torch.float32 and the model torch.float64"),
+        (lambda: MODEL(images(2)[:0]), r"The image is empty: shape \(0, 3, 8, 8\)"),
+        (lambda: MODEL(images(2).float()), "image is torch.float32 and the model torch.float64"),
         (lambda: MODEL(NAN), "NaN or infinite values in 1 images, the first being image 1"),
         (lambda: EarlyExit(BACKBONE, EXITS[:1]), "Got 1 gates for 2 stages"),
         (lambda: EarlyExit(BACKBONE, EXITS, [nn.Identity()]), "Got 1 inner classifiers for 2 gates"),

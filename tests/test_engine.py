@@ -1,4 +1,4 @@
-"""One loop, whatever runs ahead: gates whose memory matters much, verdicts that are no numbers, equal frames, ends."""
+"""The loop gives the same with any look-ahead: gates with strong memory, NaN verdicts, equal frames, early ends."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from dynskip.gates import GateState
 
 
 class Fickle(PolicyGate):
-    """A gate whose memory decides as much as the frame, and that has no verdict on some frames."""
+    """A gate whose memory matters as much as the frame, and whose logits are NaN for some frames."""
 
     def __init__(self, in_features: int, seed: int, nan_share: float) -> None:
         super().__init__(in_features, hidden=4)
@@ -63,7 +63,7 @@ def fickle_model(
 
 
 def fickle_video(batch: int, frames: int, seed: int) -> Tensor:
-    """Make frames of which some equal the one before."""
+    """Make frames, some of which equal the one before."""
     video = toy_video(batch, frames, seed)
     again = torch.rand(batch, frames, generator=torch.Generator().manual_seed(seed)) < 0.25
     for t in range(1, frames):
@@ -73,7 +73,7 @@ def fickle_video(batch: int, frames: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def without_memory(model: StopOrForward, video: Tensor) -> Tensor:
-    """Say where frames would stop if nothing had come before them."""
+    """Return where frames would stop if they were the first."""
     encoded = model.encode(video)
     stopped = torch.full(video.shape[:2], model.backbone.num_stages)
     for n in reversed(range(model.backbone.num_stages)):
@@ -116,7 +116,7 @@ def test_every_look_ahead_and_interleaving_gives_the_same(state_update: StateUpd
             events = list(model.serve_streams(video, *streams))
         results = [event for event in events if isinstance(event, VideoResult)]
         executed = sum(each.macs + each.speculative_macs for each in results)
-        # Gates that are asked as one batch are asked about all streams in it, and what is shared is counted once.
+        # A gate is asked about all streams of a batch at once, and shared work is counted once.
         assert counter.get_total_flops() / 2 == pytest.approx(executed)
         for each in results:
             assert isinstance(each.key, int)
@@ -173,7 +173,7 @@ def test_look_aheads_that_make_no_sense(wrong: tuple[Any, Any]) -> None:
 
 
 def test_gates_that_broadcast_are_asked_once_a_video() -> None:
-    """What a gate does with the state is shared by the frames of a window, and counted so."""
+    """The work on the state is shared by the frames of a window."""
     rows: list[tuple[int, ...]] = []
 
     class Noted(PolicyGate):
@@ -192,7 +192,7 @@ def test_gates_that_broadcast_are_asked_once_a_video() -> None:
 
 def test_a_gate_with_a_state_of_another_kind_moves_with_used_frames_alone() -> None:
     class Counting(nn.Module):
-        """Let every frame pass whose number among the used ones is even so far, by a state of whole numbers."""
+        """Forward a frame if the number of used frames so far is even. The state is an integer."""
 
         def __init__(self) -> None:
             super().__init__()

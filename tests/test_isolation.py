@@ -1,4 +1,4 @@
-"""What one video does wrong stays with it: verdicts that are no numbers, gates and stages that raise, equal frames."""
+"""The faults of one video do not affect others: NaN verdicts, gates and stages that raise; and equal frames."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NAN = math.nan
 
 
 def plain_network() -> Any:
-    """Pass brightness on: the mean of the first stage's features is the frame's mean."""
+    """Build a network whose first features have the mean of the frame."""
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1), head).eval()
     first: Any = network[0]
@@ -47,7 +47,7 @@ def plain_network() -> Any:
 
 
 class Sick(nn.Module):
-    """Answer something that is no number for bright frames, and a number for all others."""
+    """Answer NaN or infinite logits for bright frames, and finite ones for all others."""
 
     def __init__(self, stop: float, forward: float, otherwise: float = -1.0) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Sick(nn.Module):
 
 
 def in_all_ways(model: StopOrForward, video: Tensor, beside: Tensor) -> dict[str, list[Any]]:
-    """Run one video in every way; say what became of its frames, which one answered, and the answer."""
+    """Run one video in every way; return what became of its frames, the fallback frame, and the logits."""
     session = model.stream()
     steps = [session(frame) for frame in video[0]]
     result = session.result()
@@ -90,7 +90,7 @@ def test_a_verdict_that_is_no_number_stops_and_comes_last(verdict: tuple[float, 
     model = StopOrForward(
         stage_model(plain_network(), input_size=(3, 8, 8)), [Sick(*verdict), FixedGate()], forward_threshold=0.0
     ).eval()
-    model.gates[0].otherwise = -200.0  # even a saturated stop is nearer than no verdict
+    model.gates[0].otherwise = -200.0  # even a saturated stop gets further than a NaN
     video = torch.zeros(1, 3, 3, 8, 8)
     video[:, bright] = 1.0
     for name, (stopped, fallback, logits) in in_all_ways(model, video, torch.zeros(1, 3, 3, 8, 8)).items():
@@ -228,7 +228,7 @@ def test_a_stream_at_which_something_raises_ends_alone(what: str, way: str, bad_
 
 @pytest.mark.parametrize("look_ahead", [1, 2, 4])
 def test_a_fault_beyond_what_is_looked_at_does_no_harm(look_ahead: int) -> None:
-    """Frames may be run ahead of the decisions; only those that a video gets to are its own."""
+    """A frame that ran ahead and raised counts only if the video gets to it."""
     network = plain_network().double()
     backbone = stage_model(network, input_size=(3, 8, 8))
     terminator = EarlyTerminator(1e-6, 1)
@@ -286,7 +286,7 @@ def test_of_equal_frames_the_first_answers_in_all_ways(seed: int, frames: int, w
 
 
 class Jittery(nn.Module):
-    """Say the same of all frames, but for rounding: as another batch size would move it."""
+    """Answer the same for all frames up to rounding, as in batches of different sizes."""
 
     def __init__(self, last: float) -> None:
         super().__init__()
@@ -314,7 +314,7 @@ def test_rounding_does_not_decide_between_equal_frames(dtype: torch.dtype) -> No
 
 
 class Adapter(nn.Module):
-    """As adapters wrap a layer: its weight stays, their part is in the call."""
+    """Wrap a layer as adapters do: its weight stays, and the call does more."""
 
     def __init__(self, base: Any) -> None:
         super().__init__()

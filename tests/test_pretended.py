@@ -1,4 +1,4 @@
-"""Models on a device: nothing mixes it with the host, and the host seldom waits for it.
+"""Models on a device: no operation mixes it with the host, and the host seldom waits for it.
 
 The device pretends (`pretended.py`), so that this needs no GPU. `python tests/test_pretended.py` prints all counts.
 """
@@ -47,7 +47,7 @@ import common
 Kind: TypeAlias = Literal["schedule", "used", "reached"]
 KINDS: tuple[Kind, ...] = ("schedule", "used", "reached")
 FRAMES = common.FRAMES
-# How often the host may wait in a clip of 16 frames, however many videos there are.
+# How often the host may wait in a clip of 16 frames, for any number of videos.
 CLIP_WAITS: dict[Kind, int] = {"schedule": 24, "used": 60, "reached": 60}
 ONLINE_WAITS, STREAM_WAITS = 6, 1  # a frame
 CONTROL_LAUNCHES = 600  # beside those of the stages, in 8 videos that follow the schedule
@@ -63,7 +63,7 @@ def scheduled() -> tuple[StopOrForward, Tensor]:
 @functools.cache
 @torch.no_grad()
 def changing(state_update: Any) -> tuple[StopOrForward, Tensor]:
-    """Return a model most of whose decisions would be others had other frames been used before, and 8 videos."""
+    """Return a model whose decisions depend much on which frames were used before, and 8 videos."""
     backbone, source = scheduled()[0].backbone, torch.Generator().manual_seed(3)
     noise = torch.randn(8, FRAMES, 3, 64, 64, generator=source)
     contrast = 3 * torch.rand(8, FRAMES, 1, 1, 1, generator=source)
@@ -203,7 +203,7 @@ def test_streams(kind: Kind) -> None:
 
 @pytest.fixture
 def counts() -> Iterator[Counts]:
-    """Whatever a test does on the device, it does not mix it with the host."""
+    """Check that a test does not mix the device with the host."""
     with pretended() as counted:
         yield counted
     assert not counted.mixed, counted.report()
@@ -293,7 +293,7 @@ def test_a_training_step_has_the_gradients_of_the_cpu(counts: Counts) -> None:
 
 @pytest.mark.parametrize("share", ["some", "none"])
 def test_a_session_goes_on_elsewhere(counts: Counts, share: str) -> None:
-    """On the device, from there on the CPU, and back; also from a frame that has to be kept until one is used."""
+    """On the device, then on the CPU, then back; also while a stopped frame is kept because none was used."""
     model, video = small(forward_threshold=[0.5, 0.5, 0.5 if share == "some" else 1.0])
     moved, frames = there(model), video.to(DEVICE)
     wanted, answer = online(model, video)
@@ -465,7 +465,7 @@ def test_other_tests_do_not_see_the_device() -> None:
 
 
 def show() -> None:
-    """Print what is counted now, beside what is wanted."""
+    """Print the counts and the limits."""
     with pretended() as counts:
         for kind, videos in itertools.product(KINDS, (1, 8)):
             model, video = case(kind, videos)

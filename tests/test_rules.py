@@ -1,4 +1,4 @@
-"""The rules against slow, literal loops in float64, and against the copy of them that runs without torch."""
+"""The rules against slow, literal loops in float64, and against their copy that runs without torch."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def slow_stopped(margins: Sequence[float], bounds: Sequence[float]) -> int:
 
 
 def slow_bound(probability: float) -> float:
-    """Return the margin of a forward probability, within what no gate that says `always` is overruled by."""
+    """Return the margin of a forward probability, within the limits that saturated gates exceed."""
     if probability == 0.0:
         return -100.0
     if probability == 1.0:
@@ -189,7 +189,7 @@ def slow_near(margin: float) -> float:
 
 
 def slow_fallback(stopped_at: Sequence[int], margins: Sequence[float], stages: int) -> int:
-    """Choose the frame that came deepest, of those the one most nearly forwarded, of those the earliest."""
+    """Choose the deepest frame; of those, the one with the highest margin; of those, the earliest."""
     if stages in stopped_at:
         return -1
     best = -1

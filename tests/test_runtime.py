@@ -46,11 +46,11 @@ from dynskip import (
     stage_model,
 )
 
-COUNTS = [10.0**n for n in range(0, 14, 2)]  # costs that tell from a sum how often each part ran
+COUNTS = [10.0**n for n in range(0, 14, 2)]  # a sum of these says how often each part ran
 
 
 def counting(case: Case) -> StopOrForward:
-    """Build a case's model with a table whose sums say how many rows of each stage, gate and head they are made of."""
+    """Build a case's model with a cost table whose sums say how many rows each stage, gate and head ran."""
     model = case.model()
     stages = case.stages
     model._given_lookup = FLOPsLookup(COUNTS[:stages], 1e10, [0.0] * stages)
@@ -98,7 +98,7 @@ def assert_online_equals(model: StopOrForward, video: Tensor, expected: SkipOutp
     assert torch.equal(result.frames_seen, expected.seen.sum(1))
 
 
-# One set of decisions, however they are run
+# All ways of running make the same decisions
 
 
 @pytest.mark.parametrize("state_update", BOTH_UPDATES)
@@ -234,7 +234,7 @@ def test_runtime_rows_of_ended_videos_are_not_executed() -> None:
     assert torch.equal(ended.stopped_at == UNSEEN, steps[-1].ended)
 
 
-# Gates and numbers of other kinds
+# Other gates and dtypes
 
 
 class Stateless(nn.Module):
@@ -250,7 +250,7 @@ class Stateless(nn.Module):
 
 
 class Shared(nn.Module):
-    """Keep a sum in a tensor that stands in the state twice."""
+    """Keep a sum in a tensor that is in the state twice."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -359,7 +359,7 @@ def test_runtime_a_session_saved_and_restored_goes_on_identically(case: Case, da
         session(video[:, t])
     state = saved(session)
     elsewhere = copy.deepcopy(model).stream(case.batch)
-    elsewhere(video[:, -1] + 1)  # what stood there before is gone
+    elsewhere(video[:, -1] + 1)  # loading a state replaces this
     elsewhere.load_state_dict(state)
     for t in range(until, case.frames):
         assert_steps_equal(session(video[:, t]), elsewhere(video[:, t]))
@@ -394,7 +394,7 @@ def damage(change: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]
         (lambda s: {}, "no state of a session"),
         (damage(lambda s: s.update(stage_names=["a", "b"])), r"of another model: its stage_names is \['a', 'b'\]"),
         (damage(lambda s: s.update(state_update="reached")), "its state_update is 'reached' and this model's 'used'"),
-        (damage(lambda s: s["tensors"].pop("used")), "not the tensors that this model's gates have"),
+        (damage(lambda s: s["tensors"].pop("used")), "does not have the tensors of this model's gates"),
         (damage(lambda s: s["tensors"].update(used=None)), "its used is NoneType, expected torch.int64"),
         (
             damage(lambda s: s["tensors"].update(macs=torch.zeros(3).double())),
@@ -403,12 +403,12 @@ def damage(change: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]
         (damage(lambda s: s["tensors"]["logit_sum"].fill_(math.nan)), "damaged: its logit_sum has NaN"),
         (damage(lambda s: s.update(furthest=[None, None])), "does not hold the furthest frame"),
         (damage(lambda s: s.pop("furthest")), "does not hold the furthest frame"),
-        (damage(lambda s: s["furthest"][0].pop("values")), "a stored frame cannot be gone on with"),
-        (damage(lambda s: s["furthest"][0].update(stopped_at=7)), "a stored frame cannot be gone on with"),
-        (damage(lambda s: s["furthest"][0].update(values=(torch.zeros(1, 3, 8, 8),))), "cannot be gone on with"),
+        (damage(lambda s: s["furthest"][0].pop("values")), "a stored frame cannot be used"),
+        (damage(lambda s: s["furthest"][0].update(stopped_at=7)), "a stored frame cannot be used"),
+        (damage(lambda s: s["furthest"][0].update(values=(torch.zeros(1, 3, 8, 8),))), "cannot be used"),
         (damage(lambda s: s["furthest"][0]["values"][0].fill_(math.nan)), "its logits are not finite"),
         (damage(lambda s: s.update(image_size=None)), "frames and no image size"),
-        (damage(lambda s: s.pop("image_size")), "cannot be gone on with"),
+        (damage(lambda s: s.pop("image_size")), "frames and no image size"),
     ],
 )
 def test_runtime_states_that_do_not_fit(spoil: Callable[[Any], Any], telling: str) -> None:
@@ -478,12 +478,12 @@ def test_runtime_a_session_of_one_takes_frames_without_a_batch() -> None:
 @pytest.mark.parametrize(
     ("frame", "telling"),
     [
-        (torch.zeros(3, 8, 8, dtype=torch.uint8), r"A frame must be a floating-point tensor.*frame.float\(\) / 255"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), r"Frames must be a floating-point tensor.*frame.float\(\) / 255"),
         (None, "got NoneType"),
         (torch.zeros(4, 8, 8).double(), r"must have shape \(3, H, W\); got \(4, 8, 8\)"),
-        (torch.zeros(2, 3, 8, 8).double(), r"must have shape \(3, H, W\); got \(2, 3, 8, 8\)"),
+        (torch.zeros(2, 3, 8, 8).double(), r"must have shape \(1, 3, H, W\); got \(2, 3, 8, 8\)"),
         (torch.zeros(8, 8).double(), r"must have shape \(3, H, W\); got \(8, 8\)"),
-        (torch.zeros(3, 0, 8).double(), r"must have shape \(3, H, W\); got \(3, 0, 8\)"),
+        (torch.zeros(3, 0, 8).double(), r"The frame is empty: shape \(3, 0, 8\)"),
         (torch.zeros(3, 8, 8), "frame is torch.float32 and the model torch.float64"),
         (torch.full((3, 8, 8), math.nan).double(), "NaN or infinite values"),
         (torch.zeros(3, 9, 8).double(), r"is 9x8 and earlier ones of this session were 8x8. .*session.reset\(\)"),
@@ -501,11 +501,11 @@ def test_runtime_frames_that_do_not_fit_leave_a_session_as_it_was(frame: Any, te
 
 def test_runtime_frames_of_a_lock_step_batch_that_do_not_fit() -> None:
     session = toy_model().stream(3)
-    with pytest.raises(DynskipError, match=r"\(3, 3, H, W\), one frame a video; got \(3, 8, 8\)"):
+    with pytest.raises(DynskipError, match=r"\(3, 3, H, W\); got \(3, 8, 8\)\. Give one frame a video"):
         session(torch.zeros(3, 8, 8).double())
     frames = torch.zeros(3, 3, 8, 8).double()
     frames[1, 0, 0, 0] = math.inf
-    with pytest.raises(DynskipError, match=r"of videos \[1\] has NaN or infinite values"):
+    with pytest.raises(DynskipError, match="NaN or infinite values in 1 videos, the first being video 1"):
         session(frames)
 
 

@@ -83,7 +83,7 @@ def gathered(events: AsyncIterator[Any]) -> list[Any]:
 
 
 def by_key(events: Iterable[Any]) -> tuple[dict[Hashable, list[FrameResult]], dict[Hashable, VideoResult]]:
-    """Sort events; each stream's frames are to come in order, and then its one result."""
+    """Sort events by stream; check that the frames come in order, and then one result."""
     frames: dict[Hashable, list[FrameResult]] = {}
     results: dict[Hashable, VideoResult] = {}
     for event in events:
@@ -101,7 +101,7 @@ def by_key(events: Iterable[Any]) -> tuple[dict[Hashable, list[FrameResult]], di
 def assert_alone(
     frames: list[FrameResult], result: VideoResult, alone: SkipOutput, failed_at: int | None = None
 ) -> None:
-    """Compare a stream with its video run alone, as far as it got."""
+    """Compare a stream with its video alone, up to where the stream ended."""
     seen = int(alone.seen[0].sum())
     failed = failed_at is not None and failed_at < seen
     seen = min(seen, failed_at) if failed_at is not None else seen
@@ -125,7 +125,7 @@ def assert_alone(
     assert result.fallback_frame == int(alone.fallback_frame)
 
 
-# The same as alone
+# Results are those of each video alone
 
 
 @pytest.mark.parametrize("state_update", BOTH_UPDATES)
@@ -289,7 +289,7 @@ def test_streams_none_waits_longer_than_the_documented_bound(batch_size: int) ->
     pulled_at: dict[tuple[int, int], int] = {}
 
     def camera(b: int) -> Iterator[Tensor]:
-        # One stream gets deep where the others stop at once, and is alone there.
+        # One stream gets deep, and is alone there; the others stop at once.
         video = toy_video(1, 40, seed=b if b == 0 else 1)[0]
         for t, frame in enumerate(video):
             pulled_at[b, t] = len(calls)
@@ -323,7 +323,7 @@ def test_streams_a_lone_deep_frame_is_not_starved_by_full_stages() -> None:
         stage_model(nn.Sequential(*stages, head).eval(), input_size=(3, 8, 8)), [ByBrightness() for _ in range(3)]
     ).eval()
     calls = stage_calls(model)
-    # Dark frames keep stage 0 full; the bright one has to get through all the same.
+    # Dark frames keep stage 0 full; the bright one has to get through anyway.
     sources: dict[str, Iterable[Tensor]] = {f"dark {i}": itertools.repeat(-torch.ones(3, 8, 8)) for i in range(9)}
     sources["bright"] = [torch.ones(3, 8, 8)]
     for event in model.serve_streams(sources.items(), max_streams=10, batch_size=3):
@@ -345,7 +345,7 @@ def bad_frames() -> dict[str, tuple[Any, str]]:
         "nothing": (None, "got NoneType"),
         "nan": (good * math.nan, "NaN or infinite"),
         "size": (torch.zeros(3, 9, 8).double(), "is 9x8 and earlier ones of this stream were 8x8"),
-        "empty": (torch.zeros(3, 0, 8).double(), r"got \(3, 0, 8\)"),
+        "empty": (torch.zeros(3, 0, 8).double(), r"empty: shape \(3, 0, 8\)"),
     }
 
 

@@ -64,7 +64,7 @@ NAN = math.nan
 
 @torch.no_grad()
 def literal_run(model: StopOrForward, video: Tensor) -> SkipOutput:
-    """One video, frame by frame and stage by stage, with nothing but the modules themselves."""
+    """Run one video frame by frame and stage by stage, with the modules alone."""
     *stages, head = model.backbone.model.children()
     frames, count = len(video), len(stages)
     lookup = model.lookup_for((video.shape[2], video.shape[3]))
@@ -125,7 +125,7 @@ def literal_run(model: StopOrForward, video: Tensor) -> SkipOutput:
 
 
 def events(output: SkipOutput) -> set[str]:
-    """Name what the gates did, to see that all of it has been tried."""
+    """Name what the gates did, to check that everything was tried."""
     stopped = (output.stopped_at >= 0) & (output.stopped_at < output.num_stages)
     ended = (~output.seen).any(1)
     happened = {
@@ -281,7 +281,7 @@ def test_a_gate_has_to_exceed_its_threshold(way: str) -> None:
 
 
 class Handmade(nn.Module):
-    """A backbone without `stage_model`: anything that starts, runs, pools and has a head will do."""
+    """A backbone without `stage_model`: any class with `start`, `run`, `pool` and `head`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -409,7 +409,7 @@ def test_training_pass_makes_the_decisions_of_eval(case: Case) -> None:
     assert torch.equal(output.fallback_frame, skipped.fallback_frame)
     torch.testing.assert_close(output.logits, skipped.logits)
     assert output.logits.requires_grad
-    # All gates see real features, whatever was decided before them; nothing is masked.
+    # All gates see real features; nothing is masked by earlier decisions.
     assert output.gate_logits is not None
     assert output.inner_logits is not None
     assert output.evaluated.all()
@@ -465,7 +465,7 @@ def test_given_noise_ties_draws_to_videos(state_update: StateUpdate) -> None:
         pooled = tuple(part[row : row + 1] for part in encoded.pooled)
         one = replace(encoded, pooled=pooled, frame_logits=encoded.frame_logits[row : row + 1])
         assert_same(model.decide(one, noise=noise[row : row + 1]), rows_of(together, slice(row, row + 1)))
-    # The stop logit wins where its noise is far larger, whatever the gates say.
+    # Far larger noise on the stop logit stops every frame.
     noise[..., 1 - FORWARD] += 1e6
     assert not model.decide(encoded, noise=noise).used.any()
     with pytest.raises(DynskipError, match=r"The noise has shape .*expected \(B, T, N, 2\)"):
@@ -600,7 +600,7 @@ def test_a_frozen_backbone_in_eval_mode_serves_training_gates() -> None:
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
 
 
-# Numbers of other kinds
+# Other dtypes, sizes and tables
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -746,7 +746,7 @@ def test_a_deep_copy_is_the_same_and_independent() -> None:
         (torch.zeros(1, 1, 2, 3, 8, 8).double(), r"got \(1, 1, 2, 3, 8, 8\)"),
         (torch.zeros(1, 2, 4, 8, 8).double(), r"shape \(B, T, 3, H, W\); got \(1, 2, 4, 8, 8\)"),
         (torch.zeros(1, 2, 8, 8, 3).double(), r"got \(1, 2, 8, 8, 3\)\. .*channels before height"),
-        (torch.zeros(1, 0, 3, 8, 8).double(), r"empty: shape \(1, 0, 3, 8, 8\)\. Give at least one video and frame"),
+        (torch.zeros(1, 0, 3, 8, 8).double(), r"empty: shape \(1, 0, 3, 8, 8\)\. Every dimension has to be at least 1"),
         (torch.zeros(0, 2, 3, 8, 8).double(), r"empty: shape \(0, 2, 3, 8, 8\)"),
         (torch.zeros(1, 2, 3, 0, 8).double(), r"empty: shape \(1, 2, 3, 0, 8\)"),
         (torch.zeros(1, 2, 3, 8, 8), r"float32.*float64"),
@@ -914,7 +914,7 @@ def test_trying_gates_moves_neither_their_mode_nor_their_state() -> None:
 
 
 class _Undecided(nn.Module):
-    """Stop every frame, equally near to forwarding it."""
+    """Stop every frame, with the same margin."""
 
     def initial_state(self, batch: int) -> tuple[Tensor, ...]:
         return ()

@@ -59,7 +59,9 @@ class InnerClassificationLoss(nn.Module):
 
     def forward(self, output: SkipOutput, targets: Tensor) -> Tensor:
         """Return the scalar loss of an output against `(B,)` class indices."""
-        return functional.inner_classification_loss(_inner(output), output.forward, targets)
+        inner = _inner(output)
+        answered = ~inner.isnan().any(-1)  # a stage of an `EarlyExit` without an exit has no answer
+        return functional.inner_classification_loss(inner, output.forward * answered, targets)
 
 
 class SelfSupervisionLoss(nn.Module):

@@ -23,11 +23,11 @@ FORMAT = "dynskip session 2"
 
 
 class Session:
-    """Videos that are classified while their frames arrive. Made by `StopOrForward.stream`.
+    """Videos that are classified while their frames arrive. `StopOrForward.stream` makes it.
 
     Args:
         model: a model in evaluation mode.
-        batch: number of videos; a frame of each arrives at a time.
+        batch: number of videos. One frame of each arrives at a time.
 
     Raises:
         DynskipError: if the batch is not positive, or the model is in training mode.
@@ -45,10 +45,10 @@ class Session:
             self._macs = torch.zeros(batch, dtype=torch.float64, device=self._engine.device)
             self._used = torch.zeros_like(self._engine.seen)
         self._image_size: tuple[int, int] | None = None
-        self._costs = self._macs  # of a frame by what became of it, once the frames' size is known
+        self._costs = self._macs  # of a frame, by what became of it; set once the frames' size is known
 
     def __repr__(self) -> str:
-        """Say where the videos stand."""
+        """Show counts."""
         seen, used, ended = (int(x.sum()) for x in (self._engine.seen, self._used, self._engine.ended))
         return f"Session({self.batch} videos: {seen} frames seen, {used} used; {ended} videos ended)"
 
@@ -60,21 +60,20 @@ class Session:
             frame: `(C, H, W)`, or `(B, C, H, W)` for a batch. Frames of ended videos are not looked at.
 
         Returns:
-            What became of it.
+            What became of the frame.
 
         Raises:
             DynskipError: if the frame has another shape, size or dtype than expected, or NaN or infinite values.
         """
         if any(module.training for module in self._modules):
             check_eval(self.model, "A session")
-        frames = frame[None] if isinstance(frame, Tensor) and frame.ndim == 3 and self.batch == 1 else frame
-        frames = check_frames(frames, self.model.backbone, self.batch)
+        frames = check_frames(frame, self.model.backbone, self.batch)
         engine, stages = self._engine, self.model.backbone.num_stages
-        # All that the host has to know of the device before it starts, in one look.
+        # One wait tells the host all that it has to know before it starts.
         sound = frames.flatten(1).sum(1, dtype=torch.float32).isfinite()
         told = torch.stack([sound, engine.ended, engine.seen]).cpu()
         if not told[0].all():
-            refuse_not_finite(frames, self.batch)
+            refuse_not_finite(frames, "video")
         self._set_size((frames.shape[2], frames.shape[3]))
         rows = (told[1] == 0).nonzero().squeeze(1)
         if len(rows):
@@ -105,21 +104,20 @@ class Session:
         )
 
     def _set_size(self, size: tuple[int, int]) -> None:
-        if size == self._image_size:
-            return
-        if self._image_size is not None:
+        if self._image_size not in (None, size):
             raise DynskipError(
                 "The frame is {}x{} and earlier ones of this session were ".format(*size)
                 + "{}x{}. Resize frames to one size, or call `session.reset()` first.".format(*self._image_size)
             )
-        self._costs = self._engine.upload(self.model.lookup_for(size).by_outcome)
-        self._image_size = size
+        if self._image_size is None:
+            self._costs = self._engine.upload(self.model.lookup_for(size).by_outcome)
+            self._image_size = size
 
     def reset(self, rows: int | Sequence[int] | Tensor | None = None) -> None:
         """Start new videos.
 
         Args:
-            rows: positions in the batch, or a `(B,)` boolean mask; by default all.
+            rows: positions in the batch, or a `(B,)` boolean mask; all by default.
 
         Raises:
             DynskipError: if there is no such row.
@@ -137,10 +135,10 @@ class Session:
 
     @torch.no_grad()
     def result(self) -> VideoResult:
-        """Predict from the frames so far; frames may go on arriving afterwards.
+        """Predict from the frames so far. More frames may arrive afterwards.
 
-        A video of which no frame was used yet has its furthest frame run to the end, every time this is called; its
-        cost is in the prediction's MACs and not in the session's.
+        If no frame of a video was used, its furthest frame is run to the end, in every call. The cost is part of the
+        result's MACs, not of the session's.
 
         Returns:
             The prediction.
@@ -165,7 +163,7 @@ class Session:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that is needed to go on elsewhere: tensors, numbers and names, no objects.
+        """Return what another session needs to go on from here: tensors, numbers and names.
 
         `torch.save` it and `torch.load(..., weights_only=True)`, in another process or on another device.
         """
@@ -175,14 +173,14 @@ class Session:
             "state_update": self.model.state_update,
             "image_size": self._image_size,
             "tensors": {name: tensor.clone() for name, tensor in self._tensors().items()},
-            "furthest": [None if f is None else _plain(f) for f in self._engine.furthest],
+            "furthest": [None if each is None else _plain(each) for each in self._engine.furthest],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another session stood. A state that does not fit leaves this session as it was.
+        """Go on where another session was. A state that does not fit leaves this session as it is.
 
         Args:
-            state: what `state_dict` returned, of a session with as many videos and an equal model.
+            state: what `state_dict` returned, from a session with as many videos and an equal model.
 
         Raises:
             DynskipError: if the state is damaged, or of another model or batch.
@@ -205,7 +203,7 @@ class Session:
         return named
 
     def _check_state(self, state: Any) -> tuple[list[Furthest | None], tuple[int, int] | None]:
-        """Refuse a state that is not of such a session; return its parts that are not plain tensors."""
+        """Refuse a state that is not of such a session; return its frames and its image size."""
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise DynskipError("This is no state of a session. Pass what `session.state_dict()` returned.")
         here = {"stage_names": list(self.model.backbone.stage_names), "state_update": self.model.state_update}
@@ -216,35 +214,33 @@ class Session:
                 )
         tensors, wanted_tensors = state.get("tensors"), self._tensors()
         if not isinstance(tensors, dict) or set(tensors) != set(wanted_tensors):
-            raise DynskipError("The state has not the tensors that this model's gates have; save it again.")
+            raise DynskipError("The state does not have the tensors of this model's gates; save it again.")
         for name, tensor in wanted_tensors.items():
             _check_tensor(name, tensors[name], tensor)
-        furthest = state.get("furthest")
-        used, seen = tensors["used"].tolist(), tensors["seen"].tolist()
-        if not isinstance(furthest, list) or [f is not None for f in furthest] != [
-            u == 0 < s for u, s in zip(used, seen, strict=True)
-        ]:
+        furthest, size = state.get("furthest"), state.get("image_size")
+        seen = tensors["seen"] > 0
+        without = (seen & (tensors["used"] == 0)).tolist()
+        if not isinstance(furthest, list) or [each is not None for each in furthest] != without:
             raise DynskipError("The state does not hold the furthest frame of its videos without used frames.")
         try:
-            size = None if state["image_size"] is None else (int(state["image_size"][0]), int(state["image_size"][1]))
+            size = None if size is None else (int(size[0]), int(size[1]))
             with torch.no_grad():
-                restored = [None if f is None else self._restore(f) for f in furthest]
+                restored = [None if each is None else self._restore(each) for each in furthest]
         except Exception as error:
-            raise DynskipError(f"The state is damaged: a stored frame cannot be gone on with ({error}).") from error
-        if size is None and any(seen):
+            raise DynskipError(f"The state is damaged: a stored frame cannot be used ({error}).") from error
+        if size is None and seen.any():
             raise DynskipError("The state is damaged: it has frames and no image size.")
         if size is not None:
-            self.model.lookup_for(size)  # so that nothing is left to fail once tensors are written
+            self.model.lookup_for(size)  # raises now, before any tensor is written
         return restored, size
 
     def _restore(self, plain: dict[str, Any]) -> Furthest:
-        backbone = self.model.backbone
+        backbone, gate = self.model.backbone, int(plain["stopped_at"])
         carry = Carry(_to(plain["values"], self._macs.device), plain["kinds"], 1)
-        gate = int(plain["stopped_at"])
         furthest = Furthest(float(plain["score"]), gate, int(plain["frame"]), gate + 1, carry)
-        if not 0 <= furthest.stopped_at < backbone.num_stages or furthest.frame < 0:
-            raise ValueError(f"no frame stops at gate {furthest.stopped_at}")
-        # The surest test of a carry is to go on with it; it happens once, and only where no frame has been used yet.
+        if not 0 <= gate < backbone.num_stages or furthest.frame < 0:
+            raise ValueError(f"no frame stops at gate {gate}")
+        # The best check of a carry is to run it. This happens only for videos without a used frame.
         if not run_to_end(backbone, [furthest]).isfinite().all():
             raise ValueError("its logits are not finite")
         return furthest
@@ -252,8 +248,7 @@ class Session:
 
 def _plain(furthest: Furthest) -> dict[str, Any]:
     """Take a frame apart into tensors and numbers."""
-    values = _to(furthest.carry.values, None)
-    carry = {"values": values, "kinds": furthest.carry.kinds}
+    carry = {"values": _to(furthest.carry.values, None), "kinds": furthest.carry.kinds}
     return {"score": furthest.score, "stopped_at": furthest.stopped_at, "frame": furthest.frame, **carry}
 
 

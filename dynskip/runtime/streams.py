@@ -1,56 +1,37 @@
-"""Streams: many videos or cameras at once, frames pulled from their sources as they can be taken."""
+"""Streams: many videos or cameras at once. Frames are pulled from their sources when there is room for them."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Hashable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from functools import partial
+from typing import Any
 
 from dynskip.errors import DynskipError
 from dynskip.runtime.scheduler import Event, Scheduler, Stream
 
-if TYPE_CHECKING:
-    from dynskip.wrapper import StopOrForward
-
 _END = object()
 
 
-def serve(
-    model: StopOrForward, sources: Iterable[Any], max_streams: int, batch_size: int, look_ahead: int
-) -> Iterator[Event]:
+def serve(scheduler: Scheduler, sources: Iterator[Any]) -> Iterator[Event]:
     """Classify many videos at once; see `StopOrForward.serve_streams`."""
-    return _serve(Scheduler(model, max_streams, batch_size, look_ahead), iter(sources))
-
-
-def aserve(model: StopOrForward, sources: Any, max_streams: int, batch_size: int) -> AsyncIterator[Event]:
-    """Classify many videos at once, frames arriving asynchronously; see `StopOrForward.aserve_streams`."""
-    return _aserve(Scheduler(model, max_streams, batch_size, 1), _as_async(sources))
-
-
-def _keyed(number: int, item: Any) -> tuple[Hashable, Any]:
-    return item if isinstance(item, tuple) and len(item) == 2 else (number, item)
-
-
-def _serve(scheduler: Scheduler, sources: Iterator[Any]) -> Iterator[Event]:
-    admitted = 0
     more = True
     try:
         while more or scheduler.streams:
-            # Room is taken at once, by sources that turn out empty as well; but endlessly many of those must not keep
-            # the others waiting.
+            # Fill all room before the next stage run. The limit is for sources that turn out empty: endlessly many of
+            # them must not keep the others waiting.
             for _ in range(scheduler.max_streams * scheduler.look_ahead):
                 while more and scheduler.has_room:
                     if (item := next(sources, _END)) is _END:
                         more = False
                         break
-                    scheduler.admit(*_keyed(admitted, item))
-                    admitted += 1
+                    scheduler.admit(item)
                 idle = [stream for stream in scheduler.streams if stream.wants]
                 if not idle:
                     break
                 for stream in idle:
-                    yield from _pull(scheduler, stream)
+                    yield from _take(scheduler, stream, partial(_pull, stream))
             if scheduler.has_work:
                 yield from scheduler.step()
             _close(scheduler.finished)
@@ -60,12 +41,16 @@ def _serve(scheduler: Scheduler, sources: Iterator[Any]) -> Iterator[Event]:
             sources.close()
 
 
-def _pull(scheduler: Scheduler, stream: Stream) -> list[Event]:
-    """Take a stream's next frame; whatever goes wrong here is its own fault."""
+def _pull(stream: Stream) -> Any:
+    if stream.seen == 0 and not stream.images:
+        stream.source = iter(stream.source)
+    return next(stream.source, _END)
+
+
+def _take(scheduler: Scheduler, stream: Stream, get: Callable[[], Any]) -> list[Event]:
+    """Take a stream's next frame. Any error here is the stream's own fault."""
     try:
-        if stream.seen == 0 and not stream.images:
-            stream.source = iter(stream.source)
-        if (frame := next(stream.source, _END)) is not _END:
+        if (frame := get()) is not _END:
             scheduler.offer(stream, frame)
             return []
     except Exception as error:
@@ -81,8 +66,8 @@ def _close(streams: list[Stream]) -> None:
     streams.clear()
 
 
-async def _aserve(scheduler: Scheduler, sources: AsyncGenerator[Any]) -> AsyncIterator[Event]:
-    admitted = 0
+async def aserve(scheduler: Scheduler, sources: AsyncGenerator[Any]) -> AsyncIterator[Event]:
+    """Classify many videos at once, frames arriving asynchronously; see `StopOrForward.aserve_streams`."""
     more = True
     asking: dict[asyncio.Task[Any], Stream | None] = {}  # `None` asks for the next source
     try:
@@ -99,16 +84,14 @@ async def _aserve(scheduler: Scheduler, sources: AsyncGenerator[Any]) -> AsyncIt
                 wait = 0 if scheduler.has_work else None
                 done, _ = await asyncio.wait(asking, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
-                    stream_or_none = asking.pop(task)
-                    if stream_or_none is not None:
-                        for event in _take(scheduler, stream_or_none, task):
+                    if (asked := asking.pop(task)) is not None:
+                        for event in _take(scheduler, asked, partial(_result, task)):
                             yield event
                     elif (item := task.result()) is _END:
                         more = False
                     else:
-                        key, source = _keyed(admitted, item)
-                        scheduler.admit(key, _as_async(source))
-                        admitted += 1
+                        stream = scheduler.admit(item)
+                        stream.source = as_async(stream.source)
                 if not done:
                     break
             if scheduler.has_work:
@@ -123,17 +106,11 @@ async def _aserve(scheduler: Scheduler, sources: AsyncGenerator[Any]) -> AsyncIt
         await sources.aclose()
 
 
-def _take(scheduler: Scheduler, stream: Stream, task: asyncio.Task[Any]) -> list[Event]:
-    """Take the frame that a stream's task brought; whatever went wrong in it is the stream's own fault."""
+def _result(task: asyncio.Task[Any]) -> Any:
     try:
-        if (frame := task.result()) is not _END:
-            scheduler.offer(stream, frame)
-            return []
-    except asyncio.CancelledError:
-        return scheduler.end(stream, DynskipError("The source of this stream was cancelled."))
-    except Exception as error:
-        return scheduler.end(stream, error)
-    return scheduler.end(stream)
+        return task.result()
+    except asyncio.CancelledError as error:
+        raise DynskipError("The source of this stream was cancelled.") from error
 
 
 async def _next(source: AsyncIterator[Any]) -> Any:
@@ -144,7 +121,7 @@ async def _next(source: AsyncIterator[Any]) -> Any:
         return _END
 
 
-async def _as_async(source: Any) -> AsyncGenerator[Any]:
+async def as_async(source: Any) -> AsyncGenerator[Any]:
     """Iterate over a plain or an asynchronous iterable, and close its iterator at the end."""
     if hasattr(source, "__aiter__"):
         items = source.__aiter__()
