@@ -183,7 +183,7 @@ def test_runs_where_torch_cannot_be_imported(exported: Any, tmp_path: Path) -> N
     np.save(tmp_path / "video.npy", video.numpy())
     code = """
 import json, sys
-for name in ("torch", "timm", "dynskip", "einops"):
+for name in ("torch", "timm", "dynskip"):
     sys.modules[name] = None
 import dynskip_onnx, numpy
 runner = dynskip_onnx.load(sys.argv[1], threads=1)

@@ -18,7 +18,7 @@ import dynskip
 
 ROOT = Path(__file__).parents[1]
 
-CORE = ["torch", "torchvision", "timm", "einops", "typing_extensions"]
+CORE = ["torch", "torchvision", "timm", "typing_extensions"]
 OPTIONAL = [
     "matplotlib",
     "av",

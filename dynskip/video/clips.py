@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torchvision.transforms.v2 as T
-from einops import rearrange
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -78,7 +77,7 @@ class Preprocessing:
         Returns:
             `(T, 3, size, size)` uint8.
         """
-        video = rearrange(torch.from_numpy(frames), "t h w c -> t c h w")
+        video = torch.from_numpy(frames).permute(0, 3, 1, 2)
         if not training:
             return T.functional.center_crop(video, [self.size, self.size])
         augment = T.Compose(
