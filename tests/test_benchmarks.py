@@ -22,8 +22,9 @@ import overhead  # noqa: E402
 import per_video  # noqa: E402
 import plot  # noqa: E402
 import similarity  # noqa: E402
-import stick_figures  # noqa: E402
 import training_step  # noqa: E402
+
+from dynskip.video import stick_figures  # noqa: E402
 
 TOY = ["--quick", "--device", "cpu", "--backbone", "test_resnet", "--size", "64"]
 
