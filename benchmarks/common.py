@@ -1,14 +1,15 @@
-"""What the benchmarks share: a model that follows a fixed schedule, interleaved timing, and the report.
+"""What the benchmarks share: a model that follows a fixed schedule, timing in turns, and the report.
 
-Random weights decide nothing sensible, so gates are evaluated as ever and then overruled: of a video's 16 frames, 11
-would be used, and the others stop at gates 4, 3, 2, 2 and 1, counted from one. The video ends after 14 frames. The two
-that remain unseen are a used one and the one for gate 4: 10 frames are used and 4 stopped. This reading is the one that
-comes to 27.1 GMACs at 168x168 with ResNet-50, the thesis' rates; all 16 frames would take 31.6.
+Random weights decide nothing sensible. So every gate is evaluated, and then its answer is overruled. Of a video's 16
+frames, 11 would be used, and the others would stop at gates 4, 3, 2, 2 and 1, counted from one. The video ends after 14
+frames: 10 frames are used and 4 stopped. The two unseen frames are a used one and the one for gate 4. This reading of
+the thesis' rates gives its 27.1 GMACs at 168x168 with ResNet-50; all 16 frames would take 31.6.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,38 +26,37 @@ import torch
 from torch import Tensor, nn
 
 import dynskip
-from dynskip import StopOrForward, sofnet
+from dynskip import StagedBackbone, StopOrForward, sofnet
 from dynskip.gates import GateState, Step
 
 FRAMES, ENDS_AFTER, CLASSES = 16, 14, 200
-STOPPED_BY = {2: 2, 5: 1, 8: 3, 11: 2, 14: 4}  # frame: its gate, counted from one; frames not named are used
+STOPPED_BY = {2: 2, 5: 1, 8: 3, 11: 2, 14: 4}  # frame: its gate, counted from one; all other frames are used
 
 
 class ScheduledGate(nn.Module):
-    """A gate that is evaluated and then overruled by what the schedule has for the frame.
+    """A gate that is evaluated and then overruled by the schedule.
 
-    It recognises the frame as the nearest of those known, so that neither order nor batch nor runtime matters. It does
-    so in float32 in a model of any dtype: half precision moves features by less than a tenth of what lies between two
-    frames, but has not the digits to compare their distances.
+    It recognises a frame as the nearest of the known ones, so that order, batch and runtime do not matter. Distances
+    are always compared in float32: bfloat16 moves features by less than a tenth of the distance between two frames,
+    but has too few digits to compare such distances.
 
     Args:
         gate: the gate to evaluate.
         known: `(F, C_n)` pooled features of the known frames.
-        forwards: `(F,)` boolean, whether the schedule has each of them go forward here.
+        forwards: `(F,)` boolean, whether each of them goes forward here.
     """
 
-    centre: Tensor
     keys: Tensor
-    half_norms: Tensor
+    offsets: Tensor
     verdicts: Tensor
     broadcasts = True
 
     def __init__(self, gate: nn.Module, known: Tensor, forwards: Tensor) -> None:
         super().__init__()
         self.gate: Any = gate
-        self.register_buffer("centre", known.mean(0))
-        self.register_buffer("keys", (known - self.centre).t().contiguous())
-        self.register_buffer("half_norms", self.keys.square().sum(0) / 2)
+        keys = known - known.mean(0)
+        self.register_buffer("keys", keys.t().contiguous())
+        self.register_buffer("offsets", keys @ known.mean(0) + keys.square().sum(1) / 2)
         self.register_buffer("verdicts", torch.where(forwards[:, None], 100.0, -100.0) * known.new_tensor([-1.0, 1.0]))
 
     def initial_state(self, batch: int) -> GateState:
@@ -66,36 +66,33 @@ class ScheduledGate(nn.Module):
         return self.step(self.embed(pooled), state)
 
     def embed(self, pooled: Tensor) -> Tensor:
-        nearest = ((pooled.float() - self.centre) @ self.keys - self.half_norms).argmax(-1)
+        nearest = (pooled.float() @ self.keys - self.offsets).argmax(-1)
         return torch.cat([self.gate.embed(pooled), self.verdicts[nearest]], 1)
 
     def step(self, embedded: Tensor, state: GateState) -> tuple[Tensor, GateState]:
-        logits, new = self.gate.step(embedded[..., :-2], state)
-        # Added rather than put in their place, so that no compiler leaves the gate's own logits out.
-        return logits + embedded[..., -2:], new
+        return overrule(self.gate.step, embedded, state)
 
     @classmethod
     def step_together(cls, gates: Sequence[Any]) -> Step | None:
         step = type(gates[0].gate).step_together([each.gate for each in gates])
-        if step is None:
-            return None
-
-        def overruled(embedded: Tensor, state: GateState) -> tuple[Tensor, GateState]:
-            logits, new = step(embedded[..., :-2], state)
-            return logits + embedded[..., -2:], new
-
-        return overruled
+        return step and functools.partial(overrule, step)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ScheduledGate:
-        exact = {name: self.get_buffer(name) for name in ("centre", "keys", "half_norms")}
+        keys, offsets = self.keys, self.offsets
         super()._apply(fn, recurse)
-        for name, tensor in exact.items():  # to where the others go, not to their dtype
-            setattr(self, name, tensor.to(self.verdicts.device))
+        device = self.verdicts.device  # keys and offsets follow to the device, and stay float32
+        self.keys, self.offsets = keys.to(device), offsets.to(device)
         return self
 
 
+def overrule(step: Step, embedded: Tensor, state: GateState) -> tuple[Tensor, GateState]:
+    logits, new = step(embedded[..., :-2], state)
+    # The verdict is added to the gate's logits. If it replaced them, a compiler could leave the gate out.
+    return logits + embedded[..., -2:], new
+
+
 def schedule(stages: int) -> list[int]:
-    """Return for each frame of a video where it goes, as in `SkipOutput.stopped_at`, if it is looked at."""
+    """Return `stopped_at` of each frame of a video, as if none remained unseen."""
     return [STOPPED_BY.get(t, stages + 1) - 1 for t in range(FRAMES)]
 
 
@@ -104,36 +101,57 @@ def build(args: argparse.Namespace, size: int, optimize: bool = False) -> tuple[
     """Return a model with random weights that follows the schedule, and a `(1, 16, 3, size, size)` video to run."""
     torch.manual_seed(0)
     backbone = dynskip.stage_model(args.backbone, num_classes=CLASSES, zero_init_last=False)
-    # The threshold lets every video end as soon as the frames allow it.
+    # With this threshold every video ends after `min_frames + 1` frames.
     model = sofnet(backbone, guidance=False, threshold=1e-6, min_frames=ENDS_AFTER - 1).eval().to(args.device)
     generator = torch.Generator().manual_seed(1)
     video = torch.randn(1, FRAMES, 3, size, size, generator=generator)
-    # Networks with random weights hardly tell noise from noise; brightness and contrast they do.
+    # Random networks hardly tell noise from noise, but they tell brightness and contrast apart.
     video = video * torch.linspace(0.5, 2.0, FRAMES).view(FRAMES, 1, 1, 1)
     video = (video + 2 * torch.randn(FRAMES, 3, 1, 1, generator=generator)).to(args.device)
-    gates = overruled(model.gates, [pooled[0] for pooled in model.encode(video).pooled])
+    pooled = model.encode(video).pooled
+    stops = torch.tensor(schedule(len(pooled)), device=video.device)
+    gates = [ScheduledGate(model.gates[n], known[0], stops > n) for n, known in enumerate(pooled)]
     model = StopOrForward(model.backbone, gates, terminator=model.terminator).eval()
     check(model, video)
     return optimised(model, video) if optimize else (model, video)
 
 
-def overruled(gates: Iterable[nn.Module], known: Sequence[Tensor]) -> list[nn.Module]:
-    """Put gates in the schedule's hands, given the pooled features of the video's frames at each stage."""
-    stops = torch.tensor(schedule(len(known)), device=known[0].device)
-    return [ScheduledGate(*both, stops > n) for n, both in enumerate(zip(gates, known, strict=True))]
+def orders(count: int) -> Tensor:
+    """Return the frames of `count` videos of 16, each of which begins one frame later; the unseen ones stay last."""
+    seen = (torch.arange(count)[:, None] + torch.arange(ENDS_AFTER)) % ENDS_AFTER
+    return torch.cat([seen, torch.arange(ENDS_AFTER, FRAMES).expand(count, -1)], 1)
 
 
-def check(model: StopOrForward, video: Tensor) -> float:
-    """Refuse to time a model that does not follow the schedule; return the GMACs of a video."""
-    output = model(video)
-    wanted = schedule(model.backbone.num_stages)[:ENDS_AFTER] + [dynskip.UNSEEN] * (FRAMES - ENDS_AFTER)
-    if output.stopped_at.tolist() != [wanted]:
-        raise SystemExit(f"The schedule is {wanted} and the model did {output.stopped_at[0].tolist()}.")
-    return float(output.macs) / 1e9
+def check(model: StopOrForward, videos: Tensor) -> float:
+    """Refuse to time a model that does not follow the schedule on videos in `orders`; return the GMACs of a video."""
+    output = model(videos)
+    wanted = torch.tensor(schedule(model.backbone.num_stages))[orders(len(videos))]
+    wanted[:, ENDS_AFTER:] = dynskip.UNSEEN
+    wrong = int((output.stopped_at.cpu() != wanted).sum())
+    if wrong:
+        raise RuntimeError(f"{wrong} of {wanted.numel()} frames left the schedule.")
+    return float(output.macs.mean()) / 1e9
+
+
+def rows_executed(stages: int) -> list[int]:
+    """Return how many frames of a video run each stage, and the head."""
+    stops = schedule(stages)[:ENDS_AFTER]
+    return [sum(stop >= n for stop in stops) for n in range(stages + 1)]
+
+
+def dense_gmacs(model: StopOrForward, size: int) -> float:
+    """Return the GMACs of all frames of a video in the dense network."""
+    return FRAMES * model.lookup_for((size, size)).dense / 1e9
+
+
+def stage_gmacs(model: StopOrForward, size: int) -> float:
+    """Return the GMACs of a video in stages and the head alone."""
+    lookup, rows = model.lookup_for((size, size)), rows_executed(model.backbone.num_stages)
+    return float(lookup.per_stage @ lookup.per_stage.new_tensor(rows[:-1]) + rows[-1] * lookup.head) / 1e9
 
 
 def optimised(model: StopOrForward, video: Tensor) -> tuple[StopOrForward, Tensor]:
-    """Return a model with faster stages, and the video as it takes it: in bf16 with CUDA graphs on a GPU."""
+    """Return a model with faster stages, and the video in its dtype: in bf16 with CUDA graphs on a GPU."""
     on_gpu = video.device.type == "cuda"
     options: dict[str, Any] = {"dtype": torch.bfloat16, "buckets": (1, 2, 4, 8, 16)} if on_gpu else {}
     progress("compiling")
@@ -144,8 +162,33 @@ def optimised(model: StopOrForward, video: Tensor) -> tuple[StopOrForward, Tenso
     return fast, video
 
 
+def online(model: StopOrForward, video: Tensor) -> list[int]:
+    """Run a video frame by frame until it ends; return `stopped_at` of each frame."""
+    session, steps = model.stream(), []
+    for frame in video[0]:
+        steps.append(session(frame))
+        if steps[-1].ended.item():
+            break
+    return [int(step.stopped_at) for step in steps]
+
+
+@torch.no_grad()
+def stage_runs(backbone: StagedBackbone, frames: Tensor, rows: Sequence[int]) -> list[Callable[[], Any]]:
+    """Return a run of every stage, and of the head, each alone on so many rows."""
+    runs: list[Callable[[], Any]] = []
+    carry = backbone.start(frames[torch.arange(rows[0], device=frames.device) % len(frames)])
+    for n, count in enumerate(rows):
+        carry = carry if carry.batch == count else carry.select(torch.arange(count, device=frames.device))
+        if n == backbone.num_stages:
+            runs.append(functools.partial(torch.no_grad()(backbone.head), carry))
+        else:
+            runs.append(functools.partial(torch.no_grad()(backbone.run), n, carry))
+            carry = backbone.run(n, carry)
+    return runs
+
+
 def interleaved(functions: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Time functions in turns, each once a round and once before, unmeasured; return milliseconds."""
+    """Time functions in turns, once a round; return milliseconds. The first round is not measured."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for k in range(rounds + 1):
@@ -169,17 +212,17 @@ def progress(text: str, end: str = "\n") -> None:
 
 
 class Report:
-    """Collects what was measured, prints it, and writes it with what is needed to measure it again.
+    """Collects what was measured, prints it, and writes it with the command, the machine and all versions.
 
     Args:
-        question: what the script answers.
+        doc: the script's docstring, whose first line is its question.
         args: its arguments.
     """
 
-    def __init__(self, question: str, args: argparse.Namespace) -> None:
+    def __init__(self, doc: str, args: argparse.Namespace) -> None:
         self.args = args
         self.content: dict[str, Any] = {
-            "question": question.splitlines()[0],
+            "question": doc.splitlines()[0],
             "command": shlex.join(["python", *sys.argv]),
             "machine": machine(args.device),
             "results": {},
@@ -203,7 +246,7 @@ class Report:
         self.ratio(f"{name} / {other}", ratio, None if wanted is None else f"<= {wanted}")
 
     def ratio(self, name: str, value: float, wanted: str | None = None) -> None:
-        """Note a figure to be reached, to be printed last."""
+        """Note a figure that is printed last, with what it should be."""
         self.content["ratios"][name] = {"value": value, "wanted": wanted}
 
     def finish(self) -> None:
@@ -229,7 +272,7 @@ def processor() -> str:
 
 
 def parser(doc: str, optimize: bool = False) -> argparse.ArgumentParser:
-    """Return the arguments that all scripts take, and whether to optimise; the last two are for trying a script out."""
+    """Return a parser of the arguments that all scripts take; the hidden ones are for trying a script out."""
     result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--quick", action="store_true", help="few rounds")
     result.add_argument("--json", type=Path, help="file to write the results to")

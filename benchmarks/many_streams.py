@@ -2,19 +2,17 @@
 
     python benchmarks/many_streams.py --json many_streams.json
 
-Streams never end: each plays the schedule's frames, in an order of its own, again and again. The ideal is the time that
-the stages and the head need, in full batches and without gates or anything else, for the rows that were executed.
+Streams never end: each plays the schedule's frames, in an order of its own, again and again. The ideal is the time of
+the executed rows in full batches of the stages and the head, without gates or anything else.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import median
-from typing import Any
 
 import common
-import torch
 from torch import Tensor
 
 from dynskip import FrameResult, StopOrForward
@@ -22,59 +20,36 @@ from dynskip import FrameResult, StopOrForward
 BATCH = 16
 
 
+def endless(model: StopOrForward, video: Tensor, count: int, batch: int) -> Iterator[FrameResult]:
+    """Serve `count` streams for ever."""
+    orders = itertools.cycle(common.orders(common.ENDS_AFTER)[:, : common.ENDS_AFTER].tolist())
+    sources = ([video[0, t] for t in order] for order in orders)
+    for event in model.serve_streams(sources, max_streams=count, batch_size=batch):
+        if isinstance(event, FrameResult):
+            yield event
+
+
 class Streams:
-    """Any number of streams, run for a while at a time.
+    """Streams that are run for a while at a time.
 
     Attributes:
-        done: for each place where a frame can stop, or get to the end, how many did since `run` was called first.
+        frames: frames in one run, some of every stream.
+        stops: how many frames stopped at each gate, and how many were used, in all runs.
     """
 
     def __init__(self, model: StopOrForward, video: Tensor, count: int) -> None:
-        self.count = count
-        self.done = [0] * (model.backbone.num_stages + 1)
-        self._events = model.serve_streams(
-            (videos(video[0], first) for first in itertools.count()), max_streams=count, batch_size=BATCH
-        )
-
-    @property
-    def frames(self) -> int:
-        """Frames in one run: some of every stream."""
-        return max(2 * self.count, 2 * common.ENDS_AFTER)
+        self.frames = max(2 * count, 2 * common.ENDS_AFTER)
+        self.stops = [0] * (model.backbone.num_stages + 1)
+        self._results = endless(model, video, count, BATCH)
 
     def run(self) -> None:
-        left = self.frames
-        for event in self._events:
-            if isinstance(event, FrameResult):
-                self.done[event.stopped_at] += 1
-                left -= 1
-                if not left:
-                    return
+        for result in itertools.islice(self._results, self.frames):
+            self.stops[result.stopped_at] += 1
 
-
-def videos(frames: Tensor, first: int) -> list[Tensor]:
-    """Return the frames that are looked at, from another first one."""
-    return [frames[(first + t) % common.ENDS_AFTER] for t in range(common.ENDS_AFTER)]
-
-
-@torch.no_grad()
-def stage_runs(model: StopOrForward, frames: Tensor) -> dict[str, Callable[[], Any]]:
-    """Return a run of every stage, and of the head, on a full batch."""
-    backbone = model.backbone
-    carry = backbone.start(frames[torch.arange(BATCH) % len(frames)])
-    runs: dict[str, Callable[[], Any]] = {}
-    for n in range(backbone.num_stages):
-        runs[f"stage {n}"] = torch.no_grad()(lambda n=n, carry=carry: backbone.run(n, carry))
-        carry = backbone.run(n, carry)
-    runs["head"] = torch.no_grad()(lambda: backbone.head(carry))
-    return runs
-
-
-def ideal_ms(done: Sequence[int], runs: dict[str, float]) -> float:
-    """Return what a frame takes on average in full batches; `runs` are milliseconds of each stage and the head."""
-    *stages, head = runs.values()
-    reached = [sum(done[n:]) for n in range(len(stages))]
-    whole = sum(rows * run for rows, run in zip(reached, stages, strict=True)) + done[-1] * head
-    return whole / BATCH / sum(done)
+    def ideal_ms(self, stage_ms: Sequence[float]) -> float:
+        """Return the average time of a frame in full batches, whose stages and head take so long."""
+        batches = [sum(self.stops[n:]) / BATCH for n in range(len(stage_ms))]
+        return sum(a * b for a, b in zip(batches, stage_ms, strict=True)) / sum(self.stops)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -82,18 +57,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = common.Report(__doc__, args)
     model, video = common.build(args, args.size, args.optimize)
     gmacs = common.check(model, video)
-    everything = {f"{2**k} streams": Streams(model, video, 2**k) for k in range(7)}
-    runs = stage_runs(model, video[0])
-    functions = {**runs, **{name: streams.run for name, streams in everything.items()}}
+    parts = common.stage_runs(model.backbone, video[0], [BATCH] * (model.backbone.num_stages + 1))
+    everything = {2**k: Streams(model, video, 2**k) for k in range(7)}
+    functions = {f"part {n}": part for n, part in enumerate(parts)}
+    functions |= {f"{count} streams": streams.run for count, streams in everything.items()}
     times = common.interleaved(functions, 2 if args.quick else 12, args.device)
-    medians = {name: median(times[name]) for name in runs}
-    for name, streams in everything.items():
-        per_second = 1e3 * streams.frames / median(times[name])
-        ideal = 1e3 / ideal_ms(streams.done, medians)
-        frames_gmacs = streams.frames * gmacs / common.ENDS_AFTER
-        report.add(name, times[name], frames_gmacs, frames_per_s=per_second, ideal_frames_per_s=ideal)
-        wanted = ">= 0.9" if streams.count in (16, 32) else None
-        report.ratio(f"{name} / ideal", per_second / ideal, wanted)
+    stage_ms = [median(times[f"part {n}"]) for n in range(len(parts))]
+    for count, streams in everything.items():
+        name = f"{count} streams"
+        rate, ideal = 1e3 * streams.frames / median(times[name]), 1e3 / streams.ideal_ms(stage_ms)
+        executed = streams.frames * gmacs / common.ENDS_AFTER
+        report.add(name, times[name], executed, frames_per_s=rate, ideal_frames_per_s=ideal)
+        report.ratio(f"{name} / ideal", rate / ideal, ">= 0.9" if count in (16, 32) else None)
     report.finish()
 
 

@@ -1,4 +1,4 @@
-"""What do the figures look like? Draws the pictures of the documentation from the results.
+"""Draws the pictures of docs/speed.md from the results.
 
 python benchmarks/plot.py
 """
@@ -14,14 +14,14 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 INK, MUTED, TRACK = "#1f2328", "#59636e", "#e6e9ed"
-# Of Okabe and Ito's palette, which keeps its contrasts under the common forms of colour blindness.
+# From Okabe and Ito's palette, which keeps its contrasts for colour-blind readers.
 DENSE, CLIP, IDEAL = "#E69F00", "#009E73", "#59636e"
 
 
 def per_video(content: dict[str, Any]) -> Figure:
     """Draw how long a video takes in each way, as bars."""
     results = content["results"]
-    figure, axes = canvas(7.5, 0.8 + 0.36 * len(results))
+    figure, axes = canvas("One video of 16 frames", content["machine"], 0.8 + 0.36 * len(results))
     names = sorted(results, key=lambda name: -results[name]["median_ms"])
     times = [results[name]["median_ms"] for name in names]
     colours = [CLIP if name.startswith("clip") else DENSE for name in names]
@@ -32,7 +32,6 @@ def per_video(content: dict[str, Any]) -> Figure:
     axes.invert_yaxis()
     axes.xaxis.set_visible(False)
     axes.spines["bottom"].set_visible(False)
-    title(axes, "One video of 16 frames", content["machine"])
     return figure
 
 
@@ -40,7 +39,7 @@ def streams(content: dict[str, Any]) -> Figure:
     """Draw frames a second against the number of streams."""
     results = content["results"]
     counts = [int(name.split()[0]) for name in results]
-    figure, axes = canvas(7.5, 3.8)
+    figure, axes = canvas("Many streams", content["machine"], 3.8)
     for key, label, style in (
         ("ideal_frames_per_s", "ideal: the same rows in full batches", {"color": IDEAL, "linestyle": (0, (4, 3))}),
         ("frames_per_s", "measured", {"color": CLIP, "marker": "o"}),
@@ -53,23 +52,19 @@ def streams(content: dict[str, Any]) -> Figure:
     axes.set_ylabel("frames a second", color=INK)
     axes.grid(axis="y", color=TRACK)
     axes.legend(frameon=False, labelcolor=INK, loc="lower right")
-    title(axes, "Many streams", content["machine"])
     return figure
 
 
-def canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), dpi=150, facecolor="white", layout="constrained")
+def canvas(title: str, machine: dict[str, Any], height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7.5, height), dpi=150, facecolor="white", layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)
     axes.tick_params(colors=INK, length=0)
     axes.set_axisbelow(True)
-    return figure, axes
-
-
-def title(axes: Axes, text: str, machine: dict[str, Any]) -> None:
     hardware = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
-    axes.set_title(f"{text} ({hardware})", loc="left", color=INK, fontsize=12)
+    axes.set_title(f"{title} ({hardware})", loc="left", color=INK, fontsize=12)
+    return figure, axes
 
 
 def main() -> None:

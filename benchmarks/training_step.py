@@ -2,17 +2,16 @@
 
     python benchmarks/training_step.py --json training_step.json
 
-A step is forward, loss, backward and SGD with momentum: cross-entropy for the TSN, the mean of its frames' logits; the
-whole of the thesis' loss for SoF-Net, inner classifiers included. Memory is the peak above what a process holds before
-it builds its model, each in a process of its own (on a CPU measured on Linux alone).
+A step is forward, loss, backward and SGD with momentum. The TSN is trained with cross-entropy on the mean of its
+frames' logits, SoF-Net with the whole of the thesis' loss, inner classifiers included. Memory is the peak above what a
+process holds before it builds its model, each in a process of its own (on a CPU, this needs Linux).
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from torch import Tensor
 from dynskip import LossParts, SoFLoss, sofnet
 from dynskip.sofnet import Recipe
 
-NAMES = ("dense TSN", "SoF-Net")
+TSN, SOFNET = "dense TSN", "SoF-Net"
 
 
 def training_step(name: str, args: argparse.Namespace) -> Callable[[], None]:
@@ -34,11 +33,11 @@ def training_step(name: str, args: argparse.Namespace) -> Callable[[], None]:
     videos = torch.randn(args.videos, common.FRAMES, 3, args.size, args.size, device=args.device)
     labels = torch.arange(args.videos, device=args.device)
     network, criterion = model.backbone.model, SoFLoss(model.lookup_for((args.size, args.size)))
-    trained = network if name == NAMES[0] else model
+    trained = network if name == TSN else model
     optimizer = torch.optim.SGD(trained.parameters(), lr=1e-3, momentum=Recipe.momentum)
 
     def loss() -> Tensor:
-        if name == NAMES[0]:
+        if name == TSN:
             frame_logits: Tensor = network(videos.flatten(0, 1))
             return F.cross_entropy(frame_logits.unflatten(0, videos.shape[:2]).mean(1), labels)
         parts: LossParts = criterion(model(videos), labels)
@@ -53,58 +52,41 @@ def training_step(name: str, args: argparse.Namespace) -> Callable[[], None]:
 
 
 def peak_mib(name: str, args: argparse.Namespace) -> float:
-    """Measure the memory of two steps, the second of which has the optimiser's state, in a process of its own."""
-    command = [sys.executable, __file__, "--memory-of", name, "--device", args.device, "--videos", str(args.videos)]
-    command += ["--backbone", args.backbone, "--size", str(args.size)]
-    # Freed memory goes back at once, so that what is left over from the first step does not hide the second's.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return float(done.stdout)
-
-
-def print_peak_mib(name: str, args: argparse.Namespace) -> None:
+    """Return the peak memory of two steps, the second of which has the optimiser's state."""
     before = memory_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of what was imported
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of the imports
     step = training_step(name, args)
-    for _ in range(2):
-        step()
-    if args.device == "cuda":
-        print(torch.cuda.max_memory_allocated() / 2**20)
-    else:
-        print(memory_mib("VmHWM") - before)
+    step()
+    step()
+    return torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else memory_mib("VmHWM") - before
 
 
 def memory_mib(name: str) -> float:
-    """Read what Linux knows of this process: `VmRSS` is what it holds, `VmHWM` the peak of that."""
+    """Read what Linux knows of this process: `VmRSS` is the memory that it holds, `VmHWM` the peak of that."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 2**10
-
-
-def forward_gmacs(args: argparse.Namespace) -> dict[str, float]:
-    lookup = sofnet(args.backbone, common.CLASSES).lookup_for((args.size, args.size))
-    frames = args.videos * common.FRAMES
-    return {NAMES[0]: frames * lookup.dense / 1e9, NAMES[1]: frames * lookup.total / 1e9}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--videos", type=int, help="videos in a batch; by default the thesis' 6, or 1 if --quick")
-    parser.add_argument("--memory-of", choices=NAMES, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.videos = args.videos or (1 if args.quick else 6)
-    if args.memory_of:
-        print_peak_mib(args.memory_of, args)
-        return
     report = common.Report(__doc__, args)
-    memory = {name: peak_mib(name, args) for name in NAMES}
-    steps = {name: training_step(name, args) for name in NAMES}
+    # Freed memory goes back at once, so that what is left over from the first step does not hide the second's.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # read by processes when they start
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        memory = {name: pool.apply(peak_mib, (name, args)) for name in (TSN, SOFNET)}
+    steps = {name: training_step(name, args) for name in (TSN, SOFNET)}
     times = common.interleaved(steps, 2 if args.quick else 5, args.device)
-    gmacs = forward_gmacs(args)
-    for name in NAMES:
-        report.add(f"{name}, {args.videos} videos", times[name], gmacs[name], peak_mib=memory[name])
-    tsn, sof = (f"{name}, {args.videos} videos" for name in NAMES)
-    report.ratio("memory, SoF-Net / dense TSN", memory[NAMES[1]] / memory[NAMES[0]], "<= 1.05")
-    report.compare(sof, tsn, 1.08)
+    lookup, frames = (
+        sofnet(args.backbone, common.CLASSES).lookup_for((args.size, args.size)),
+        args.videos * common.FRAMES,
+    )
+    for name, gmacs in {TSN: lookup.dense / 1e9, SOFNET: lookup.total / 1e9}.items():
+        report.add(f"{name}, {args.videos} videos", times[name], frames * gmacs, peak_mib=memory[name])
+    report.ratio("memory, SoF-Net / dense TSN", memory[SOFNET] / memory[TSN], "<= 1.05")
+    report.compare(f"{SOFNET}, {args.videos} videos", f"{TSN}, {args.videos} videos", 1.08)
     report.finish()
 
 

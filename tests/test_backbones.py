@@ -242,8 +242,14 @@ def test_wrapped_it_trains_skips_as_it_masks_and_survives_a_save(name: str, tmp_
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_the_checkpoint_is_the_models_own_under_one_prefix(name: str) -> None:
-    assert list(staged(name).state_dict()) == [f"model.{key}" for key in network(name).state_dict()]
+def test_the_model_stays_inside_with_its_own_names_and_parameters(name: str) -> None:
+    backbone, model = staged(name), network(name)
+    assert backbone.model is model
+    assert list(backbone.state_dict()) == [f"model.{key}" for key in model.state_dict()]
+    assert [id(p) for p in backbone.parameters()] == [id(p) for p in model.parameters()]
+    if name in TIMM:
+        with torch.device("meta"):
+            assert list(model.state_dict()) == list(timm.create_model(name, **TIMM[name][1]).state_dict())
 
 
 @pytest.mark.parametrize(

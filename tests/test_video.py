@@ -418,27 +418,33 @@ def test_batches_do_not_depend_on_the_number_of_workers() -> None:
         assert alone.positions == shared.positions
 
 
-@given(st.integers(1, 12), st.integers(1, 3), st.integers(1, 3), st.integers(0, 3), st.integers(0, 9))
-def test_processes_share_the_batches_of_one(count: int, share: int, processes: int, first: int, epoch: int) -> None:
-    clips, size = Clips(made_items(count), "abc", PREP, True, 4, opener=Made), share * processes
+@given(
+    st.integers(1, 14), st.integers(1, 2), st.integers(1, 3), st.integers(1, 3), st.integers(0, 3), st.integers(0, 9)
+)
+def test_processes_and_parts_share_the_steps_of_one(
+    count: int, share: int, parts: int, processes: int, first: int, epoch: int
+) -> None:
+    clips, size = Clips(made_items(count), "abc", PREP, True, 4, opener=Made), share * parts * processes
     if count < size:
-        with pytest.raises(DynskipError, match=f"{count} training videos and a batch has {size}. Make it smaller"):
+        with pytest.raises(DynskipError, match=f"{count} training videos and a step has {size}. Make it smaller"):
             training_batches(clips, epoch, size)
         return
     alone = [batch.positions for batch in training_batches(clips, epoch, size)]
     assert len(alone) == count // size
     shares = [
-        [batch.positions for batch in training_batches(clips, epoch, size, 0, first, process, processes)]
+        [batch.positions for batch in training_batches(clips, epoch, size, parts, 0, first, process, processes)]
         for process in range(processes)
     ]
     assert all(len(positions) == share for batches in shares for positions in batches)
-    assert [list(itertools.chain(*parts)) for parts in zip(*shares, strict=True)] == alone[first:]
+    shared = [position for batches in zip(*shares, strict=True) for positions in batches for position in positions]
+    assert shared == list(itertools.chain(*alone))[first * share * processes :]
 
 
-@pytest.mark.parametrize(("size", "processes"), [(5, 2), (0, 1)])
-def test_batches_that_cannot_be_shared(size: int, processes: int) -> None:
-    with pytest.raises(DynskipError, match=f"{size} videos cannot be shared evenly by {processes} processes"):
-        training_batches(Clips(made_items(9), "abc", PREP, True), 0, size, processes=processes)
+@pytest.mark.parametrize(("size", "parts", "processes"), [(5, 1, 2), (0, 1, 1), (6, 2, 2)])
+def test_steps_that_cannot_be_shared(size: int, parts: int, processes: int) -> None:
+    message = f"A step of {size} videos cannot be shared evenly by {processes} processes in {parts} parts"
+    with pytest.raises(DynskipError, match=message):
+        training_batches(Clips(made_items(9), "abc", PREP, True), 0, size, parts, processes=processes)
 
 
 @pytest.mark.parametrize("how", ["decoded", "in memory", "cached"])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +11,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from dynskip._modes import in_mode
-from dynskip.backbone._fx import BY_HAND, Segment, boundary_node, opened, split, swallow_parameterless, trace
-from dynskip.backbone.staged import StagedBackbone, feature_info, probe_images
+from dynskip.backbone._fx import Segment, opened, split, trace
+from dynskip.backbone.check import fitting_size, probe_images, verify
+from dynskip.backbone.staged import StagedBackbone, feature_info
 from dynskip.errors import DynskipError
 
 PLAIN_STAGES = 4  # a plain ViT lists every block; this many evenly spaced ones are its default stages
@@ -67,30 +67,31 @@ def stage_model(
         model, chain = _as_chain(model, head)
         boundaries = chain if boundaries is None else boundaries
         head = None
+    if boundaries is not None and num_stages is not None:
+        raise DynskipError("`num_stages` selects among the default boundaries; leave it out when you name boundaries.")
     _check_traceable(model, boundaries or ())
-    names = _default_names(model) if boundaries is None else list(dict.fromkeys(boundaries))
-    _check_names(model, names)
-    size = _fitting_size(model, input_size)
+    names = _default_names(model) if boundaries is None else _given_names(model, boundaries)
+    size = fitting_size(model, input_size)
     images = probe_images(model, size, 2)
 
     segments: dict[bool, list[Segment]] = {}
-    constants: dict[bool, dict[str, Tensor]] = {}
-    stage_names: list[str] = []
-    for training in (False, True):
-        # timm's glue may differ between the modes (F.dropout, drop path), so each has segments of its own.
-        graph, constants[training] = trace(model, names, training, images)
-        cuts = [boundary_node(graph, name, model) for name in names]
-        if boundaries is None:
-            cuts = _default_cuts(model, names[0], cuts, graph, num_stages)
-        elif num_stages is not None:
-            raise DynskipError("`num_stages` thins out default boundaries; leave it out when you name boundaries.")
-        segments[training] = split(graph, cuts, type(model).__name__)
-        # A stem that ends in glue (a position embedding is added) has no module of its own to be named after.
-        stage_names = [str(cut.target) if cut.op == "call_module" else "stem" for cut in cuts]
-    if boundaries is not None:
+    constants: dict[str, Tensor] = {}
+    # Running the model in training mode draws random numbers (dropout). The user's random state must not change.
+    with torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}):
+        for training in (False, True):
+            # The code between the stages may differ between the modes (F.dropout), so each mode has its own segments.
+            graph, made = trace(model, names, training, images)
+            constants |= made
+            cuts = [_boundary_node(graph, name, model) for name in names]
+            if boundaries is None:
+                cuts = _default_cuts(model, names[0], cuts, graph, num_stages)
+            segments[training] = split(graph, cuts)
         stage_names = names
-    backbone = StagedBackbone(model, stage_names, segments, constants, size, classifier=head, origin=origin)
-    _verify(backbone)
+        if boundaries is None:
+            # A stem that ends in glue (a position embedding is added) has no module to be named after.
+            stage_names = [str(cut.target) if cut.op == "call_module" else "stem" for cut in cuts]
+        backbone = StagedBackbone(model, stage_names, names, segments, constants, size, head, origin)
+        verify(backbone)
     return backbone
 
 
@@ -111,20 +112,6 @@ def _create(name: str, kwargs: dict[str, Any]) -> nn.Module:
         raise DynskipError(f"timm could not build {name!r} with {kwargs}: {error}.{hint}") from error
 
 
-class _Chain(nn.Module):
-    """Modules that run one after another, then a head."""
-
-    def __init__(self, stages: Sequence[nn.Module], head: nn.Module) -> None:
-        super().__init__()
-        self.stages = nn.ModuleList(stages)
-        self.head = head
-
-    def forward(self, images: Tensor) -> Tensor:
-        for stage in self.stages:
-            images = stage(images)
-        return self.head(images)  # type: ignore[no-any-return]
-
-
 def _as_chain(modules: Any, head: nn.Module | None) -> tuple[nn.Module, list[str]]:
     parts = list(modules) if isinstance(modules, Sequence | nn.ModuleList | nn.Sequential) else []
     if not all(isinstance(part, nn.Module) for part in parts) or len(parts) + (head is not None) < 2:
@@ -135,14 +122,13 @@ def _as_chain(modules: Any, head: nn.Module | None) -> tuple[nn.Module, list[str
     if head is None and isinstance(modules, nn.Sequential):
         return modules, [name for name, _ in modules.named_children()][:-1]
     stages, head = (parts, head) if head is not None else (parts[:-1], parts[-1])
-    return _Chain(stages, head), [f"stages.{n}" for n in range(len(stages))]
+    chain = nn.Sequential(OrderedDict(stages=nn.Sequential(*stages), head=head))
+    return chain, [f"stages.{n}" for n in range(len(stages))]
 
 
 def _default_names(model: nn.Module) -> list[str]:
-    known = {name for name, _ in model.named_modules()}
     listed = [name for entry in feature_info(model) if (name := str(entry.get("module", "")))]
-    found = [name if name in known else _resolve(model, name, listed) for name in listed]
-    names = [name for name in dict.fromkeys(found) if name]
+    names = [name for name in dict.fromkeys(_resolve(model, name, listed) for name in listed) if name]
     if not names:
         children = [name for name, _ in model.named_children()]
         raise DynskipError(
@@ -153,158 +139,104 @@ def _default_names(model: nn.Module) -> list[str]:
 
 
 def _resolve(model: nn.Module, name: str, listed: Sequence[str]) -> str:
-    """Find the module that an entry of `feature_info` means whose name is none of the model's; "" if there is none."""
-    known = {known_name for known_name, _ in model.named_modules()}
-    # Names relative to an inner encoder.
-    for child, _ in model.named_children():
+    """Find the module that an entry of `feature_info` means; "" if there is none."""
+    known = dict(model.named_modules())
+    if name in known:
+        return name
+    children = dict(model.named_children())
+    for child in children:  # names relative to an inner encoder
         if all(f"{child}.{entry}" in known for entry in listed):
             return f"{child}.{name}"
     # "block.2" for the third member of a list of as many stages as there are entries.
     prefix, _, index = name.rpartition(".")
     count = sum(entry.rpartition(".")[0] == prefix for entry in listed)
-    lists = [
-        child
-        for child, module in model.named_children()
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) == count
-    ]
+    lists = [c for c, m in children.items() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) == count]
     if not index.isdigit() or not lists:
         return ""
     return f"{difflib.get_close_matches(prefix, lists, n=1, cutoff=0)[0]}.{index}"
 
 
+def _boundary_node(graph: torch.fx.Graph, name: str, model: nn.Module) -> torch.fx.Node:
+    """Return the node that ends a stage: the call of the module `name`, or of its last called member."""
+    nodes: list[torch.fx.Node] = [node for node in graph.nodes if node.op == "call_module"]
+    calls = [node for node in nodes if node.target == name]
+    if len(calls) > 1:
+        raise DynskipError(
+            f"Boundary {name!r} is called {len(calls)} times in one forward of {type(model).__name__}, so it is no "
+            "single place to stop. Choose a module that is called once."
+        )
+    if calls:
+        return calls[0]
+    members = [node for node in nodes if str(node.target).startswith(name + ".")]
+    if isinstance(model.get_submodule(name), nn.ModuleList | nn.ModuleDict) and members:
+        return members[-1]
+    if members:
+        raise DynskipError(
+            f"Boundary {members[-1].target!r} lies inside boundary {name!r}. Stages follow one another: keep one of "
+            "them."
+        )
+    raise DynskipError(
+        f"Boundary {name!r} is never called in the forward of {type(model).__name__}. Name modules that the forward "
+        "calls, such as those in model.feature_info."
+    )
+
+
 def _default_cuts(
     model: nn.Module, first: str, cuts: list[Any], graph: torch.fx.Graph, num_stages: int | None
 ) -> list[torch.fx.Node]:
-    reductions = [entry.get("reduction") for entry in feature_info(model)]
-    if len(cuts) > 1 and len(set(reductions)) == 1:
-        num_stages = num_stages or min(PLAIN_STAGES, len(cuts))
+    reductions = {entry.get("reduction") for entry in feature_info(model)}
+    if len(cuts) > 1 and len(reductions) == 1:
+        count = min(PLAIN_STAGES, len(cuts))
     else:
-        stem = _stem_node(model, first, graph)
-        cuts = [swallow_parameterless(cut, model) for cut in cuts[:-1]] + cuts[-1:]
+        swallowed = [_swallow_parameterless(cut, model) for cut in cuts[:-1]]
         # VGG ends its last stage at the max-pool that the cut before it has just swallowed.
-        cuts = list(dict.fromkeys([*([stem] if stem is not None else []), *cuts]))
-    if num_stages is None:
-        return cuts
-    if not 1 <= num_stages <= len(cuts):
-        raise DynskipError(
-            f"num_stages={num_stages} is out of range: {type(model).__name__} has {len(cuts)} boundaries."
-        )
-    return [cuts[(i + 1) * len(cuts) // num_stages - 1] for i in range(num_stages)]
+        cuts = list(dict.fromkeys([*_stem(model, first, graph), *swallowed, cuts[-1]]))
+        count = len(cuts)
+    count = count if num_stages is None else num_stages
+    if not 1 <= count <= len(cuts):
+        raise DynskipError(f"num_stages={count} is out of range: {type(model).__name__} has {len(cuts)} boundaries.")
+    return [cuts[(i + 1) * len(cuts) // count - 1] for i in range(count)]
 
 
-def _stem_node(model: nn.Module, first: str, graph: torch.fx.Graph) -> torch.fx.Node | None:
-    """Return the value that enters the first stage, unless the first boundary ends the stem itself."""
+def _swallow_parameterless(node: torch.fx.Node, model: nn.Module) -> torch.fx.Node:
+    """Move a cut past modules without parameters (activation, max-pool) that are the only reader of its value.
+
+    What crosses the boundary gets smaller, and the gate sees what the next stage sees.
+    """
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.op != "call_module" or any(True for _ in model.get_submodule(str(user.target)).parameters()):
+            break
+        node = user
+    return node
+
+
+def _stem(model: nn.Module, first: str, graph: torch.fx.Graph) -> list[torch.fx.Node]:
+    """Return the value that enters the first stage; nothing where the first boundary ends the stem itself."""
     layers = [m for m in model.get_submodule(first).modules() if list(m.parameters(recurse=False))]
     # The first called member, where the stage is a ModuleList.
     calls = (n for n in graph.nodes if n.op == "call_module" and f"{n.target}.".startswith(first + "."))
     entering: torch.fx.Node = next(calls).all_input_nodes[0]
-    return None if len(layers) <= 1 or entering.op == "placeholder" else entering
+    return [] if len(layers) <= 1 or entering.op == "placeholder" else [entering]
 
 
 def _check_traceable(model: nn.Module, names: Sequence[str]) -> None:
     modules = dict(model.named_modules())  # get_submodule is what scripted modules lack
     for name in opened(model, names):
-        module = modules[name]
-        if isinstance(module, torch.jit.ScriptModule):
+        if isinstance(modules[name], torch.jit.ScriptModule):
             raise DynskipError(
-                f"{name or module.original_name} is scripted or frozen by TorchScript, so its forward cannot be cut. "
-                "Stage the Python module that it was made from."
+                f"{name or modules[name].original_name} is scripted or frozen by TorchScript, so its forward cannot be "
+                "cut. Stage the Python module that it was made from."
             )
 
 
-def _check_names(model: nn.Module, names: Sequence[str]) -> None:
-    if not names:
+def _given_names(model: nn.Module, boundaries: Sequence[str]) -> list[str]:
+    if not boundaries:
         raise DynskipError("No boundaries were given. Name at least one module that ends a stage.")
     known = [name for name, _ in model.named_modules() if name]
-    for name in names:
+    for name in boundaries:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=3)
             hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Its children are {known[:8]}."
             raise DynskipError(f"{type(model).__name__} has no module {name!r} to end a stage at. {hint}")
-
-
-def _fitting_size(model: nn.Module, given: tuple[int, int, int] | None) -> tuple[int, int, int]:
-    """Return the size to cut at, having seen that the model takes it."""
-    sizes = [given] if given is not None else _likely_sizes(model)
-    for size in sizes:
-        try:
-            with torch.no_grad(), in_mode(model, False):
-                model(probe_images(model, size, 2))
-        except Exception as error:
-            refusal = error
-        else:
-            return size
-    raise DynskipError(
-        f"{type(model).__name__} refuses images of {' or '.join('x'.join(map(str, size)) for size in sizes)} "
-        f"({type(refusal).__name__}: {refusal}). Pass input_size=(C, H, W) that it takes; models with position tables "
-        "or windows of a fixed size have to be built for it (timm: img_size=...)."
-    ) from refusal
-
-
-def _likely_sizes(model: nn.Module) -> list[tuple[int, int, int]]:
-    config = getattr(model, "pretrained_cfg", None) or {}
-    channels, height, width = config.get("input_size") or (3, 224, 224)
-    embed = getattr(model, "patch_embed", None)
-    if getattr(embed, "img_size", None) is not None:  # a ViT built at another size than its published weights
-        height, width = embed.img_size  # type: ignore[union-attr]
-    convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    # Built for other channels than its published weights; but not where pixels are folded into channels first.
-    built_for = channels if convolution is None else convolution.in_channels
-    return [(c, height, width) for c in dict.fromkeys((channels, built_for))]
-
-
-@torch.no_grad()
-def _verify(backbone: StagedBackbone) -> None:
-    """Raise where the stages are not the original model, or a sample's values depend on its neighbours."""
-    with in_mode(backbone.model, False):
-        try:
-            _compare(backbone)
-        except DynskipError as error:
-            # Deep networks with unsettled weights may blow up rounding; samples that mix differ in any precision.
-            try:
-                _compare(copy.deepcopy(backbone).double())
-            except Exception:
-                raise error from None
-
-
-def _compare(backbone: StagedBackbone) -> None:
-    """Check the whole run against the original model, and a shrinking batch against the rows of the whole run."""
-    images = probe_images(backbone.model, backbone.input_size, 3)
-    expected, names = backbone.model(images), backbone.stage_names
-    whole = part = backbone.start(images)
-    rows, mixing = torch.arange(3, device=images.device), ""
-    for n, name in enumerate(names):
-        if n < 2:  # 3 rows -> rows 0 and 2 -> row 2
-            keep = torch.tensor([0, 2] if n == 0 else [1], device=images.device)
-            part, rows = part.select(keep), rows[keep]
-        # Compared at once: an activation that follows may work in place.
-        whole, part = backbone.run(n, whole), backbone.run(n, part)
-        if not mixing and not _close(part.values, whole.select(rows).values):
-            mixing = name
-    if not _close(backbone._answer(whole), expected):
-        raise DynskipError(
-            f"The stages {list(names)} do not compose to {type(backbone.model).__name__}: logits differ. "
-            f"The model does not compute the same thing twice; check it for randomness in eval mode, {BY_HAND}."
-        )
-    if mixing:
-        raise DynskipError(
-            f"Boundary {mixing!r}: running the stage on a part of the batch gives other values than running "
-            f"it on all of it, so its samples are not independent. Choose another boundary, {BY_HAND}."
-        )
-    if not _close(backbone._answer(part), expected[rows]):
-        raise DynskipError(
-            f"The head after boundary {names[-1]!r} gives other logits on a part of the batch than "
-            f"on all of it. Choose another last boundary, {BY_HAND}."
-        )
-
-
-def _close(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        if not a.is_floating_point():
-            return torch.equal(a, b)
-        # Convolutions pick other algorithms for other batch sizes; half precision rounds accordingly coarser.
-        tolerance = 1e-4 if a.dtype in (torch.float32, torch.float64) else 3e-2
-        return bool((a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1e-6)) if a.numel() else True
-    if isinstance(a, tuple | list):
-        return all(_close(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a == b)
+    return list(dict.fromkeys(boundaries))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +12,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from dynskip._modes import in_mode
-from dynskip.backbone._fx import BY_HAND, DEVICE, Segment, opened
-from dynskip.backbone.carry import Carry, with_sizes
+from dynskip.backbone._fx import DEVICE, Segment, opened, twin
+from dynskip.backbone.carry import Carry, flatten, with_sizes
+from dynskip.backbone.check import kind_of, probe_images
 from dynskip.errors import DynskipError
 
 
@@ -42,8 +42,9 @@ class StagedBackbone(nn.Module):
         self,
         model: nn.Module,
         stage_names: Sequence[str],
+        boundaries: Sequence[str],
         segments: dict[bool, list[Segment]],
-        constants: dict[bool, dict[str, Tensor]],
+        constants: dict[str, Tensor],
         input_size: tuple[int, int, int],
         classifier: nn.Module | None = None,
         origin: dict[str, Any] | None = None,
@@ -54,21 +55,15 @@ class StagedBackbone(nn.Module):
         self.origin = origin
         self.stage_names = tuple(stage_names)
         self.input_size = input_size
-        self._segments = segments
-        self._opened = opened(model, stage_names)
-        for mode, tensors in constants.items():
-            for name, tensor in tensors.items():
-                # Not parameters of the model, so not in its checkpoints; but they have to follow `.to(device)`.
-                self.register_buffer(_constant_name(mode, name), tensor, persistent=False)
-        self._kinds: dict[bool, list[tuple[Any, ...]]] = {}
-        self.num_features: tuple[int, ...] = ()
-        self.layouts: tuple[str, ...] = ()
-        self.num_classes = 0
-        self._prefix_tokens: tuple[int, ...] = ()
-        self._feature_paths: tuple[tuple[int, ...], ...] = ()
-        self._answer_layout = "NC"
         self.channels_last: bool | None = None
         self.training = model.training
+        self._opened = opened(model, boundaries)
+        # By training mode: the stages and the head, and for every stage the kinds of its values (see `Carry`).
+        self._segments = segments
+        self._kinds: dict[bool, list[tuple[Any, ...]]] = {}
+        for name, tensor in constants.items():
+            # Not parameters of the model, so not in its checkpoints; but they have to follow `.to(device)`.
+            self.register_buffer(name, tensor, persistent=False)
         self._inspect()
 
     @property
@@ -118,10 +113,8 @@ class StagedBackbone(nn.Module):
         Returns:
             `(B, C_n)` features. Class and register tokens are left out where patch tokens stand beside them.
         """
-        x: Any = carry.values[self._segments[self.model.training][stage].feature]
-        for position in self._feature_paths[stage]:
-            x = x[position]
-        return _pool(x, self.layouts[stage], self._prefix_tokens[stage])
+        tensors = [tensor for tensor, _ in flatten(carry.values[-1:], carry.kinds[-1:])]
+        return _pool(tensors[self._positions[stage]], self.layouts[stage], self._prefix_tokens[stage])
 
     def head(self, carry: Carry) -> Tensor:
         """Run what follows the last stage: final norm, pooling and classifier.
@@ -132,7 +125,7 @@ class StagedBackbone(nn.Module):
         Returns:
             `(B, K)` logits. An encoder without a classifier answers with its `(B, C)` pooled features.
         """
-        features = _pool(self._answer(carry), self._answer_layout, prefix_tokens=0)
+        features = _pool(self._answer(carry), self._end_layout)
         return features if self.classifier is None else self.classifier(features)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -165,160 +158,117 @@ class StagedBackbone(nn.Module):
     def _call(self, segment: int, values: tuple[Any, ...]) -> tuple[Any, ...]:
         mode = self.model.training
         part = self._segments[mode][segment]
-        if part.overwrites:  # a carry is the caller's, who may go on with it
+        if part.overwrites:  # a carry belongs to the caller, who may go on with it
             values = tree_map_only(Tensor, torch.clone, values)
-        constants = {name: self._constant(mode, name) for name in part.constants}
-        if mode and torch.is_grad_enabled() and self._checkpoints_stages():
-            return checkpoint(part.call, self.model, constants, values, use_reentrant=False)
-        return part.call(self.model, constants, values)
+        constants = [
+            next(self.model.parameters()).device if name == DEVICE else getattr(self, name) for name in part.constants
+        ]
+        # Modules inside a stage checkpoint themselves; for those that the cut has opened, the stage does it.
+        glue = map(self.model.get_submodule, self._opened)
+        if mode and torch.is_grad_enabled() and any(getattr(m, "grad_checkpointing", False) for m in glue):
+            return checkpoint(part.function, self.model, *constants, *values, use_reentrant=False)
+        return part.function(self.model, *constants, *values)
 
-    def _constant(self, mode: bool, name: str) -> Any:
-        if name == DEVICE:
-            return next(self.model.parameters()).device
-        return getattr(self, _constant_name(mode, name))
-
-    def _checkpoints_stages(self) -> bool:
-        """Whether `model.set_grad_checkpointing()` was asked of modules that the cut has opened.
-
-        Modules inside a stage checkpoint themselves, as ever.
-        """
-        return any(getattr(self.model.get_submodule(name), "grad_checkpointing", False) for name in self._opened)
+    # Inspection: once, when the backbone is made
 
     @torch.no_grad()
     def _inspect(self) -> None:
-        """Find out how crossing values relate to the batch, and what the stages and the model end with."""
+        """Find the kinds of crossing values, and what the stages and the model end with."""
         with in_mode(self.model, False):
-            trail, self._kinds[False] = self._classify()
-            self._describe(trail)
+            self._describe(self._classify())
         if [part.source for part in self._segments[True]] == [part.source for part in self._segments[False]]:
-            self._kinds[True] = self._kinds[False]
-            self._segments[True] = [
-                replace(part, overwrites=twin.overwrites)
-                for part, twin in zip(self._segments[True], self._segments[False], strict=True)
-            ]
-            return
-        # The training glue crosses with other values. Running it moves BatchNorm statistics: use a copy.
-        original = self.model
-        try:
-            self.model = copy.deepcopy(original).train()
-            with torch.random.fork_rng():
-                _, self._kinds[True] = self._classify()
-        finally:
-            self.model = original
+            self._segments[True], self._kinds[True] = list(self._segments[False]), self._kinds[False]
+        else:  # other values cross in training, where running the model moves BatchNorm statistics
+            copied = twin(self, True)
+            copied._classify()
+            self._segments, self._kinds = copied._segments, copied._kinds
 
-    def _classify(self) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
+    def _classify(self) -> list[tuple[Any, ...]]:
+        """Set the kinds of the model's mode; return all values of a run of 3 images."""
         two, three = (self._trail(probe_images(self.model, self.input_size, batch)) for batch in (2, 3))
-        kinds = [
-            tuple(_kind(a, b, name) for a, b in zip(two[n], three[n], strict=True))
-            for n, name in enumerate(self.stage_names)
+        self._kinds[self.model.training] = [
+            kind_of(a, b, name) for a, b, name in zip(two[:-1], three[:-1], self.stage_names, strict=True)
         ]
-        return three, kinds
+        return three
 
     def _trail(self, images: Tensor) -> list[tuple[Any, ...]]:
-        trail, values = [], (images,)
-        segments = self._segments[self.model.training]
+        trail, values, segments = [], (images,), self._segments[self.model.training]
         for n, part in enumerate(segments):
             before = [(x, x.clone()) for x in tree_leaves(values) if isinstance(x, Tensor)]
             values = self._call(n, values)
-            overwrites = part.overwrites or any(not torch.equal(x, was) for x, was in before)
-            segments[n] = replace(part, overwrites=overwrites)
+            if any(not torch.equal(x, was) for x, was in before):
+                segments[n] = replace(part, overwrites=True)
             trail.append(values)
+        (answer,) = values
+        if not isinstance(answer, Tensor) or answer.ndim not in (2, 3, 4):
+            what = f"tensor of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
+            raise DynskipError(
+                f"{type(self.model).__name__} returns a {what}, where one tensor was expected: (B, K) logits, or "
+                "features that can be pooled. Wrap it in a module that returns the logits alone."
+            )
         return trail
 
     def _describe(self, trail: list[tuple[Any, ...]]) -> None:
+        """Find what is pooled of every stage, and the number of classes."""
         info = {str(entry.get("module")): entry for entry in feature_info(self.model)}
-        features, paths = [], []
-        for n, name in enumerate(self.stage_names):
-            feature, entry = self._segments[False][n].feature, info.get(name, {})
-            found = list(_feature_tensors(trail[n][feature], self._kinds[False][n][feature]))
-            if not found:
+        reductions = {entry["reduction"] for entry in info.values() if "reduction" in entry}
+        grids = {(self.input_size[1] // r) * (self.input_size[2] // r) for r in reductions}
+        prefix = int(getattr(self.model, "num_prefix_tokens", 0))
+        found: list[tuple[int, Tensor, str | None]] = []
+        for name, values, kinds in zip(self.stage_names, trail[:-1], self._kinds[False], strict=True):
+            channels = info.get(name, {}).get("num_chs")
+            tensors = [
+                (i, x)
+                for i, (x, rows) in enumerate(flatten(values[-1:], kinds[-1:]))
+                if rows == 1 and x.is_floating_point() and x.ndim >= 2
+            ]
+            if not tensors:
                 raise DynskipError(f"Boundary {name!r} ends with no feature tensor to pool. Choose another module.")
             # Of several (TNT's pixels and patches, branches of other widths), the one that `feature_info` speaks of.
-            path, x = next(((p, x) for p, x in found if entry.get("num_chs") in (x.shape[1], x.shape[-1])), found[0])
-            features.append((name, x, entry))
-            paths.append(path)
-        self._feature_paths = tuple(paths)
-        layouts = [_layout(x, entry.get("num_chs"), self.input_size) for _, x, entry in features]
-        known = [layout for layout in layouts if layout in ("NCHW", "NHWC")]
-        self.layouts = tuple(layout or (known[0] if known else "NCHW") for layout in layouts)
-        self.num_features = tuple(
-            x.shape[1 if layout in ("NCHW", "NC") else -1]
-            for (_, x, _), layout in zip(features, self.layouts, strict=True)
-        )
-        reductions = {entry["reduction"] for entry in info.values() if "reduction" in entry}
-        self._prefix_tokens = tuple(
-            self._count_prefix(x, reductions) if layout == "NLC" else 0
-            for (_, x, _), layout in zip(features, self.layouts, strict=True)
-        )
-        self._describe_answer(trail[-1][0])
+            i, x = next((pair for pair in tensors if channels in (pair[1].shape[1], pair[1].shape[-1])), tensors[0])
+            found.append((i, x, _layout(x, channels, self.input_size)))
+        usual = next((layout for *_, layout in found if layout in ("NCHW", "NHWC")), "NCHW")
+        self.layouts = tuple(layout or usual for *_, layout in found)
+        self._positions = [i for i, *_ in found]
+        # Class tokens that join later are not there yet where the tokens fill a grid.
+        self._prefix_tokens = [prefix if x.shape[1] > prefix and x.shape[1] not in grids else 0 for _, x, _ in found]
+        pooled = map(_pool, [x for _, x, _ in found], self.layouts, self._prefix_tokens)
+        self.num_features = tuple(x.shape[1] for x in pooled)
+        answer = trail[-1][0]
+        self._end_layout = _layout(answer, getattr(self.model, "num_features", None), self.input_size) or "NCHW"
+        self.num_classes = self._try_classifier(_pool(answer, self._end_layout)).shape[1]
 
-    def _describe_answer(self, answer: Any) -> None:
-        name = type(self.model).__name__
-        if not isinstance(answer, Tensor):
-            raise DynskipError(
-                f"{name} returns a {type(answer).__name__}, where one tensor of logits was expected. Wrap it in a "
-                "module that returns the logits alone."
-            )
-        if answer.ndim not in (2, 3, 4):
-            raise DynskipError(
-                f"{name} returns a tensor of shape {tuple(answer.shape)}, which is neither (B, K) logits nor features "
-                "that can be pooled. Wrap it in a module that returns logits."
-            )
-        self._answer_layout = _layout(answer, getattr(self.model, "num_features", None), self.input_size) or "NCHW"
-        features = _pool(answer, self._answer_layout, prefix_tokens=0)
+    def _try_classifier(self, features: Tensor) -> Tensor:
         if self.classifier is None:
-            self.num_classes = features.shape[1]
-            return
+            return features
         try:
             with in_mode(self.classifier, False):
                 logits = self.classifier(features)
         except Exception as error:
+            name = type(self.model).__name__
             raise DynskipError(
                 f"`head` cannot run on the {features.shape[1]} features that {name} ends in: {error}."
             ) from error
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             raise DynskipError(f"`head` must turn (B, {features.shape[1]}) features into (B, K) logits.")
-        self.num_classes = logits.shape[1]
-
-    def _count_prefix(self, x: Tensor, reductions: set[int]) -> int:
-        prefix = int(getattr(self.model, "num_prefix_tokens", 0))
-        grids = {(self.input_size[1] // r) * (self.input_size[2] // r) for r in reductions}
-        if x.shape[1] in grids:  # class tokens that join later are not here yet
-            return 0
-        return prefix if prefix < x.shape[1] else 0
+        return logits
 
 
-def feature_info(model: nn.Module) -> list[dict[str, Any]]:
-    """Return timm's list of a model's feature maps; empty where it has none."""
-    info = getattr(model, "feature_info", None) or []
-    return list(getattr(info, "info", info))
-
-
-def probe_images(model: nn.Module, input_size: tuple[int, int, int], batch: int) -> Tensor:
-    """Return up to 3 images to try a model with, the same every time; a smaller batch is the first of a larger."""
-    like = next(model.parameters(), torch.empty(0))
-    # A generator of its own: building a backbone must not move the user's random state.
-    images = torch.randn(3, *input_size, generator=torch.Generator().manual_seed(0))[:batch]
-    return images.to(like.device, like.dtype)
-
-
-def _feature_tensors(value: Any, kind: Any) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """Find the tensors that could be pooled in what a stage returns: one row a sample, with where they stand in it."""
-    if kind == ("rows", 1):
-        if value.is_floating_point() and value.ndim >= 2:
-            yield (), value
-    elif isinstance(value, tuple | list) and kind != "static":
-        for i, (item, item_kind) in enumerate(zip(value, kind, strict=True)):
-            for path, x in _feature_tensors(item, item_kind):
-                yield (i, *path), x
+def _pool(x: Tensor, layout: str, prefix_tokens: int = 0) -> Tensor:
+    match layout:
+        case "NCHW":
+            return x.mean((2, 3))
+        case "NHWC":
+            return x.mean((1, 2))
+        case "NLC":
+            return x[:, prefix_tokens:].mean(1)
+    return x
 
 
 def _layout(x: Tensor, num_chs: int | None, input_size: tuple[int, int, int]) -> str | None:
     """Tell the layout of a value from its rank, from `num_chs`, or from which axes keep the input's aspect ratio."""
-    if x.ndim == 2:
-        return "NC"
-    if x.ndim == 3:
-        return "NLC"
+    if x.ndim in (2, 3):
+        return "NC" if x.ndim == 2 else "NLC"
     if x.ndim != 4:
         raise DynskipError(
             f"A stage ends with a tensor of shape {tuple(x.shape)}; ranks 2 to 4 can be pooled. Choose another "
@@ -335,39 +285,10 @@ def _layout(x: Tensor, num_chs: int | None, input_size: tuple[int, int, int]) ->
     return None
 
 
-def _pool(x: Tensor, layout: str, prefix_tokens: int) -> Tensor:
-    match layout:
-        case "NCHW":
-            return x.mean((2, 3))
-        case "NHWC":
-            return x.mean((1, 2))
-        case "NLC":
-            return x[:, prefix_tokens:].mean(1)
-    return x
-
-
-def _kind(a: Any, b: Any, name: str) -> Any:
-    """Classify a crossing value by what it was in a batch of 2 (`a`) and in a batch of 3 (`b`)."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        if a.shape == b.shape:
-            return "static"
-        if a.shape[1:] == b.shape[1:] and a.shape[0] * 3 == b.shape[0] * 2:
-            return ("rows", a.shape[0] // 2)
-    elif isinstance(a, tuple | list) and type(a) is type(b) and len(a) == len(b):
-        return tuple(_kind(x, y, name) for x, y in zip(a, b, strict=True))
-    elif isinstance(a, int) and isinstance(b, int) and a * 3 == b * 2 and a:
-        return ("size", a // 2)
-    elif a == b:
-        return "static"
-    shapes = [tuple(v.shape) if isinstance(v, Tensor) else v for v in (a, b)]
-    raise DynskipError(
-        f"Boundary {name!r}: a value that crosses it cannot be taken apart by sample ({shapes[0]} for 2 images, "
-        f"{shapes[1]} for 3). Choose another boundary, {BY_HAND}."
-    )
-
-
-def _constant_name(training: bool, name: str) -> str:
-    return f"{'train' if training else 'eval'}{name}"
+def feature_info(model: nn.Module) -> list[dict[str, Any]]:
+    """Return timm's list of a model's feature maps; empty where it has none."""
+    info = getattr(model, "feature_info", None) or []
+    return list(getattr(info, "info", info))
 
 
 def encode_images(backbone: StagedBackbone, images: Tensor) -> tuple[list[Tensor], Tensor]:
