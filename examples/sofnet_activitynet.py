@@ -271,9 +271,8 @@ class Run:
     def end_epoch(self, name: str) -> None:
         """Log the means of an epoch."""
         means = {key: value / self.step for key, value in self.sums.items()}
-        self.accelerator.print(
-            f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in means.items()), flush=True
-        )
+        values = ", ".join(f"{key} {value:.3f}" for key, value in means.items())
+        self.accelerator.print(f"{name}: {values}", flush=True)
         self.accelerator.log(means, self.epoch + 1)
         self.log.append({"epoch": self.epoch, **means})
         if self.accelerator.is_main_process:
@@ -372,10 +371,9 @@ def demo(args: argparse.Namespace, accelerator: Accelerator) -> None:
     print("\n2/2  SoF-Net from the same warm-up: backbone and gates together")
     start = ["--start", f"{args.out}/dense/warmup.pt", "--out", f"{args.out}/gated"]
     gated = train(parser().parse_args([*shared, *start]), accelerator)
-    assert dense is not None
-    assert gated is not None
-    both = replace(gated, results=[*dense.results, *gated.results[1:]])
-    print(f"\nThe dense backbone of step 1 against the gates of step 2:\n\n{both.report()}")
+    if dense is not None and gated is not None:
+        both = replace(gated, results=[*dense.results, *gated.results[1:]])
+        print(f"\nThe dense backbone of step 1 against the gates of step 2:\n\n{both.report()}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,14 +13,12 @@ independently of the class.
 from __future__ import annotations
 
 import colorsys
-import contextlib
-import csv
 import itertools
 import json
 import multiprocessing
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -321,11 +319,6 @@ def _check(root: Path, train_per_class: int, test_per_class: int, seed: int, siz
         raise DynskipError(f"{root} is a file, expected a folder to write videos into; name another path.")
 
 
-def _write_csv(path: Path, rows: Iterable[tuple[object, ...]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
-
-
 def render_set(
     root: Path,
     *,
@@ -358,10 +351,10 @@ def render_set(
     """
     root = Path(root)
     _check(root, train_per_class, test_per_class, seed, size, num_frames)
-    wanted = {
+    wanted = json.dumps({
         "version": VERSION, "train_per_class": train_per_class, "test_per_class": test_per_class,
         "seed": seed, "size": size, "num_frames": num_frames,
-    }  # fmt: skip
+    })  # fmt: skip
     jobs = [
         Job(root, label, split, index, seed, size, num_frames)
         for label in CLASSES
@@ -369,12 +362,10 @@ def render_set(
         for index in range(count)
     ]
     jobs.sort(key=lambda job: job.path)
-    manifest, tables = root / "set.json", (root / "labels.csv", root / "segments.csv")
-    if manifest.is_file() and all(path.is_file() for path in (*tables, *(root / job.path for job in jobs))):
-        with contextlib.suppress(ValueError):
-            if json.loads(manifest.read_text(encoding="utf-8")) == wanted:
-                return root
-
+    manifest, labels, segments = (root / name for name in ("set.json", "labels.csv", "segments.csv"))
+    complete = all(path.is_file() for path in (manifest, labels, segments, *(root / job.path for job in jobs)))
+    if complete and manifest.read_text(encoding="utf-8") == wanted:
+        return root
     manifest.unlink(missing_ok=True)
     for label in CLASSES:
         folder = root / "videos" / label
@@ -382,13 +373,11 @@ def render_set(
         for stale in folder.iterdir():
             if re.fullmatch(r"(train|test)_\d{4,}\.(mp4|part)", stale.name):
                 stale.unlink()
-    segments = list(tqdm(_render_all(jobs), "render", len(jobs), leave=False, disable=None))
-    _write_csv(tables[0], [("path", "label", "split"), *((job.path, job.label, job.split) for job in jobs)])
-    found = ((job.path, *segment) for job, segment in zip(jobs, segments, strict=True))
-    _write_csv(tables[1], [("path", "start", "end"), *found])
-    complete = manifest.with_suffix(".part")
-    complete.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-    os.replace(complete, manifest)
+    parts = list(tqdm(_render_all(jobs), "render", len(jobs), leave=False, disable=None))
+    labels.write_text("path,label,split\n" + "".join(f"{job.path},{job.label},{job.split}\n" for job in jobs))
+    rows = (f"{job.path},{start},{end}\n" for job, (start, end) in zip(jobs, parts, strict=True))
+    segments.write_text("path,start,end\n" + "".join(rows))
+    manifest.write_text(wanted, encoding="utf-8")  # last: half of it would not count as complete
     return root
 
 
