@@ -24,8 +24,9 @@ import per_video  # noqa: E402
 import plot  # noqa: E402
 import similarity  # noqa: E402
 import soak  # noqa: E402
-import stick_figures  # noqa: E402
 import training_step  # noqa: E402
+
+from dynskip.video import stick_figures  # noqa: E402
 
 # By hand, since a well-known package has the same name.
 spec = importlib.util.spec_from_file_location("backbone_coverage", BENCHMARKS / "coverage.py")

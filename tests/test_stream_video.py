@@ -171,65 +171,45 @@ def test_a_video_that_breaks_off_gives_what_there_is(model: Path, video: Path, t
     assert 0 < len(read(tmp_path / "out.mp4")[0]) < LENGTH
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "no such file"),
-        (b"", "not a readable video"),
-        (b"neither a video nor anything else" * 99, "holds no video stream|not a readable video"),
-    ],
-)
-def test_what_is_no_video_writes_nothing(
-    content: bytes | None,
-    message: str,
-    model: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    source, out = tmp_path / "bad.mp4", tmp_path / "out.mp4"
-    out.write_bytes(b"what an earlier run wrote")
-    if content is not None:
-        source.write_bytes(content)
-    assert run(model, source, out) == 2
-    assert re.search(message, capsys.readouterr().err)
-    assert out.read_bytes() == b"what an earlier run wrote"
-
-
-def test_a_file_without_frames(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    empty = tmp_path / "empty.mkv"
-    with av.open(str(empty), "w") as container:
+def write_frameless(path: Path) -> None:
+    with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=12)
         stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
         container.start_encoding()
-    assert run(model, empty, tmp_path / "out.mp4") == 2
-    assert re.search("holds no video frame|not a readable video", capsys.readouterr().err)
-    assert not (tmp_path / "out.mp4").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["VIDEO", "VIDEO"], "is the source itself"),
-        (["VIDEO", "nowhere/out.mp4"], "cannot be written"),
-        (["VIDEO", "out.txt.unknown"], "cannot be written"),
-        (["9999", "out.mp4"], "9999: (no such file or address|not a readable video)"),
+        (["MODEL", "gone.mp4", "out.mp4"], "gone.mp4: no such file"),
+        (["MODEL", "empty.mp4", "out.mp4"], "empty.mp4: not a readable video"),
+        (["MODEL", "words.mp4", "out.mp4"], "holds no video stream|not a readable video"),
+        (["MODEL", "frameless.mkv", "out.mp4"], "holds no video frame|not a readable video"),
+        (["MODEL", "9999", "out.mp4"], "9999: (no such file or address|not a readable video)"),
+        (["MODEL", "VIDEO", "VIDEO"], "is the source itself"),
+        (["MODEL", "VIDEO", "nowhere/out.mp4"], "cannot be written"),
+        (["MODEL", "VIDEO", "out.txt.unknown"], "cannot be written"),
+        (["MODEL", "VIDEO", "out.mp4", "--rate", "0"], "--rate 0.0 is out of range; give a number above 0"),
+        (["MODEL", "VIDEO", "out.mp4", "--rate", "nan"], "--rate nan is out of range; give a number above 0"),
+        (["no_model", "VIDEO", "out.mp4"], "no_model has no config.json"),
     ],
 )
-def test_what_cannot_be_written_or_opened(
-    arguments: list[str],
-    message: str,
-    model: Path,
-    video: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_what_cannot_be_done_is_said_and_writes_nothing(
+    arguments: list[str], message: str, model: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:
+) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
+    Path("no_model").mkdir()
+    Path("empty.mp4").touch()
+    Path("words.mp4").write_bytes(b"neither a video nor anything else" * 99)
+    write_frameless(Path("frameless.mkv"))
+    Path("out.mp4").write_bytes(b"what an earlier run wrote")
     before = video.read_bytes()
-    source, out = (argument.replace("VIDEO", str(video)) for argument in arguments)
-    assert run(model, source, Path(out)) == 2
+    places = {"MODEL": str(model), "VIDEO": str(video)}
+    assert stream_video.main([*(places.get(argument, argument) for argument in arguments), "--device", "cpu"]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert video.read_bytes() == before
+    assert Path("out.mp4").read_bytes() == b"what an earlier run wrote"
 
 
 def test_a_turned_camera_and_missing_times_do_not_stop_the_output(tmp_path: Path) -> None:
@@ -254,19 +234,6 @@ def test_a_turned_camera_and_missing_times_do_not_stop_the_output(tmp_path: Path
 def test_times_rise_from_zero(stamps: list[float | None], wanted: list[float]) -> None:
     clock = stream_video.Clock()
     assert [clock.at(stamp) for stamp in stamps] == pytest.approx(wanted)
-
-
-@pytest.mark.parametrize("rate", ["0", "-1", "nan"])
-def test_a_rate_is_above_zero(
-    rate: str, model: Path, video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(model, video, tmp_path / "out.mp4", "--rate", rate) == 2
-    assert re.search("--rate .* is out of range; give a number above 0", capsys.readouterr().err)
-
-
-def test_a_folder_without_a_model(video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(tmp_path, video, tmp_path / "out.mp4") == 2
-    assert f"{tmp_path} has no config.json" in capsys.readouterr().err
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
