@@ -115,8 +115,13 @@ def remembering(backbone: StagedBackbone, videos: int, size: int) -> tuple[StopO
         gate.project.weight.mul_(5 / pooled.std())
         gate.cell.weight_hh.mul_(3)
         gate.decide.weight.mul_(10)
-        logits, _ = gate(pooled.flatten(0, 1), gate.initial_state(videos * common.FRAMES))
-        gate.decide.bias[1] -= logits.diff(dim=1).quantile(1 / 8)  # forwards seven in eight at first
+        state = gate.initial_state(videos)
+        margins = [gate(frames, state)[0].diff(dim=1) for frames in pooled.unbind(1)]
+        for frames in pooled.unbind(1):
+            logits, state = gate(frames, state)
+            margins.append(logits.diff(dim=1))
+        # Seven frames in eight go forward, with an empty memory or one that has seen all frames before.
+        gate.decide.bias[1] -= torch.cat(margins).quantile(1 / 8)
     return model, video
 
 
