@@ -328,7 +328,7 @@ def finish(model: StopOrForward, items: Sequence[video.Item], args: argparse.Nam
         loader = video.EvaluationLoader(clips, args.evaluation_batch, args.workers, args.device)
         marks = video.relevant_frames(clips.items, prep.num_frames, args.data)
         modes = evaluation.MODES[:1] if args.dense else evaluation.MODES
-        found = evaluation.evaluate(model, tqdm(loader, "evaluate", leave=False), modes, marks)
+        found = evaluation.evaluate(model, tqdm(loader, "evaluate", leave=False, disable=None), modes, marks)
         print("\n".join(f"unreadable, left out: {error}" for error in loader.unreadable) + f"\n{found.report()}\n")
         found.write_records(args.out / "videos.jsonl")
         if not args.dense:
