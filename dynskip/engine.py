@@ -212,7 +212,7 @@ class Engine:
                 index = self._index(used, self.videos)
                 for n, proposed in enumerate(self.proposed):
                     self._keep_state(self.states[n], index, tuple(take(part, index) for part in proposed))
-            self._remember(videos, stop)
+            self._remember(videos, stop, videos[:, None])
             self.pending[videos] = False
             return decisions
         on_device, groups = self.upload(known), [] if self.in_order else self.groups(rows)
@@ -292,25 +292,28 @@ class Engine:
         has_used = (stopped_at == self.stages).any(1)
         if not (has_used | torch.tensor(self.answered)[videos]).all():
             self._margins[frames] = rules.margins(self.gate_logits[self.upload(frames)]).cpu()
-        self._remember(videos, stopped_at)
+        self._remember(videos, stopped_at, frames)
         self.pending[frames[final | (pending & ended[:, None])]] = False
         return stopped_at, lacking, ended
 
-    def _remember(self, videos: Tensor, stopped_at: Tensor) -> None:
+    def _remember(self, videos: Tensor, stopped_at: Tensor, frames: Tensor) -> None:
         """Keep the furthest of the frames that stopped, of videos without a used frame."""
-        for row, gates in zip(videos.tolist(), stopped_at.tolist(), strict=True):
+        gate = stopped_at.clamp(0, self.stages - 1)[..., None]
+        scores = rules.score(stopped_at, self._margins[frames].gather(2, gate).squeeze(2)).tolist()
+        for row, gates, own in zip(videos.tolist(), stopped_at.tolist(), scores, strict=True):
             if self.answered[row] or self.stages in gates:
                 self.answered[row], self.furthest[row] = True, None
                 continue
-            for frame, gate in enumerate(gates, row * self.window):
-                if gate < 0:
-                    continue
-                best = self.furthest[row]
-                score = float(rules.score(torch.tensor(gate), self._margins[frame, gate]))
-                if best is None or rules.further(score, best.score, self.tie):
-                    depth = min(int(self.features.depth[frame]), self.stages)
-                    carry = self.features.row(frame, self.device)
-                    self.furthest[row] = Furthest(score, gate, int(self._number[frame]), depth, carry)
+            best, found = self.furthest[row], None
+            top = best.score if best is not None else None
+            for t, score in enumerate(own):
+                if gates[t] >= 0 and (top is None or rules.further(score, top, self.tie)):
+                    top, found = score, t
+            if top is not None and found is not None:
+                frame = row * self.window + found
+                depth = min(int(self.features.depth[frame]), self.stages)
+                carry = self.features.row(frame, self.device)
+                self.furthest[row] = Furthest(top, gates[found], int(self._number[frame]), depth, carry)
 
     def executed(self, video: int, lookup: FLOPsLookup) -> float:
         """Return the cost of all that ran for a video since it was reset, in the table's unit."""

@@ -194,7 +194,7 @@ def takes_channels_last(backbone: StagedBackbone) -> bool:
 
     Some modules take views that need the other layout, and raise.
     """
-    if backbone.channels_last is None:
+    if getattr(backbone, "channels_last", None) is None:
         ghost = _on_meta(backbone)
         try:
             ghost(_meta_images(ghost, 2, ghost.input_size[1:]).contiguous(memory_format=torch.channels_last))

@@ -50,8 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
 def choose_thresholds(model: StopOrForward, loader: video.EvaluationLoader, args: argparse.Namespace) -> None:
     """Set the model's thresholds for --budget or --max-loss on validation videos."""
-    batches = tqdm(loader, "calibrate", leave=False, disable=None)
-    encoded = calibrate.encode(model, ((clips, targets) for clips, targets, _ in batches))
+    encoded = calibrate.encode(model, tqdm(loader, "calibrate", leave=False, disable=None))
     if args.budget is not None:
         calibration = calibrate.to_budget(model, encoded, 1e9 * args.budget)
     else:

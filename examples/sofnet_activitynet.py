@@ -373,7 +373,7 @@ def demo(args: argparse.Namespace, accelerator: Accelerator) -> None:
     gated = train(parser().parse_args([*shared, *start]), accelerator)
     if dense is not None and gated is not None:
         both = replace(gated, results=[*dense.results, *gated.results[1:]])
-        print(f"\nThe dense backbone of step 1 against the gates of step 2:\n\n{both.report()}")
+        print(f"\nThe dense backbone of step 1 against the gates of step 2:\n\n{both.table()}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
