@@ -39,9 +39,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     show = argparse.ArgumentDefaultsHelpFormatter
-    demo = commands.add_parser(
-        "demo", help="train and compare on rendered videos, in a few minutes", formatter_class=show
-    )
+    demo = commands.add_parser("demo", help="train and compare on rendered videos", formatter_class=show)
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for videos, checkpoints and pictures")
     demo.set_defaults(amp="no", accumulate=1, tensorboard=False)
     training = commands.add_parser("train", help="train on a folder of videos", formatter_class=show)
@@ -87,10 +85,9 @@ def parser() -> argparse.ArgumentParser:
     add("--clip", type=float, help="largest norm of the gradient")
     add("--amp", choices=("no", "bf16", "fp16"), default="no", help="compute in half precision where it is safe")
     add("--batch-norm", choices=("batch", "frozen"), default="batch", help="statistics of the batch, or as loaded")
+    best = "cuda" if torch.cuda.is_available() else "cpu"
     for command in (demo, training):
-        command.add_argument(
-            "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-        )
+        command.add_argument("--device", choices=("cpu", "cuda"), default=best, help="where to run")
         command.add_argument("--seed", type=int, default=0, help="different seeds train differently")
     return top
 
@@ -362,10 +359,11 @@ def draw(found: evaluation.Evaluation, clips: video.Clips, out: Path) -> None:
 def demo(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Train on rendered videos: the dense backbone, then SoF-Net from the same warm-up."""
     root = video.render_set(args.out / "videos", train_per_class=40, test_per_class=30, seed=args.seed)
-    shared = f"""train --data {root} --backbone test_resnet --weights none --size 48 --in-memory --workers 0 --resume
-        --hidden 64 --shape-memory --forward-bias 2 --alpha 0.05 --normalize --optimizer adamw --lr 3e-3 --lr-drop 9
+    shared = f"""--backbone test_resnet --weights none --size 48 --in-memory --workers 0 --resume --hidden 64
+        --shape-memory --forward-bias 2 --alpha 0.05 --normalize --optimizer adamw --lr 3e-3 --lr-drop 9
         --gate-lr-scale 1.5 --weight-decay 1e-2 --temperature 2 --temperature-decay 0.1 --batch-size 8
         --warmup-epochs 14 --epochs 12 --evaluation-batch 30 --seed {args.seed} --device {args.device}""".split()
+    shared = ["train", "--data", str(root), *shared]
     print("1/2  The dense backbone: warm-up, then as many epochs again without gates")
     dense = train(parser().parse_args([*shared, "--dense", "--out", f"{args.out}/dense"]), accelerator)
     print("\n2/2  SoF-Net from the same warm-up: backbone and gates together")
@@ -388,6 +386,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         accelerator.end_training()
     except (DynskipError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("error: The GPU's memory is full: raise --accumulate, use --amp bf16, or lower --size.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted. The same command with --resume goes on from the last checkpoint.", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
@@ -23,9 +22,11 @@ for needed in ("accelerate", "av", "matplotlib", "safetensors", "tqdm"):
 
 import timm  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from helpers import recipe  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from dynskip import StopOrForward  # noqa: E402
+from dynskip import video as video_package  # noqa: E402
 from dynskip.evaluation import MODES  # noqa: E402
 from dynskip.video import Preprocessing  # noqa: E402
 
@@ -36,16 +37,6 @@ TRAIN = [
     "--warmup-epochs", "1", "--epochs", "1", "--lr", "0.01", "--save-every", "1", "--batch-size", "6",
     "--device", "cpu", "--workers", "0",
 ]  # fmt: skip
-
-
-def recipe(name: str) -> Any:
-    """Load a recipe as Python does that runs it."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 sofnet_activitynet = recipe("sofnet_activitynet")
@@ -362,6 +353,24 @@ def test_unreadable_training_videos_are_replaced_and_named(
     assert "5 videos;" in captured.out
     assert run(evaluate, tmp_path / "run" / "model", "--data", folder, "--workers", 0, "--device", "cpu") == 1
     assert "unreadable, left out: " in capsys.readouterr().err
+
+
+def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    render, out = video_package.render_set, tmp_path / "a folder"
+
+    def few(root: Path, **options: Any) -> Path:
+        return render(root, **{**options, "train_per_class": 2, "test_per_class": 1}, size=48, num_frames=24)
+
+    monkeypatch.setattr(video_package, "render_set", few)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert sofnet_activitynet.main(["demo", "--out", str(out), "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert list(table_rows(text.split("The dense backbone of step 1")[1])) == list(MODES)
+    assert is_picture(out / "gated" / "frame_usage.png")
+    assert len(list((out / "gated").glob("timeline_*.png"))) == 6
+    StopOrForward.from_pretrained(out / "dense" / "model")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert sofnet_activitynet.main(["demo", "--out", str(out), "--device", "cpu"]) == 0  # all is there already
 
 
 # --------------------------------------------------------------------------------------- evaluation and prediction
