@@ -201,7 +201,7 @@ def takes_channels_last(backbone: StagedBackbone) -> bool:
             backbone.channels_last = True
         except Exception:  # also where the meta device lacks an operation
             backbone.channels_last = False
-    return backbone.channels_last
+    return bool(backbone.channels_last)
 
 
 def _column(values: Sequence[float]) -> Tensor:
