@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import onnxruntime
 
-__all__ = ["DynskipOnnxError", "FrameResult", "Runner", "Session", "VideoResult", "load"]
+__all__ = ["ClipResult", "DynskipOnnxError", "FrameResult", "Runner", "Session", "VideoResult", "load"]
 
 FORMAT, VERSION = "dynskip-onnx", 1
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -148,6 +148,8 @@ class FrameResult:
         stopped_at: `(B,)` index of the gate that stopped the frame; `N` for used frames, -1 for unseen ones, whose
             video had ended before.
         used: `(B,)` boolean, frames that passed every gate.
+        gate_logits: `(B, N, 2)` logits (stop, forward), NaN where not evaluated.
+        frame_logits: `(B, K)` logits of the frame, NaN unless used.
         running_logits: `(B, K)` running prediction of the video, NaN before the first used frame.
         ended: `(B,)` boolean, videos that need no more frames.
         frame_macs: `(B,)` executed for this frame.
@@ -155,6 +157,8 @@ class FrameResult:
 
     stopped_at: Array
     used: Array
+    gate_logits: Array
+    frame_logits: Array
     running_logits: Array
     ended: Array
     frame_macs: Array
@@ -165,47 +169,50 @@ class FrameResult:
         return _softmax(self.running_logits)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VideoResult:
-    """What a video's answer is, and what became of its `T` frames. What was not evaluated is NaN.
+    """The answer for a video.
 
     Attributes:
         logits: `(K,)` mean over the used frames, or the fallback frame's; NaN where neither exists. Frames whose logits
             are not finite do not count.
-        stopped_at: `(T,)` index of the gate that stopped each frame; `N` for used frames, -1 for unseen ones.
-        frame_logits: `(T, K)` logits of each frame.
-        gate_logits: `(T, N, 2)` logits (stop, forward).
+        frames_used: number of frames used.
+        frames_seen: number of frames looked at.
+        fallback_frame: the frame that was run to the end because no frame was used; -1 where frames were used.
         macs: executed cost of the video, gates, head and the fallback included.
         speculative_macs: what was executed beyond `macs`: ahead of decisions, and in vain.
-        fallback_frame: the frame that was run to the end because no frame was used; -1 where frames were used.
         key: number of the stream among the sources; `None` outside `serve`.
         error: why the stream failed; `None` if it did not. The other fields tell how far it had got.
     """
 
     logits: Array
-    stopped_at: Array
-    frame_logits: Array
-    gate_logits: Array
+    frames_used: int
+    frames_seen: int
+    fallback_frame: int
     macs: float
     speculative_macs: float
-    fallback_frame: int
     key: int | None = None
     error: Exception | None = None
-
-    @property
-    def frames_used(self) -> int:
-        """Number of frames used."""
-        return int((self.stopped_at == self.gate_logits.shape[1]).sum())
-
-    @property
-    def frames_seen(self) -> int:
-        """Number of frames looked at."""
-        return int((self.stopped_at != UNSEEN).sum())
 
     @property
     def probabilities(self) -> Array:
         """`(K,)` class probabilities."""
         return _softmax(self.logits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipResult(VideoResult):
+    """The answer for a stored video, and what became of its `T` frames. What was not evaluated is NaN.
+
+    Attributes:
+        stopped_at: `(T,)` index of the gate that stopped each frame; `N` for used frames, -1 for unseen ones.
+        frame_logits: `(T, K)` logits of each frame.
+        gate_logits: `(T, N, 2)` logits (stop, forward).
+    """
+
+    stopped_at: Array
+    frame_logits: Array
+    gate_logits: Array
 
 
 # Frames and videos in flight
@@ -225,20 +232,21 @@ class _Frame:
     error: Exception | None = None  # raised by a stage, a gate or the head
     # Once it is accepted:
     number: int = 0  # in its video
-    score: float = 0.0
+    score: float = 0.0  # while no frame of its video is used
 
 
 @dataclass(eq=False)
 class _Video:
+    """Has nothing that grows with the video: a camera may run for days."""
+
     states: list[list[Array]]  # of each gate, after the frames accepted
     sums: Sums
     ahead: list[list[Array]] = field(default_factory=list)  # states after the frames proposed
-    stopped_at: list[int] = field(default_factory=list)
-    frame_logits: list[Array] = field(default_factory=list)
-    gate_logits: list[Array] = field(default_factory=list)
-    answered: bool = False  # whether a frame has been used
+    seen: int = 0  # frames accepted
+    used: int = 0
     ended: bool = False
-    executed: float = 0.0
+    macs: float = 0.0  # of the frames accepted
+    executed: float = 0.0  # all that ran
     furthest: _Frame | None = None  # of the stopped frames; the fallback, until a frame is used
 
 
@@ -333,7 +341,7 @@ class Runner:
         """Open a session for frames that arrive one by one, of one video or of `batch` videos in lock-step."""
         return Session(self, batch)
 
-    def clip(self, video: Array, window: int = 16) -> VideoResult:
+    def clip(self, video: Array, window: int = 16) -> ClipResult:
         """Run a stored video. Stages take up to `window` frames at once; decisions are those of the online run.
 
         Args:
@@ -349,11 +357,20 @@ class Runner:
         if len(video) == 0 or window < 1:
             raise DynskipOnnxError(f"A clip needs frames and a positive window; got {len(video)} frames, {window=}.")
         state, images = self._begin(), [self._image(frame) for frame in video]
+        stages, stopped_at = len(self._stages), np.full(len(images), UNSEEN)
+        frame_logits = np.full((len(images), self._classes), np.nan, np.float32)
+        gate_logits = np.full((len(images), stages, 2), np.nan, np.float32)
         for start in range(0, len(images), window):
-            self._decide([_Frame(state, [image]) for image in images[start : start + window]])
+            for frame in self._decide([_Frame(state, [image]) for image in images[start : start + window]]):
+                stopped_at[frame.number], gate_logits[frame.number] = frame.stopped_at, frame.gate_logits
+                if frame.stopped_at == stages:
+                    frame_logits[frame.number] = frame.logits
             if state.ended:
                 break
-        return self._finish(state, len(images))
+        answer = self._finish(state)
+        if state.furthest is not None:
+            frame_logits[answer.fallback_frame] = state.furthest.logits
+        return ClipResult(**vars(answer), stopped_at=stopped_at, frame_logits=frame_logits, gate_logits=gate_logits)
 
     def serve(self, sources: Iterable[Iterable[Array]], capacity: int = 16) -> Iterator[VideoResult]:
         """Run many streams together, one frame of each at a time. When a stream ends, the next one takes its place.
@@ -383,14 +400,14 @@ class Runner:
                     frames[key] = _Frame(video, [self._image(next(source))])
                 except StopIteration:
                     empty = DynskipOnnxError(f"Stream {key} ended before its first frame.")
-                    over[key] = None if video.stopped_at else empty
+                    over[key] = None if video.seen else empty
                 except Exception as error:
                     over[key] = error
             self._propose(list(frames.values()))
             for key, frame in frames.items():
                 if frame.error is None:
                     self._accept(frame)
-                if frame.error is not None or frame.video.ended:
+                if frame.error is not None or active[key][0].ended:
                     over[key] = frame.error
             results = []
             for key, fault in over.items():
@@ -398,9 +415,9 @@ class Runner:
                 with contextlib.suppress(Exception):
                     source.close()
                 try:
-                    results.append(self._finish(video, len(video.stopped_at), key, fault))
+                    results.append(self._finish(video, key, fault))
                 except Exception as error:  # from running the fallback
-                    results.append(self._finish(video, len(video.stopped_at), key, error))
+                    results.append(self._finish(video, key, error))
             yield from results
 
     def _image(self, frame: Array) -> Array:
@@ -422,8 +439,9 @@ class Runner:
         ]
         return _Video(states, nothing_counted(self._classes))
 
-    def _decide(self, pending: list[_Frame]) -> None:
+    def _decide(self, pending: list[_Frame]) -> Iterator[_Frame]:
         """Decide on frames of one video in order, until it ends."""
+        video = pending[0].video
         while pending:
             self._propose(pending)
             while pending:
@@ -431,7 +449,8 @@ class Runner:
                 if frame.error is not None:
                     raise frame.error
                 self._accept(frame)
-                if frame.video.ended:
+                yield frame
+                if video.ended:
                     return
                 if frame.stopped_at == len(self._stages) and not self._reached:
                     break  # it changed the states, so propose the frames after it again; their features stay
@@ -446,16 +465,16 @@ class Runner:
         # Where every frame changes the state, frames of one video ask their gate one after the other.
         one_by_one = self._reached and len({id(frame.video) for frame in frames}) < len(frames)
         for n in range(stages):
-            self._each(self._run_stage, n, [frame for frame in going if frame.depth == n])
+            self._each(self._run_stage, self._costs, n, [frame for frame in going if frame.depth == n])
             for group in [[frame] for frame in going] if one_by_one else [going]:
-                self._each(self._run_gate, n, group)
+                self._each(self._run_gate, self._gate_costs, n, group)
             # Gates that were not asked have NaN, which stops a frame.
             for frame, gate in zip(frames, stopped(forwards(margins(said), self._bounds)).tolist(), strict=True):
                 frame.stopped_at = gate
             going = [frame for frame in going if frame.stopped_at > n]
-        self._each(self._run_stage, stages, [frame for frame in going if frame.depth == stages])
+        self._each(self._run_stage, self._costs, stages, [frame for frame in going if frame.depth == stages])
 
-    def _each(self, run: Callable[[int, list[_Frame]], None], n: int, frames: list[_Frame]) -> None:
+    def _each(self, run: Callable[[int, list[_Frame]], None], costs: Array, n: int, frames: list[_Frame]) -> None:
         """Run a part on a batch of frames. If that raises, run it on each frame alone, to find whose fault it is."""
         frames = [frame for frame in frames if frame.error is None]
         if not frames:
@@ -467,7 +486,10 @@ class Runner:
                 frames[0].error = error
                 return
             for frame in frames:
-                self._each(run, n, [frame])
+                self._each(run, costs, n, [frame])
+            return
+        for frame in frames:
+            frame.video.executed += costs[n]
 
     def _run_stage(self, n: int, frames: list[_Frame]) -> None:
         """Run a stage, or the head, which is stage `N`."""
@@ -487,7 +509,6 @@ class Runner:
                     for array, value in zip(outputs, self._values[n + 1], strict=True)
                 ]
             frame.depth = n + 1
-            frame.video.executed += self._costs[n]
 
     def _run_gate(self, n: int, frames: list[_Frame]) -> None:
         states = zip(*(frame.video.ahead[n] for frame in frames), strict=True)
@@ -498,55 +519,47 @@ class Runner:
             frame.states.append([state[i] for state in new])
             if self._reached:
                 frame.video.ahead[n] = frame.states[n]
-            frame.video.executed += self._gate_costs[n]
 
     def _accept(self, frame: _Frame) -> None:
         """Make what was proposed for a video's next frame final."""
         video, n, logits = frame.video, frame.stopped_at, np.full(self._classes, np.nan, np.float32)
+        frame.number = video.seen
         if n == len(self._stages):
             assert frame.logits is not None
-            logits, video.answered, video.furthest = frame.logits, True, None
-        elif not video.answered:
-            frame.number, frame.score = len(video.stopped_at), float(score(n, margins(frame.gate_logits[n])))
+            logits, video.furthest = frame.logits, None
+            video.used += 1
+        elif not video.used:
+            frame.score = float(score(n, margins(frame.gate_logits[n])))
             if video.furthest is None or further(frame.score, video.furthest.score, tie(np.float32)):
                 video.furthest = frame
+                del frame.video  # if both referred to each other, only the garbage collector would free them
         if self._reached or n == len(self._stages):
             video.states[: len(frame.states)] = frame.states
-        video.stopped_at.append(n)
-        video.gate_logits.append(frame.gate_logits)
-        video.frame_logits.append(logits)
+        video.seen += 1
+        video.macs += self._by_outcome[n + 1]
         video.sums = count(n, logits, self._repeats, video.sums)
         if self._termination:
-            video.ended = ends(self._termination, running(video.sums), len(video.stopped_at))
+            video.ended = ends(self._termination, running(video.sums), video.seen)
 
-    def _finish(
-        self, video: _Video, frames: int, key: int | None = None, error: Exception | None = None
-    ) -> VideoResult:
+    def _finish(self, video: _Video, key: int | None = None, error: Exception | None = None) -> VideoResult:
         """Conclude a video as if it ended here. Of one that failed, no stage is run."""
-        stages, unseen = len(self._stages), frames - len(video.stopped_at)
-        stopped_at = np.array(video.stopped_at + [UNSEEN] * unseen, int)
-        frame_logits = np.full((frames, self._classes), np.nan, np.float32)
-        gate_logits = np.full((frames, stages, 2), np.nan, np.float32)
-        for t, (of_frame, of_gates) in enumerate(zip(video.frame_logits, video.gate_logits, strict=True)):
-            frame_logits[t], gate_logits[t] = of_frame, of_gates
-        sums, macs, fallback = video.sums, self._by_outcome[stopped_at + 1].sum(), -1
+        stages, sums, macs, fallback = len(self._stages), video.sums, video.macs, -1
         if video.furthest is not None and error is None:
             frame, fallback = video.furthest, video.furthest.number
             for n in range(frame.depth, stages + 1):  # what ran already stays, so that asking again costs nothing
                 self._run_stage(n, [frame])
+                video.executed += self._costs[n]
             assert frame.logits is not None
-            frame_logits[fallback] = frame.logits
             # It counts as the one used frame of its video.
             sums = count(stages, frame.logits, self._repeats, nothing_counted(self._classes))
             macs += self._costs[frame.stopped_at + 1 :].sum()
         return VideoResult(
             logits=running(sums),
-            stopped_at=stopped_at,
-            frame_logits=frame_logits,
-            gate_logits=gate_logits,
+            frames_used=video.used,
+            frames_seen=video.seen,
+            fallback_frame=fallback,
             macs=float(macs),
             speculative_macs=float(video.executed - macs),
-            fallback_frame=fallback,
             key=key,
             error=error,
         )
@@ -607,13 +620,20 @@ class Session:
         for frame in taken:
             if frame.error is not None:
                 raise frame.error
-        stopped_at = np.full(len(self._videos), UNSEEN)
+        batch, stages = len(self._videos), len(runner._stages)
+        stopped_at = np.full(batch, UNSEEN)
+        gate_logits = np.full((batch, stages, 2), np.nan, np.float32)
+        frame_logits = np.full((batch, runner._classes), np.nan, np.float32)
         for row, frame in zip(rows, taken, strict=True):
             runner._accept(frame)
-            stopped_at[row] = frame.stopped_at
+            stopped_at[row], gate_logits[row] = frame.stopped_at, frame.gate_logits
+            if frame.stopped_at == stages:
+                frame_logits[row] = frame.logits
         return FrameResult(
             stopped_at=stopped_at,
-            used=stopped_at == len(runner._stages),
+            used=stopped_at == stages,
+            gate_logits=gate_logits,
+            frame_logits=frame_logits,
             running_logits=np.stack([running(video.sums) for video in self._videos]),
             ended=np.array([video.ended for video in self._videos]),
             frame_macs=runner._by_outcome[stopped_at + 1],
@@ -622,9 +642,9 @@ class Session:
     def result(self, row: int = 0) -> VideoResult:
         """Conclude a video as if it ended here. If no frame was used, the furthest one is run to the end."""
         video = self._videos[row]
-        if not video.stopped_at:
+        if not video.seen:
             raise DynskipOnnxError(f"Video {row} has had no frame yet; there is nothing to conclude.")
-        return self._runner._finish(video, len(video.stopped_at))
+        return self._runner._finish(video)
 
     def reset(self, rows: Iterable[int] | None = None) -> None:
         """Start new videos in these rows, or in all."""
