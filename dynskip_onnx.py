@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import onnxruntime
 
-__all__ = ["ClipResult", "DynskipOnnxError", "FrameResult", "Runner", "Session", "VideoResult", "load"]
+__all__ = ["ClipResult", "DynskipOnnxError", "FrameResult", "Runner", "Session", "VideoResult", "load", "rehash"]
 
 FORMAT, VERSION = "dynskip-onnx", 1
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -267,24 +268,50 @@ def load(folder: str | Path, *, threads: int = 0, providers: Sequence[str] = ("C
     Raises:
         DynskipOnnxError: if a file is missing, foreign, changed, or does not fit the others.
     """
-    manifest, files = _read(Path(folder))
+    folder = Path(folder)
+    manifest = _read_manifest(folder)
+    files = {name: _read(folder, name) for name in manifest["sha256"]}
+    for name, content in files.items():
+        if _hash(content) != manifest["sha256"][name]:
+            raise DynskipOnnxError(
+                f"{name!r} is not the file that was exported: its hash differs. Copy it again, or, if you changed it "
+                "yourself, call `dynskip_onnx.rehash(folder)`."
+            )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     # Every stage and gate is an onnxruntime session with threads of its own: they must not spin while others work.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
+    # No hash covers weights in further files. onnxruntime would look for them in the working directory; in what is no
+    # folder it finds none, and refuses the graph.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     graphs = {}
     for name, content in files.items():
         try:
             graphs[name] = onnxruntime.InferenceSession(content, options, providers=list(providers))
         except Exception as error:
             raise DynskipOnnxError(
-                f"onnxruntime {onnxruntime.__version__} cannot load {name!r}: {error}. Update it, or export again."
+                f"onnxruntime {onnxruntime.__version__} cannot load {name!r}: {error}. Update onnxruntime, or export "
+                "the model again. A file that you converted must have its weights inside, not in another file."
             ) from error
-    try:
-        return Runner(manifest, graphs)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise DynskipOnnxError(f"The manifest lacks an entry, or has a bad one ({error!r}). Export again.") from error
+    return Runner(manifest, graphs)
+
+
+def rehash(folder: str | Path) -> None:
+    """Accept files of an export that you changed, for example quantised: write their hashes into the manifest.
+
+    `load` still checks that they fit the manifest. The weights of a graph have to be in its file.
+
+    Args:
+        folder: the exported folder.
+
+    Raises:
+        DynskipOnnxError: if the folder has no good manifest, or a file is missing.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder)
+    manifest["sha256"] = {name: _hash(_read(folder, name)) for name in manifest["sha256"]}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 class Runner:
@@ -309,7 +336,7 @@ class Runner:
                 "that every video would end at once. Set `model.terminator` to None, or give the model two outputs, "
                 "and export it again."
             )
-        self._repeats = [bool(stage["gate"]["repeats_last"]) for stage in self._stages]
+        self._repeats = [stage["gate"]["repeats_last"] for stage in self._stages]
         # In float32 as the margins are, so that a margin means the same here as in torch.
         self._bounds = bounds([stage["gate"]["forward_threshold"] for stage in self._stages]).astype(np.float32)
         self._costs = np.array([part["macs"] for part in (*self._stages, self._head)])  # the head is stage `N`
@@ -320,22 +347,34 @@ class Runner:
         self._check_graphs()
 
     def normalise(self, frames: Array) -> Array:
-        """Turn 8-bit frames into what the model takes.
+        """Turn frames into what the model takes.
 
         Args:
-            frames: `(..., H, W, C)` uint8 frames at the model's size.
+            frames: `(..., H, W, C)` frames at the model's size: uint8, or floats from 0 to 1.
 
         Returns:
             `(..., C, H, W)` float32 frames, normalised.
 
         Raises:
-            DynskipOnnxError: if the model was exported without `mean` and `std`.
+            DynskipOnnxError: if the frames are anything else, or the model was exported without `mean` and `std`.
         """
         mean, std = self.manifest["input"]["mean"], self.manifest["input"]["std"]
         if mean is None or std is None:
             raise DynskipOnnxError("The model was exported without `mean` and `std`; normalise the frames yourself.")
-        scaled = (np.asarray(frames, np.float32) / 255 - np.float32(mean)) / np.float32(std)
-        return np.moveaxis(scaled, -1, -3)
+        frames, (channels, height, width) = np.asarray(frames), self._shape
+        is_float = np.issubdtype(frames.dtype, np.floating)
+        if frames.shape[-3:] != (height, width, channels) or not (is_float or frames.dtype == np.uint8):
+            raise DynskipOnnxError(
+                f"Frames must be uint8, or floats from 0 to 1, of shape (..., {height}, {width}, {channels}); got "
+                f"{frames.dtype} of {frames.shape}. Resize them, put channels last, and scale other pixels."
+            )
+        if is_float and not ((frames >= 0) & (frames <= 1)).all():
+            raise DynskipOnnxError(
+                f"Frames of floats must lie from 0 to 1; these reach from {frames.min()} to {frames.max()}. Divide "
+                "8-bit values by 255, or give them as uint8. Do not normalise frames twice."
+            )
+        scaled = frames.astype(np.float32) if is_float else frames / np.float32(255)
+        return np.moveaxis((scaled - np.float32(mean)) / np.float32(std), -1, -3)
 
     def stream(self, batch: int = 1) -> Session:
         """Open a session for frames that arrive one by one, of one video or of `batch` videos in lock-step."""
@@ -425,7 +464,7 @@ class Runner:
         if frame.shape != self._shape or not np.issubdtype(frame.dtype, np.floating):
             raise DynskipOnnxError(
                 f"A frame must be normalised floats of shape {self._shape}; got {frame.dtype} of {frame.shape}. "
-                "`runner.normalise` turns 8-bit (H, W, C) frames into them."
+                "`runner.normalise` turns (H, W, C) pictures into them."
             )
         image = frame[None].astype(np.float32)
         if not np.isfinite(image).all():
@@ -498,7 +537,14 @@ class Runner:
             for k, value in enumerate(self._values[n])
         ]
         at_head = n == len(self._stages)
-        first, *outputs = self._call((self._head if at_head else self._stages[n])["file"], inputs)
+        file = (self._head if at_head else self._stages[n])["file"]
+        first, *outputs = self._call(file, inputs)
+        for array, value in zip(outputs, () if at_head else self._values[n + 1], strict=True):
+            if value["rows"] and len(array) != value["rows"] * len(frames):  # a graph's own shape does not tell
+                raise DynskipOnnxError(
+                    f"{file!r} gave {len(array)} rows for {len(frames)} frames, and the manifest says {value['rows']} "
+                    "a frame. Export the model again."
+                )
         for i, frame in enumerate(frames):
             if at_head:
                 frame.logits = first[i]
@@ -586,7 +632,10 @@ class Runner:
         for entry, value in pairs:
             if entry is None or value is None or not _fits(entry, value):
                 got = "nothing" if entry is None else f"{entry.name} {entry.type} {entry.shape}"
-                raise DynskipOnnxError(f"{name!r} has {got} where the manifest says {value}. Export the model again.")
+                raise DynskipOnnxError(
+                    f"{name!r} has {got} where the manifest says {value}. Export the model again. If you converted the "
+                    "file, keep the types and shapes of its inputs and outputs."
+                )
 
 
 class Session:
@@ -652,34 +701,125 @@ class Session:
             self._videos[row] = self._runner._begin()
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Read the manifest and the files that it lists, and check their hashes."""
+# Files. Every entry of the manifest that the runner reads is checked before anything is made from it.
+
+
+def _whole(low: int) -> tuple[str, Callable[[Any], bool]]:
+    return f"a whole number of at least {low}", lambda value: type(value) is int and low <= value < 2**63
+
+
+def _number(what: str, low: float, high: float) -> tuple[str, Callable[[Any], bool]]:
+    _, is_whole = _whole(-(2**63))
+    return what, lambda value: (type(value) is float or is_whole(value)) and low <= value <= high
+
+
+LOWEST, HIGHEST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))  # above 0, and finite
+TEXT = ("text", lambda value: isinstance(value, str))
+COST = _number("a number of at least 0", 0, HIGHEST)
+# What each entry has to be. A "?" after its name means: or null. A list may hold any number of what is in it.
+MANIFEST: dict[str, Any] = {
+    "input": {
+        "shape": [_whole(1)],
+        "mean?": [_number("a finite number", -HIGHEST, HIGHEST)],
+        "std?": [_number("a finite number above 0", LOWEST, HIGHEST)],
+    },
+    "num_classes": _whole(1),
+    "class_names?": [TEXT],
+    "state_update": ("'used' or 'reached'", lambda value: value in ("used", "reached")),
+    "termination?": {"threshold": _number("a number above 0, at most 1", math.ulp(0.0), 1), "min_frames": _whole(0)},
+    "unit": TEXT,
+    "stages": [
+        {
+            "name": TEXT,
+            "file": TEXT,
+            "channels": _whole(1),
+            "values": [{"rows": _whole(0), "shape": [_whole(0)], "dtype": TEXT}],
+            "gate": {
+                "file": TEXT,
+                "forward_threshold": _number("a number from 0 to 1", 0, 1),
+                "repeats_last": ("true or false", lambda value: isinstance(value, bool)),
+                "initial_state": [{"shape": [_whole(0)], "value": _number("a number", -math.inf, math.inf)}],
+                "macs": COST,
+            },
+            "macs": COST,
+        }
+    ],
+    "head": {"file": TEXT, "macs": COST},
+    "sha256": {},
+}
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest and check its entries."""
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found = (manifest["format"], manifest["version"])
-        hashes = dict(manifest["sha256"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DynskipOnnxError(
             f"{folder} has no manifest.json. Name a folder that model.export(folder, ...) wrote."
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DynskipOnnxError(f"{path} is no manifest of an exported model ({error!r}). Export it again.") from error
     if found != (FORMAT, VERSION):
         raise DynskipOnnxError(
             f"{path} is of format {found[0]!r}, version {found[1]}; this runner reads {FORMAT!r}, version {VERSION}. "
             "Export the model again with the release of dynskip that this runner comes from."
         )
-    files = {}
-    for name, expected in hashes.items():
-        if Path(name).name != name:
-            raise DynskipOnnxError(f"The manifest names {name!r}, which lies outside its folder. Do not trust it.")
-        if not (folder / name).is_file():
-            raise DynskipOnnxError(f"{name!r} is missing from {folder}. Copy the whole folder.")
-        files[name] = (folder / name).read_bytes()
-        if hashlib.sha256(files[name]).hexdigest() != expected:
-            raise DynskipOnnxError(f"{name!r} is not the file that was exported: its hash differs. Copy it again.")
-    return manifest, files
+    _check_entry("", manifest, MANIFEST)
+    entry, stages, hashes = manifest["input"], manifest["stages"], manifest["sha256"]
+    _check_length("input.shape", entry["shape"], 3)
+    for name in ("mean", "std"):
+        _check_length(f"input.{name}", entry[name], entry["shape"][0])
+    _check_length("class_names", manifest["class_names"], manifest["num_classes"])
+    _check_length("stages", stages, len(stages) or 1)
+    for part in (*stages, *(stage["gate"] for stage in stages), manifest["head"]):
+        if part["file"] not in hashes:
+            raise _bad(f"sha256.{part['file']}", "nothing", "the hash of this file")
+    return dict(manifest)
+
+
+def _check_entry(name: str, value: Any, wanted: Any) -> None:
+    """Compare an entry of the manifest, and all within it, with what it has to be."""
+    if isinstance(wanted, tuple):
+        what, holds = wanted
+        if not holds(value):
+            raise _bad(name, repr(value), what)
+    elif not isinstance(value, type(wanted)):
+        raise _bad(name, repr(value), "a list" if isinstance(wanted, list) else "a dictionary")
+    elif isinstance(wanted, list):
+        for i, item in enumerate(value):
+            _check_entry(f"{name}[{i}]", item, wanted[0])
+    else:
+        for key, inner in wanted.items():
+            entry = key.removesuffix("?")
+            path = f"{name}.{entry}" if name else entry
+            if entry not in value:
+                raise _bad(path, "nothing", "an entry")
+            if value[entry] is not None or entry == key:
+                _check_entry(path, value[entry], inner)
+
+
+def _check_length(name: str, values: list[Any] | None, count: int) -> None:
+    if values is not None and len(values) != count:
+        raise _bad(name, repr(values), f"{count} of them")
+
+
+def _bad(name: str, got: str, wanted: str) -> DynskipOnnxError:
+    return DynskipOnnxError(f"The manifest says {got:.80} for {name!r}; expected {wanted}. Export the model again.")
+
+
+def _read(folder: Path, name: str) -> bytes:
+    """Read a file that the manifest names."""
+    if Path(name).name != name:
+        raise DynskipOnnxError(f"The manifest names {name!r}, which lies outside its folder. Do not trust it.")
+    if not (folder / name).is_file():
+        raise DynskipOnnxError(f"{name!r} is missing from {folder}. Copy the whole folder.")
+    return (folder / name).read_bytes()
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _rows(*shape: int) -> dict[str, Any]:
@@ -694,7 +834,7 @@ def _fits(entry: Any, value: dict[str, Any]) -> bool:
         entry.type == f"tensor({names.get(value['dtype'], value['dtype'])})"
         and len(entry.shape) == len(wanted)
         and not (value["rows"] and isinstance(entry.shape[0], int))
-        and all(w is None or not isinstance(g, int) or g == w for g, w in zip(entry.shape, wanted, strict=True))
+        and all(w is None or g == w for g, w in zip(entry.shape, wanted, strict=True))
     )
 
 
