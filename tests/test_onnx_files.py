@@ -156,10 +156,10 @@ def test_weights_in_other_files_are_refused(
 NAN, INF, MANY = math.nan, math.inf, 10**400
 GATE: tuple[str | int, ...] = ("stages", 0, "gate")
 STATE: tuple[str | int, ...] = (*GATE, "initial_state", 0)
-NO_NUMBERS = ("a", None, True, [], {})
+NO_NUMBERS: tuple[Any, ...] = ("a", None, True, [], {})
 NO_COSTS = (*NO_NUMBERS, NAN, INF, -1, MANY)
 NO_SIZES = (*NO_NUMBERS, NAN, 1.5, -1, MANY)
-NO_LISTS = ("a", None, 1, {})
+NO_LISTS: tuple[Any, ...] = ("a", None, 1, {})
 BAD: dict[tuple[str | int, ...], tuple[Any, ...]] = {
     ("input",): NO_LISTS[:3],
     ("input", "shape"): (*NO_LISTS, [], [3, SIZE], [3, SIZE, 0], [3, SIZE, -1], [3, SIZE, 1.0], [3, SIZE, 10**9]),
