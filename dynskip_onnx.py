@@ -339,8 +339,8 @@ class Runner:
         self._repeats = [stage["gate"]["repeats_last"] for stage in self._stages]
         # In float32 as the margins are, so that a margin means the same here as in torch.
         self._bounds = bounds([stage["gate"]["forward_threshold"] for stage in self._stages]).astype(np.float32)
-        self._costs = np.array([part["macs"] for part in (*self._stages, self._head)])  # the head is stage `N`
-        self._gate_costs = np.array([stage["gate"]["macs"] for stage in self._stages])
+        self._costs = np.array([part["macs"] for part in (*self._stages, self._head)], float)  # the head is stage `N`
+        self._gate_costs = np.array([stage["gate"]["macs"] for stage in self._stages], float)
         per_stage = [*(self._costs[:-1] + self._gate_costs), self._costs[-1]]
         self._by_outcome = np.array([0.0, *np.cumsum(per_stage)])  # of a frame: unseen, stopped at each gate, used
         self._values = [[_rows(*self._shape)], *(stage["values"] for stage in self._stages)]  # what enters each stage
