@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import onnxruntime
 
-__all__ = ["DynskipOnnxError", "FrameResult", "Runner", "Session", "VideoResult", "load"]
+__all__ = ["ClipResult", "DynskipOnnxError", "FrameResult", "Runner", "Session", "VideoResult", "load", "rehash"]
 
 FORMAT, VERSION = "dynskip-onnx", 1
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -148,6 +149,8 @@ class FrameResult:
         stopped_at: `(B,)` index of the gate that stopped the frame; `N` for used frames, -1 for unseen ones, whose
             video had ended before.
         used: `(B,)` boolean, frames that passed every gate.
+        gate_logits: `(B, N, 2)` logits (stop, forward), NaN where not evaluated.
+        frame_logits: `(B, K)` logits of the frame, NaN unless used.
         running_logits: `(B, K)` running prediction of the video, NaN before the first used frame.
         ended: `(B,)` boolean, videos that need no more frames.
         frame_macs: `(B,)` executed for this frame.
@@ -155,6 +158,8 @@ class FrameResult:
 
     stopped_at: Array
     used: Array
+    gate_logits: Array
+    frame_logits: Array
     running_logits: Array
     ended: Array
     frame_macs: Array
@@ -165,47 +170,50 @@ class FrameResult:
         return _softmax(self.running_logits)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VideoResult:
-    """What a video's answer is, and what became of its `T` frames. What was not evaluated is NaN.
+    """The answer for a video.
 
     Attributes:
         logits: `(K,)` mean over the used frames, or the fallback frame's; NaN where neither exists. Frames whose logits
             are not finite do not count.
-        stopped_at: `(T,)` index of the gate that stopped each frame; `N` for used frames, -1 for unseen ones.
-        frame_logits: `(T, K)` logits of each frame.
-        gate_logits: `(T, N, 2)` logits (stop, forward).
+        frames_used: number of frames used.
+        frames_seen: number of frames looked at.
+        fallback_frame: the frame that was run to the end because no frame was used; -1 where frames were used.
         macs: executed cost of the video, gates, head and the fallback included.
         speculative_macs: what was executed beyond `macs`: ahead of decisions, and in vain.
-        fallback_frame: the frame that was run to the end because no frame was used; -1 where frames were used.
         key: number of the stream among the sources; `None` outside `serve`.
         error: why the stream failed; `None` if it did not. The other fields tell how far it had got.
     """
 
     logits: Array
-    stopped_at: Array
-    frame_logits: Array
-    gate_logits: Array
+    frames_used: int
+    frames_seen: int
+    fallback_frame: int
     macs: float
     speculative_macs: float
-    fallback_frame: int
     key: int | None = None
     error: Exception | None = None
-
-    @property
-    def frames_used(self) -> int:
-        """Number of frames used."""
-        return int((self.stopped_at == self.gate_logits.shape[1]).sum())
-
-    @property
-    def frames_seen(self) -> int:
-        """Number of frames looked at."""
-        return int((self.stopped_at != UNSEEN).sum())
 
     @property
     def probabilities(self) -> Array:
         """`(K,)` class probabilities."""
         return _softmax(self.logits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipResult(VideoResult):
+    """The answer for a stored video, and what became of its `T` frames. What was not evaluated is NaN.
+
+    Attributes:
+        stopped_at: `(T,)` index of the gate that stopped each frame; `N` for used frames, -1 for unseen ones.
+        frame_logits: `(T, K)` logits of each frame.
+        gate_logits: `(T, N, 2)` logits (stop, forward).
+    """
+
+    stopped_at: Array
+    frame_logits: Array
+    gate_logits: Array
 
 
 # Frames and videos in flight
@@ -225,20 +233,21 @@ class _Frame:
     error: Exception | None = None  # raised by a stage, a gate or the head
     # Once it is accepted:
     number: int = 0  # in its video
-    score: float = 0.0
+    score: float = 0.0  # while no frame of its video is used
 
 
 @dataclass(eq=False)
 class _Video:
+    """Has nothing that grows with the video: a camera may run for days."""
+
     states: list[list[Array]]  # of each gate, after the frames accepted
     sums: Sums
     ahead: list[list[Array]] = field(default_factory=list)  # states after the frames proposed
-    stopped_at: list[int] = field(default_factory=list)
-    frame_logits: list[Array] = field(default_factory=list)
-    gate_logits: list[Array] = field(default_factory=list)
-    answered: bool = False  # whether a frame has been used
+    seen: int = 0  # frames accepted
+    used: int = 0
     ended: bool = False
-    executed: float = 0.0
+    macs: float = 0.0  # of the frames accepted
+    executed: float = 0.0  # all that ran
     furthest: _Frame | None = None  # of the stopped frames; the fallback, until a frame is used
 
 
@@ -259,24 +268,50 @@ def load(folder: str | Path, *, threads: int = 0, providers: Sequence[str] = ("C
     Raises:
         DynskipOnnxError: if a file is missing, foreign, changed, or does not fit the others.
     """
-    manifest, files = _read(Path(folder))
+    folder = Path(folder)
+    manifest = _read_manifest(folder)
+    files = {name: _read(folder, name) for name in manifest["sha256"]}
+    for name, content in files.items():
+        if _hash(content) != manifest["sha256"][name]:
+            raise DynskipOnnxError(
+                f"{name!r} is not the file that was exported: its hash differs. Copy it again, or, if you changed it "
+                "yourself, call `dynskip_onnx.rehash(folder)`."
+            )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     # Every stage and gate is an onnxruntime session with threads of its own: they must not spin while others work.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
+    # No hash covers weights in further files. onnxruntime would look for them in the working directory; in what is no
+    # folder it finds none, and refuses the graph.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     graphs = {}
     for name, content in files.items():
         try:
             graphs[name] = onnxruntime.InferenceSession(content, options, providers=list(providers))
         except Exception as error:
             raise DynskipOnnxError(
-                f"onnxruntime {onnxruntime.__version__} cannot load {name!r}: {error}. Update it, or export again."
+                f"onnxruntime {onnxruntime.__version__} cannot load {name!r}: {error}. Update onnxruntime, or export "
+                "the model again. A file that you converted must have its weights inside, not in another file."
             ) from error
-    try:
-        return Runner(manifest, graphs)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise DynskipOnnxError(f"The manifest lacks an entry, or has a bad one ({error!r}). Export again.") from error
+    return Runner(manifest, graphs)
+
+
+def rehash(folder: str | Path) -> None:
+    """Accept files of an export that you changed, for example quantised: write their hashes into the manifest.
+
+    `load` still checks that they fit the manifest. The weights of a graph have to be in its file.
+
+    Args:
+        folder: the exported folder.
+
+    Raises:
+        DynskipOnnxError: if the folder has no good manifest, or a file is missing.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder)
+    manifest["sha256"] = {name: _hash(_read(folder, name)) for name in manifest["sha256"]}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 class Runner:
@@ -301,39 +336,51 @@ class Runner:
                 "that every video would end at once. Set `model.terminator` to None, or give the model two outputs, "
                 "and export it again."
             )
-        self._repeats = [bool(stage["gate"]["repeats_last"]) for stage in self._stages]
+        self._repeats = [stage["gate"]["repeats_last"] for stage in self._stages]
         # In float32 as the margins are, so that a margin means the same here as in torch.
         self._bounds = bounds([stage["gate"]["forward_threshold"] for stage in self._stages]).astype(np.float32)
-        self._costs = np.array([part["macs"] for part in (*self._stages, self._head)])  # the head is stage `N`
-        self._gate_costs = np.array([stage["gate"]["macs"] for stage in self._stages])
+        self._costs = np.array([part["macs"] for part in (*self._stages, self._head)], float)  # the head is stage `N`
+        self._gate_costs = np.array([stage["gate"]["macs"] for stage in self._stages], float)
         per_stage = [*(self._costs[:-1] + self._gate_costs), self._costs[-1]]
         self._by_outcome = np.array([0.0, *np.cumsum(per_stage)])  # of a frame: unseen, stopped at each gate, used
         self._values = [[_rows(*self._shape)], *(stage["values"] for stage in self._stages)]  # what enters each stage
         self._check_graphs()
 
     def normalise(self, frames: Array) -> Array:
-        """Turn 8-bit frames into what the model takes.
+        """Turn frames into what the model takes.
 
         Args:
-            frames: `(..., H, W, C)` uint8 frames at the model's size.
+            frames: `(..., H, W, C)` frames at the model's size: uint8, or floats from 0 to 1.
 
         Returns:
             `(..., C, H, W)` float32 frames, normalised.
 
         Raises:
-            DynskipOnnxError: if the model was exported without `mean` and `std`.
+            DynskipOnnxError: if the frames are anything else, or the model was exported without `mean` and `std`.
         """
         mean, std = self.manifest["input"]["mean"], self.manifest["input"]["std"]
         if mean is None or std is None:
             raise DynskipOnnxError("The model was exported without `mean` and `std`; normalise the frames yourself.")
-        scaled = (np.asarray(frames, np.float32) / 255 - np.float32(mean)) / np.float32(std)
-        return np.moveaxis(scaled, -1, -3)
+        frames, (channels, height, width) = np.asarray(frames), self._shape
+        is_float = np.issubdtype(frames.dtype, np.floating)
+        if frames.shape[-3:] != (height, width, channels) or not (is_float or frames.dtype == np.uint8):
+            raise DynskipOnnxError(
+                f"Frames must be uint8, or floats from 0 to 1, of shape (..., {height}, {width}, {channels}); got "
+                f"{frames.dtype} of {frames.shape}. Resize them, put channels last, and scale other pixels."
+            )
+        if is_float and not ((frames >= 0) & (frames <= 1)).all():
+            raise DynskipOnnxError(
+                f"Frames of floats must lie from 0 to 1; these reach from {frames.min()} to {frames.max()}. Divide "
+                "8-bit values by 255, or give them as uint8. Do not normalise frames twice."
+            )
+        scaled = frames.astype(np.float32) if is_float else frames / np.float32(255)
+        return np.moveaxis((scaled - np.float32(mean)) / np.float32(std), -1, -3)
 
     def stream(self, batch: int = 1) -> Session:
         """Open a session for frames that arrive one by one, of one video or of `batch` videos in lock-step."""
         return Session(self, batch)
 
-    def clip(self, video: Array, window: int = 16) -> VideoResult:
+    def clip(self, video: Array, window: int = 16) -> ClipResult:
         """Run a stored video. Stages take up to `window` frames at once; decisions are those of the online run.
 
         Args:
@@ -349,11 +396,20 @@ class Runner:
         if len(video) == 0 or window < 1:
             raise DynskipOnnxError(f"A clip needs frames and a positive window; got {len(video)} frames, {window=}.")
         state, images = self._begin(), [self._image(frame) for frame in video]
+        stages, stopped_at = len(self._stages), np.full(len(images), UNSEEN)
+        frame_logits = np.full((len(images), self._classes), np.nan, np.float32)
+        gate_logits = np.full((len(images), stages, 2), np.nan, np.float32)
         for start in range(0, len(images), window):
-            self._decide([_Frame(state, [image]) for image in images[start : start + window]])
+            for frame in self._decide([_Frame(state, [image]) for image in images[start : start + window]]):
+                stopped_at[frame.number], gate_logits[frame.number] = frame.stopped_at, frame.gate_logits
+                if frame.stopped_at == stages:
+                    frame_logits[frame.number] = frame.logits
             if state.ended:
                 break
-        return self._finish(state, len(images))
+        answer = self._finish(state)
+        if state.furthest is not None:
+            frame_logits[answer.fallback_frame] = state.furthest.logits
+        return ClipResult(**vars(answer), stopped_at=stopped_at, frame_logits=frame_logits, gate_logits=gate_logits)
 
     def serve(self, sources: Iterable[Iterable[Array]], capacity: int = 16) -> Iterator[VideoResult]:
         """Run many streams together, one frame of each at a time. When a stream ends, the next one takes its place.
@@ -383,14 +439,14 @@ class Runner:
                     frames[key] = _Frame(video, [self._image(next(source))])
                 except StopIteration:
                     empty = DynskipOnnxError(f"Stream {key} ended before its first frame.")
-                    over[key] = None if video.stopped_at else empty
+                    over[key] = None if video.seen else empty
                 except Exception as error:
                     over[key] = error
             self._propose(list(frames.values()))
             for key, frame in frames.items():
                 if frame.error is None:
                     self._accept(frame)
-                if frame.error is not None or frame.video.ended:
+                if frame.error is not None or active[key][0].ended:
                     over[key] = frame.error
             results = []
             for key, fault in over.items():
@@ -398,9 +454,9 @@ class Runner:
                 with contextlib.suppress(Exception):
                     source.close()
                 try:
-                    results.append(self._finish(video, len(video.stopped_at), key, fault))
+                    results.append(self._finish(video, key, fault))
                 except Exception as error:  # from running the fallback
-                    results.append(self._finish(video, len(video.stopped_at), key, error))
+                    results.append(self._finish(video, key, error))
             yield from results
 
     def _image(self, frame: Array) -> Array:
@@ -408,7 +464,7 @@ class Runner:
         if frame.shape != self._shape or not np.issubdtype(frame.dtype, np.floating):
             raise DynskipOnnxError(
                 f"A frame must be normalised floats of shape {self._shape}; got {frame.dtype} of {frame.shape}. "
-                "`runner.normalise` turns 8-bit (H, W, C) frames into them."
+                "`runner.normalise` turns (H, W, C) pictures into them."
             )
         image = frame[None].astype(np.float32)
         if not np.isfinite(image).all():
@@ -422,8 +478,9 @@ class Runner:
         ]
         return _Video(states, nothing_counted(self._classes))
 
-    def _decide(self, pending: list[_Frame]) -> None:
+    def _decide(self, pending: list[_Frame]) -> Iterator[_Frame]:
         """Decide on frames of one video in order, until it ends."""
+        video = pending[0].video
         while pending:
             self._propose(pending)
             while pending:
@@ -431,7 +488,8 @@ class Runner:
                 if frame.error is not None:
                     raise frame.error
                 self._accept(frame)
-                if frame.video.ended:
+                yield frame
+                if video.ended:
                     return
                 if frame.stopped_at == len(self._stages) and not self._reached:
                     break  # it changed the states, so propose the frames after it again; their features stay
@@ -446,16 +504,16 @@ class Runner:
         # Where every frame changes the state, frames of one video ask their gate one after the other.
         one_by_one = self._reached and len({id(frame.video) for frame in frames}) < len(frames)
         for n in range(stages):
-            self._each(self._run_stage, n, [frame for frame in going if frame.depth == n])
+            self._each(self._run_stage, self._costs, n, [frame for frame in going if frame.depth == n])
             for group in [[frame] for frame in going] if one_by_one else [going]:
-                self._each(self._run_gate, n, group)
+                self._each(self._run_gate, self._gate_costs, n, group)
             # Gates that were not asked have NaN, which stops a frame.
             for frame, gate in zip(frames, stopped(forwards(margins(said), self._bounds)).tolist(), strict=True):
                 frame.stopped_at = gate
             going = [frame for frame in going if frame.stopped_at > n]
-        self._each(self._run_stage, stages, [frame for frame in going if frame.depth == stages])
+        self._each(self._run_stage, self._costs, stages, [frame for frame in going if frame.depth == stages])
 
-    def _each(self, run: Callable[[int, list[_Frame]], None], n: int, frames: list[_Frame]) -> None:
+    def _each(self, run: Callable[[int, list[_Frame]], None], costs: Array, n: int, frames: list[_Frame]) -> None:
         """Run a part on a batch of frames. If that raises, run it on each frame alone, to find whose fault it is."""
         frames = [frame for frame in frames if frame.error is None]
         if not frames:
@@ -467,7 +525,10 @@ class Runner:
                 frames[0].error = error
                 return
             for frame in frames:
-                self._each(run, n, [frame])
+                self._each(run, costs, n, [frame])
+            return
+        for frame in frames:
+            frame.video.executed += costs[n]
 
     def _run_stage(self, n: int, frames: list[_Frame]) -> None:
         """Run a stage, or the head, which is stage `N`."""
@@ -476,7 +537,14 @@ class Runner:
             for k, value in enumerate(self._values[n])
         ]
         at_head = n == len(self._stages)
-        first, *outputs = self._call((self._head if at_head else self._stages[n])["file"], inputs)
+        file = (self._head if at_head else self._stages[n])["file"]
+        first, *outputs = self._call(file, inputs)
+        for array, value in zip(outputs, () if at_head else self._values[n + 1], strict=True):
+            if value["rows"] and len(array) != value["rows"] * len(frames):  # a graph's own shape does not tell
+                raise DynskipOnnxError(
+                    f"{file!r} gave {len(array)} rows for {len(frames)} frames, and the manifest says {value['rows']} "
+                    "a frame. Export the model again."
+                )
         for i, frame in enumerate(frames):
             if at_head:
                 frame.logits = first[i]
@@ -487,7 +555,6 @@ class Runner:
                     for array, value in zip(outputs, self._values[n + 1], strict=True)
                 ]
             frame.depth = n + 1
-            frame.video.executed += self._costs[n]
 
     def _run_gate(self, n: int, frames: list[_Frame]) -> None:
         states = zip(*(frame.video.ahead[n] for frame in frames), strict=True)
@@ -498,55 +565,47 @@ class Runner:
             frame.states.append([state[i] for state in new])
             if self._reached:
                 frame.video.ahead[n] = frame.states[n]
-            frame.video.executed += self._gate_costs[n]
 
     def _accept(self, frame: _Frame) -> None:
         """Make what was proposed for a video's next frame final."""
         video, n, logits = frame.video, frame.stopped_at, np.full(self._classes, np.nan, np.float32)
+        frame.number = video.seen
         if n == len(self._stages):
             assert frame.logits is not None
-            logits, video.answered, video.furthest = frame.logits, True, None
-        elif not video.answered:
-            frame.number, frame.score = len(video.stopped_at), float(score(n, margins(frame.gate_logits[n])))
+            logits, video.furthest = frame.logits, None
+            video.used += 1
+        elif not video.used:
+            frame.score = float(score(n, margins(frame.gate_logits[n])))
             if video.furthest is None or further(frame.score, video.furthest.score, tie(np.float32)):
                 video.furthest = frame
+                del frame.video  # if both referred to each other, only the garbage collector would free them
         if self._reached or n == len(self._stages):
             video.states[: len(frame.states)] = frame.states
-        video.stopped_at.append(n)
-        video.gate_logits.append(frame.gate_logits)
-        video.frame_logits.append(logits)
+        video.seen += 1
+        video.macs += self._by_outcome[n + 1]
         video.sums = count(n, logits, self._repeats, video.sums)
         if self._termination:
-            video.ended = ends(self._termination, running(video.sums), len(video.stopped_at))
+            video.ended = ends(self._termination, running(video.sums), video.seen)
 
-    def _finish(
-        self, video: _Video, frames: int, key: int | None = None, error: Exception | None = None
-    ) -> VideoResult:
+    def _finish(self, video: _Video, key: int | None = None, error: Exception | None = None) -> VideoResult:
         """Conclude a video as if it ended here. Of one that failed, no stage is run."""
-        stages, unseen = len(self._stages), frames - len(video.stopped_at)
-        stopped_at = np.array(video.stopped_at + [UNSEEN] * unseen, int)
-        frame_logits = np.full((frames, self._classes), np.nan, np.float32)
-        gate_logits = np.full((frames, stages, 2), np.nan, np.float32)
-        for t, (of_frame, of_gates) in enumerate(zip(video.frame_logits, video.gate_logits, strict=True)):
-            frame_logits[t], gate_logits[t] = of_frame, of_gates
-        sums, macs, fallback = video.sums, self._by_outcome[stopped_at + 1].sum(), -1
+        stages, sums, macs, fallback = len(self._stages), video.sums, video.macs, -1
         if video.furthest is not None and error is None:
             frame, fallback = video.furthest, video.furthest.number
             for n in range(frame.depth, stages + 1):  # what ran already stays, so that asking again costs nothing
                 self._run_stage(n, [frame])
+                video.executed += self._costs[n]
             assert frame.logits is not None
-            frame_logits[fallback] = frame.logits
             # It counts as the one used frame of its video.
             sums = count(stages, frame.logits, self._repeats, nothing_counted(self._classes))
             macs += self._costs[frame.stopped_at + 1 :].sum()
         return VideoResult(
             logits=running(sums),
-            stopped_at=stopped_at,
-            frame_logits=frame_logits,
-            gate_logits=gate_logits,
+            frames_used=video.used,
+            frames_seen=video.seen,
+            fallback_frame=fallback,
             macs=float(macs),
             speculative_macs=float(video.executed - macs),
-            fallback_frame=fallback,
             key=key,
             error=error,
         )
@@ -573,7 +632,10 @@ class Runner:
         for entry, value in pairs:
             if entry is None or value is None or not _fits(entry, value):
                 got = "nothing" if entry is None else f"{entry.name} {entry.type} {entry.shape}"
-                raise DynskipOnnxError(f"{name!r} has {got} where the manifest says {value}. Export the model again.")
+                raise DynskipOnnxError(
+                    f"{name!r} has {got} where the manifest says {value}. Export the model again. If you converted the "
+                    "file, keep the types and shapes of its inputs and outputs."
+                )
 
 
 class Session:
@@ -607,13 +669,20 @@ class Session:
         for frame in taken:
             if frame.error is not None:
                 raise frame.error
-        stopped_at = np.full(len(self._videos), UNSEEN)
+        batch, stages = len(self._videos), len(runner._stages)
+        stopped_at = np.full(batch, UNSEEN)
+        gate_logits = np.full((batch, stages, 2), np.nan, np.float32)
+        frame_logits = np.full((batch, runner._classes), np.nan, np.float32)
         for row, frame in zip(rows, taken, strict=True):
             runner._accept(frame)
-            stopped_at[row] = frame.stopped_at
+            stopped_at[row], gate_logits[row] = frame.stopped_at, frame.gate_logits
+            if frame.stopped_at == stages:
+                frame_logits[row] = frame.logits
         return FrameResult(
             stopped_at=stopped_at,
-            used=stopped_at == len(runner._stages),
+            used=stopped_at == stages,
+            gate_logits=gate_logits,
+            frame_logits=frame_logits,
             running_logits=np.stack([running(video.sums) for video in self._videos]),
             ended=np.array([video.ended for video in self._videos]),
             frame_macs=runner._by_outcome[stopped_at + 1],
@@ -622,9 +691,9 @@ class Session:
     def result(self, row: int = 0) -> VideoResult:
         """Conclude a video as if it ended here. If no frame was used, the furthest one is run to the end."""
         video = self._videos[row]
-        if not video.stopped_at:
+        if not video.seen:
             raise DynskipOnnxError(f"Video {row} has had no frame yet; there is nothing to conclude.")
-        return self._runner._finish(video, len(video.stopped_at))
+        return self._runner._finish(video)
 
     def reset(self, rows: Iterable[int] | None = None) -> None:
         """Start new videos in these rows, or in all."""
@@ -632,34 +701,125 @@ class Session:
             self._videos[row] = self._runner._begin()
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Read the manifest and the files that it lists, and check their hashes."""
+# Files. Every entry of the manifest that the runner reads is checked before anything is made from it.
+
+
+def _whole(low: int) -> tuple[str, Callable[[Any], bool]]:
+    return f"a whole number of at least {low}", lambda value: type(value) is int and low <= value < 2**63
+
+
+def _number(what: str, low: float, high: float) -> tuple[str, Callable[[Any], bool]]:
+    _, is_whole = _whole(-(2**63))
+    return what, lambda value: (type(value) is float or is_whole(value)) and low <= value <= high
+
+
+LOWEST, HIGHEST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))  # above 0, and finite
+TEXT = ("text", lambda value: isinstance(value, str))
+COST = _number("a number of at least 0", 0, HIGHEST)
+# What each entry has to be. A "?" after its name means: or null. A list may hold any number of what is in it.
+MANIFEST: dict[str, Any] = {
+    "input": {
+        "shape": [_whole(1)],
+        "mean?": [_number("a finite number", -HIGHEST, HIGHEST)],
+        "std?": [_number("a finite number above 0", LOWEST, HIGHEST)],
+    },
+    "num_classes": _whole(1),
+    "class_names?": [TEXT],
+    "state_update": ("'used' or 'reached'", lambda value: value in ("used", "reached")),
+    "termination?": {"threshold": _number("a number above 0, at most 1", math.ulp(0.0), 1), "min_frames": _whole(0)},
+    "unit": TEXT,
+    "stages": [
+        {
+            "name": TEXT,
+            "file": TEXT,
+            "channels": _whole(1),
+            "values": [{"rows": _whole(0), "shape": [_whole(0)], "dtype": TEXT}],
+            "gate": {
+                "file": TEXT,
+                "forward_threshold": _number("a number from 0 to 1", 0, 1),
+                "repeats_last": ("true or false", lambda value: isinstance(value, bool)),
+                "initial_state": [{"shape": [_whole(0)], "value": _number("a number", -math.inf, math.inf)}],
+                "macs": COST,
+            },
+            "macs": COST,
+        }
+    ],
+    "head": {"file": TEXT, "macs": COST},
+    "sha256": {},
+}
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest and check its entries."""
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found = (manifest["format"], manifest["version"])
-        hashes = dict(manifest["sha256"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DynskipOnnxError(
             f"{folder} has no manifest.json. Name a folder that model.export(folder, ...) wrote."
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DynskipOnnxError(f"{path} is no manifest of an exported model ({error!r}). Export it again.") from error
     if found != (FORMAT, VERSION):
         raise DynskipOnnxError(
             f"{path} is of format {found[0]!r}, version {found[1]}; this runner reads {FORMAT!r}, version {VERSION}. "
             "Export the model again with the release of dynskip that this runner comes from."
         )
-    files = {}
-    for name, expected in hashes.items():
-        if Path(name).name != name:
-            raise DynskipOnnxError(f"The manifest names {name!r}, which lies outside its folder. Do not trust it.")
-        if not (folder / name).is_file():
-            raise DynskipOnnxError(f"{name!r} is missing from {folder}. Copy the whole folder.")
-        files[name] = (folder / name).read_bytes()
-        if hashlib.sha256(files[name]).hexdigest() != expected:
-            raise DynskipOnnxError(f"{name!r} is not the file that was exported: its hash differs. Copy it again.")
-    return manifest, files
+    _check_entry("", manifest, MANIFEST)
+    entry, stages, hashes = manifest["input"], manifest["stages"], manifest["sha256"]
+    _check_length("input.shape", entry["shape"], 3)
+    for name in ("mean", "std"):
+        _check_length(f"input.{name}", entry[name], entry["shape"][0])
+    _check_length("class_names", manifest["class_names"], manifest["num_classes"])
+    _check_length("stages", stages, len(stages) or 1)
+    for part in (*stages, *(stage["gate"] for stage in stages), manifest["head"]):
+        if part["file"] not in hashes:
+            raise _bad(f"sha256.{part['file']}", "nothing", "the hash of this file")
+    return dict(manifest)
+
+
+def _check_entry(name: str, value: Any, wanted: Any) -> None:
+    """Compare an entry of the manifest, and all within it, with what it has to be."""
+    if isinstance(wanted, tuple):
+        what, holds = wanted
+        if not holds(value):
+            raise _bad(name, repr(value), what)
+    elif not isinstance(value, type(wanted)):
+        raise _bad(name, repr(value), "a list" if isinstance(wanted, list) else "a dictionary")
+    elif isinstance(wanted, list):
+        for i, item in enumerate(value):
+            _check_entry(f"{name}[{i}]", item, wanted[0])
+    else:
+        for key, inner in wanted.items():
+            entry = key.removesuffix("?")
+            path = f"{name}.{entry}" if name else entry
+            if entry not in value:
+                raise _bad(path, "nothing", "an entry")
+            if value[entry] is not None or entry == key:
+                _check_entry(path, value[entry], inner)
+
+
+def _check_length(name: str, values: list[Any] | None, count: int) -> None:
+    if values is not None and len(values) != count:
+        raise _bad(name, repr(values), f"{count} of them")
+
+
+def _bad(name: str, got: str, wanted: str) -> DynskipOnnxError:
+    return DynskipOnnxError(f"The manifest says {got:.80} for {name!r}; expected {wanted}. Export the model again.")
+
+
+def _read(folder: Path, name: str) -> bytes:
+    """Read a file that the manifest names."""
+    if Path(name).name != name:
+        raise DynskipOnnxError(f"The manifest names {name!r}, which lies outside its folder. Do not trust it.")
+    if not (folder / name).is_file():
+        raise DynskipOnnxError(f"{name!r} is missing from {folder}. Copy the whole folder.")
+    return (folder / name).read_bytes()
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _rows(*shape: int) -> dict[str, Any]:
@@ -674,7 +834,7 @@ def _fits(entry: Any, value: dict[str, Any]) -> bool:
         entry.type == f"tensor({names.get(value['dtype'], value['dtype'])})"
         and len(entry.shape) == len(wanted)
         and not (value["rows"] and isinstance(entry.shape[0], int))
-        and all(w is None or not isinstance(g, int) or g == w for g, w in zip(entry.shape, wanted, strict=True))
+        and all(w is None or g == w for g, w in zip(entry.shape, wanted, strict=True))
     )
 
 

@@ -377,6 +377,12 @@ def test_empty_clips_are_refused(size: int, frames: int) -> None:
         Preprocessing(size, frames)
 
 
+@pytest.mark.parametrize("std", [0.0, -1.0, float("nan"), float("inf")])
+def test_normalisation_divides_by_positive_numbers(std: float) -> None:
+    with pytest.raises(DynskipError, match="std="):
+        Preprocessing(std=(1.0, std, 1.0))
+
+
 def test_labels_that_the_model_does_not_know() -> None:
     with pytest.raises(
         DynskipError, match=r"1 classes that the model does not know, such as 'c'\. It was .* 2 classes"

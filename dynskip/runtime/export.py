@@ -200,6 +200,16 @@ def _check(model: StopOrForward, folder: Path, **given: Sequence[Any] | None) ->
         )
     classes, channels = model.backbone.num_classes, model.backbone.input_size[0]
     for name, values in given.items():
+        if values is None:
+            continue
         wanted, what = (classes, "classes") if name == "class_names" else (channels, "channels")
-        if values is not None and len(values) != wanted:
+        if len(values) != wanted:
             raise DynskipError(f"`{name}` has {len(values)} values for {wanted} {what}; give one for each.")
+        if name == "class_names":
+            right, kind = not isinstance(values, str) and all(isinstance(v, str) for v in values), "a list of texts"
+        else:
+            limits = torch.finfo(torch.float32)
+            low, kind = (-limits.max, "finite numbers") if name == "mean" else (limits.tiny, "finite numbers above 0")
+            right = all(low <= v <= limits.max for v in values)
+        if not right:
+            raise DynskipError(f"`{name}` is {values!r}; give {kind}.")

@@ -41,6 +41,8 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if self.size < 1 or self.num_frames < 1:
             raise DynskipError(f"A clip of {self.num_frames} frames of {self.size} pixels is empty; give at least 1.")
+        if not all(0 < std < float("inf") for std in self.std):
+            raise DynskipError(f"std={self.std} has to hold a finite number above 0 for each channel.")
 
     @classmethod
     def of(cls, model: Any) -> Preprocessing:
