@@ -144,10 +144,11 @@ def checked_preprocessing(given: Any) -> Any:
             f"`num_frames`; got {given!r}. For a published timm model, timm.data.resolve_model_data_config gives them."
         )
     check_types(timm.data.create_transform, given, "preprocessing", num_frames=int)
-    for name in {"input_size", "num_frames", "std", "crop_pct"} & set(given):
+    for name in {"input_size", "num_frames", "mean", "std", "crop_pct"} & set(given):
         values = given[name] if isinstance(given[name], Sequence) else (given[name],)
-        if not all(value is None or value > 0 for value in values):
-            raise DynskipError(f"preprocessing.{name} is {given[name]!r}; it has to be positive.")
+        positive = all(value is None or value > 0 for value in values)
+        if not values or not (positive or name == "mean"):
+            raise DynskipError(f"preprocessing.{name} is {given[name]!r}; expected positive numbers (a mean: any).")
     try:
         timm.data.create_transform(**{name: value for name, value in given.items() if name != "num_frames"})
     except Exception as error:

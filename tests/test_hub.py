@@ -471,6 +471,25 @@ def test_any_damaged_value_is_refused_or_builds_a_model_that_runs(tmp_path: Path
     assert refused > len(paths) / 2
 
 
+def test_only_names_can_be_any_text(tmp_path: Path) -> None:
+    folder = full().save_pretrained(tmp_path / "model")
+    written = json.loads((folder / "config.json").read_text())
+    loaded = set()
+    for path in values_of(written):
+        config = json.loads(json.dumps(written))
+        place = config
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = "junk"
+        (folder / "config.json").write_text(json.dumps(config))
+        try:
+            StopOrForward.from_pretrained(folder)
+            loaded.add(path[0] if path[0] == "made_with" else path)
+        except DynskipError:
+            pass
+    assert loaded == {"made_with", ("class_names", 0), ("lookup", "unit"), ("preprocessing", "crop_mode")}
+
+
 class Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("was_run",)
@@ -563,8 +582,10 @@ def terminated(**arguments: Any) -> Callable[[dict[str, Any]], Any]:
         (lambda c: c.update(temperature=float("nan")), "config.json is damaged .*NaN"),
         (lambda c: c.update(temperature=float("inf")), "config.json is damaged .*Infinity"),
         (lambda c: c.update(preprocessing={"mean": "abc"}), "preprocessing.mean is 'abc'"),
-        (lambda c: c.update(preprocessing={"std": [1, 0, 1]}), r"preprocessing.std is \[1, 0, 1\]; it has to be pos"),
-        (lambda c: c.update(preprocessing={"input_size": [3, -8, 8]}), "preprocessing.input_size .* to be positive"),
+        (lambda c: c.update(preprocessing={"std": [1, 0, 1]}), r"preprocessing.std is \[1, 0, 1\]; expected positive"),
+        (lambda c: c.update(preprocessing={"input_size": [3, -8, 8]}), "preprocessing.input_size .* expected positive"),
+        (lambda c: c.update(preprocessing={"mean": []}), r"preprocessing.mean is \[\]"),
+        (lambda c: c.update(temperature=True), "temperature=True has to be a finite positive number"),
         (lambda c: c.update(preprocessing={"num_frames": 2.5}), "preprocessing.num_frames is 2.5; expected int"),
         (lambda c: c.update(preprocessing={"interpolation": "blurry"}), "cannot use the `preprocessing`.*blurry"),
         (lambda c: c["backbone"].update(input_size=[3, 0, 32]), r"input_size is \[3, 0, 32\]; expected \(C, H, W\)"),

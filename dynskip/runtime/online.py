@@ -207,7 +207,7 @@ class Session:
         return named
 
     def _check_state(self, state: Any) -> None:
-        """Refuse a state that a session changed since, or that is of another model or batch."""
+        """Refuse a state that was changed since it was saved, or that is of another model or batch."""
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise DynskipError(
                 f"This is no state of a session in the format {FORMAT!r}. Pass what `session.state_dict()` returned."
