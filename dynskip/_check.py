@@ -32,7 +32,7 @@ class Checked(nn.Module):
 
 def check_positive(value: Any, name: str) -> float:
     """Refuse all but finite positive numbers."""
-    if not (isinstance(value, int | float) and 0 < value < float("inf")):
+    if not (isinstance(value, int | float) and value is not True and 0 < value < float("inf")):
         raise DynskipError(
             f"{name}={value} has to be a finite positive number. A schedule that runs past its end may give others."
         )

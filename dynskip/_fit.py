@@ -157,10 +157,14 @@ def check_encoded(encoded: EncodedVideo, backbone: StagedBackbone, frames: int |
 def check_parts(
     backbone: StagedBackbone,
     gates: Sequence[Any],
-    inner: Sequence[nn.Module | None] | None,
+    inner: Sequence[nn.Module] | None,
     lookup: FLOPsLookup | None = None,
+    never_asked: Sequence[bool] = (),
 ) -> None:
-    """Try every gate and inner classifier on zeros of its stage's width, and check the cost table's stages."""
+    """Try every gate and inner classifier on zeros of its stage's width, and check the cost table's stages.
+
+    `never_asked` says for each inner classifier that nothing asks it, so that it need not fit.
+    """
     stages, classes, names = backbone.num_stages, backbone.num_classes, backbone.stage_names
     if len(gates) != stages:
         raise DynskipError(f"Got {len(gates)} gates for {stages} stages; give one gate for each of {names}.")
@@ -191,8 +195,14 @@ def check_parts(
                 f"{this} {where} returned logits of shape {tuple(logits.shape)} for a batch of 2; expected (B, 2): "
                 "stop, forward."
             )
-        if inner is not None and (classifier := inner[n]) is not None:
-            _check_classifier(classifier, state, classes, n, this)
+        if inner is None:
+            continue
+        if not isinstance(inner[n], nn.Module):
+            raise DynskipError(
+                f"Inner classifier {n} is a {type(inner[n]).__name__}; give an nn.Module such as InnerClassifier."
+            )
+        if not any(never_asked[n : n + 1]):
+            _check_classifier(inner[n], state, classes, n, this)
 
 
 def _check_classifier(classifier: nn.Module, state: tuple[Tensor, ...], classes: int, n: int, gate: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,8 @@ from torch import nn
 from typing_extensions import Self
 
 from dynskip._card import model_card
-from dynskip._config import CONFIG, WEIGHTS, compare, describe, from_extra, pack, rebuild
+from dynskip._config import CONFIG, WEIGHTS, compare, describe, from_extra, pack
+from dynskip._rebuild import rebuild
 from dynskip.errors import DynskipError
 
 CARD = "README.md"
@@ -109,7 +111,8 @@ class Pretrained(nn.Module):
             if not (folder / file).is_file():
                 raise DynskipError(f"{folder} has no {file}, so `save_pretrained` did not write it. Copy it whole.")
         try:
-            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            text = (folder / CONFIG).read_text(encoding="utf-8")
+            config = json.loads(text, parse_constant=_refuse, parse_float=_finite)
         except (ValueError, RecursionError) as error:
             raise DynskipError(f"{folder / CONFIG} is damaged ({error}). Save or download it again.") from error
         wrappers: Any = Pretrained.__subclasses__()
@@ -152,6 +155,14 @@ class Pretrained(nn.Module):
             api.create_repo(repo_id, private=private, exist_ok=True)
             commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
         return str(commit.commit_url)
+
+
+def _finite(number: str) -> float:
+    return float(number) if math.isfinite(float(number)) else _refuse(number)
+
+
+def _refuse(number: str) -> float:
+    raise ValueError(f"it has the number {number}")
 
 
 def _download(source: str, revision: str | None, api: Any) -> Path:

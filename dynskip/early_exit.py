@@ -62,8 +62,7 @@ class EarlyExit(Pretrained, Wrapper):
                 "each answer."
             )
         classifiers = list(inner) if inner is not None else [nn.Identity() for _ in gates]
-        asked = [None if _never_stops(gate) else each for gate, each in zip(gates, classifiers, strict=False)]
-        check_parts(backbone, gates, asked if len(classifiers) == len(gates) else classifiers)
+        check_parts(backbone, gates, classifiers, never_asked=[_never_stops(gate) for gate in gates])
         super().__init__(backbone, forward_threshold)
         parts = zip(gates, classifiers, strict=True)
         self.exits: Any = nn.ModuleList(_Exit(*pair, backbone.num_classes) for pair in parts)

@@ -62,7 +62,9 @@ class FLOPsLookup:
         self.shared = _column(zeros if shared is None else shared)
         self.head = float(head)
         self.stage_names = tuple(stage_names) if stage_names is not None else None
-        if image_size is not None and not (isinstance(image_size, tuple) and len(image_size) == 2):
+        if image_size is not None and not (
+            isinstance(image_size, tuple) and len(image_size) == 2 and min(image_size) > 0
+        ):
             raise DynskipError(f"image_size={image_size!r} is no size; give (H, W) in pixels, or None for any size.")
         self.image_size = image_size
         self.unit = unit

@@ -33,12 +33,12 @@ class EarlyTerminator(Checked):
         self.min_frames = min_frames
 
     def check_setting(self, name: str, value: Any) -> Any:
-        """Refuse a threshold that is no probability, and a negative number of frames."""
+        """Refuse a threshold that is no probability, and what is no number of frames."""
         if name == "threshold" and not (isinstance(value, int | float) and 0.0 < value <= 1.0):
             raise DynskipError(f"Termination threshold {value} is no probability; give one in (0, 1], such as 0.999.")
-        if name == "min_frames" and not (isinstance(value, int) and value >= 0):
+        if name == "min_frames" and not (isinstance(value, int) and 0 <= value < 2**63):
             raise DynskipError(
-                f"min_frames={value} is negative or no whole number; give the number of frames to look at, such as 3."
+                f"min_frames={value} is no whole number from 0 to 2**63 - 1; give a number of frames, such as 3."
             )
         return super().check_setting(name, value)
 

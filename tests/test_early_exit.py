@@ -280,6 +280,15 @@ NAN[1, 0, 0, 0] = math.nan
             lambda: EarlyExit(BACKBONE, EXITS, [InnerClassifier(5, CLASSES).double() for _ in WIDTHS]),
             "Inner classifier 0 does not fit gate 0, whose hidden state has 4 features",
         ),
+        *[
+            (
+                lambda make=make, gates=gates, part=part: make(BACKBONE, gates, [part, part]),
+                "classifier 0 is a .*nn.Module",
+            )
+            for make in (EarlyExit, StopOrForward)
+            for gates in (EXITS, [FixedGate(), FixedGate()])
+            for part in ("linear", None, torch.relu, nn.Identity)
+        ],
         (lambda: EarlyExit(BACKBONE, EXITS, forward_threshold=[0.5]), "Got 1 forward thresholds for 2 gates"),
     ],
 )

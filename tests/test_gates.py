@@ -246,7 +246,7 @@ def test_any_module_with_the_contract_is_a_gate(state_update: StateUpdate) -> No
         (lambda: EarlyTerminator(0.0), r"threshold 0.0 is no probability; give one in \(0, 1\]"),
         (lambda: EarlyTerminator(1.01), "threshold 1.01 is no probability"),
         (lambda: EarlyTerminator(math.nan), "threshold nan is no probability"),
-        (lambda: EarlyTerminator(0.9, -1), "min_frames=-1 is negative"),
+        (lambda: EarlyTerminator(0.9, -1), "min_frames=-1 is no whole number"),
     ],
 )
 def test_parts_refuse_impossible_arguments(call: Callable[[], Any], telling: str) -> None:

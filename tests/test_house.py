@@ -23,6 +23,7 @@ FLOORS = (
     ("engine", "summary"),
     ("_fit",),
     ("runtime", "metrics", "losses", "_card", "_config"),
+    ("_rebuild",),
     ("_pretrained", "plot"),
     ("wrapper", "hub", "calibrate"),
     ("early_exit", "evaluation"),

@@ -6,8 +6,10 @@ import itertools
 import json
 import os
 import pickle
+import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +32,7 @@ from dynskip import (
     FLOPsLookup,
     InnerClassifier,
     PolicyGate,
+    RandomGate,
     SkipOutput,
     StagedBackbone,
     StopOrForward,
@@ -308,6 +311,106 @@ def test_saving_leaves_the_model_alone(tmp_path: Path) -> None:
     ]
 
 
+# ------------------------------------------------------------------------------------------------------- shared parts
+
+
+def shared_names(model: nn.Module) -> set[frozenset[str]]:
+    """Group the names of one and the same module or parameter."""
+    groups: dict[int, set[str]] = {}
+    for name, thing in itertools.chain(
+        model.named_modules(remove_duplicate=False), model.named_parameters(remove_duplicate=False)
+    ):
+        groups.setdefault(id(thing), set()).add(name)
+    return {frozenset(group) for group in groups.values() if len(group) > 1}
+
+
+def vit() -> StagedBackbone:
+    return stage_model("test_vit", img_size=32, num_classes=4, num_stages=2)  # all stages are 64 wide
+
+
+def loud(part: nn.Module) -> LoudGate:
+    return LoudGate(0.5, [1.0, 2.0], part, {})
+
+
+def holds_the_classifier() -> StopOrForward:
+    staged = vit()
+    return wrap(staged, [loud(staged.model.get_submodule("head")), FixedGate()])
+
+
+def holds_the_head() -> StopOrForward:
+    staged = stage_model("test_vit", img_size=32, num_classes=0, head=nn.Linear(64, 4), num_stages=2)
+    assert staged.classifier is not None
+    return wrap(staged, [loud(staged.classifier), loud(staged.classifier)])
+
+
+def one_inner(gates: list[nn.Module], inner: nn.Module) -> EarlyExit:
+    model = EarlyExit(vit(), gates, [inner] * 2).eval()
+    randomise(model.exits, seed=1, scale=2.0)
+    return model
+
+
+def holds_a_layer() -> StopOrForward:
+    gate = PolicyGate(64, hidden=5)
+    return wrap(vit(), [gate, loud(gate.project)])
+
+
+SHARING: dict[str, Callable[[], StopOrForward | EarlyExit]] = {
+    "a gate": lambda: wrap(vit(), [PolicyGate(64, hidden=5)] * 2),
+    "a gate of rules": lambda: wrap(vit(), [RandomGate(64, 0.5, seed=4)] * 2),
+    "a gate without weights": lambda: wrap(vit(), [FixedGate()] * 2),
+    "an inner classifier": lambda: wrap(backbone(), inner=[InnerClassifier(5, 4)] * 2),
+    "an exit's gate": lambda: one_inner([PolicyGate(64, 6, None)] * 2, InnerClassifier(6, 4)),
+    "an exit's classifier": lambda: one_inner([PolicyGate(64, 6, None) for _ in "12"], InnerClassifier(6, 4)),
+    "a part of gates": lambda: wrap(vit(), [loud(part) for part in [nn.Linear(64, 3)] * 2]),
+    "a gate's layer": holds_a_layer,
+    "the backbone's classifier": holds_the_classifier,
+    "the head": holds_the_head,
+    "weights in timm's model": lambda: wrap(stage_model("coat_lite_tiny", img_size=32, num_classes=4, input_size=SIZE)),
+}
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_shared_parts_come_back_shared(name: str, tmp_path: Path) -> None:
+    model = SHARING[name]()
+    folder = model.save_pretrained(tmp_path / "model")
+    back: Any = type(model).from_pretrained(folder, classes=[LoudGate])
+    assert shared_names(back) == shared_names(model) != set()
+    numbers = sum(tensor.numel() for tensor in safetensors.torch.load_file(folder / "model.safetensors").values())
+    once = {id(tensor): tensor.numel() for tensor in model.state_dict(keep_vars=True).values()}
+    assert numbers == sum(once.values())
+    assert_same(answer(back), answer(model), exact=True)
+
+
+def test_folders_of_version_1_load(tmp_path: Path) -> None:
+    model = wrap(stage_model("coat_lite_tiny", img_size=32, num_classes=4, input_size=SIZE))
+    folder = model.save_pretrained(tmp_path / "model")
+    every = {key: tensor.clone() for key, tensor in model.state_dict().items()}  # tied weights were written again
+    forge(folder, safetensors.torch.save(every))
+    back = StopOrForward.from_pretrained(edit(folder, lambda config: config.update(version=1)))
+    assert all(torch.equal(tensor, every[key]) for key, tensor in back.state_dict().items())
+
+
+def tied(change: Callable[[Any], Any]) -> StopOrForward:
+    model = wrap(vit())
+    change(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m.gates[1], "decide", m.gates[0].decide),
+        lambda m: setattr(m.gates[1].cell, "weight_hh", m.gates[0].cell.weight_hh),
+        lambda m: setattr(m.backbone.model.blocks[1].mlp, "fc1", m.backbone.model.blocks[0].mlp.fc1),
+        lambda m: setattr(m.backbone.model.blocks[1].norm1, "weight", m.backbone.model.blocks[0].norm1.weight),
+    ],
+)
+def test_what_was_tied_after_it_was_built_is_not_saved(change: Callable[[Any], Any], tmp_path: Path) -> None:
+    with pytest.raises(DynskipError, match=r"entries are missing.*layers replaced or shared\) cannot be saved"):
+        tied(change).save_pretrained(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
 # ------------------------------------------------------------------------------------------ damaged and foreign folders
 
 
@@ -368,6 +471,25 @@ def test_any_damaged_value_is_refused_or_builds_a_model_that_runs(tmp_path: Path
     assert refused > len(paths) / 2
 
 
+def test_only_names_can_be_any_text(tmp_path: Path) -> None:
+    folder = full().save_pretrained(tmp_path / "model")
+    written = json.loads((folder / "config.json").read_text())
+    loaded = set()
+    for path in values_of(written):
+        config = json.loads(json.dumps(written))
+        place = config
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = "junk"
+        (folder / "config.json").write_text(json.dumps(config))
+        try:
+            StopOrForward.from_pretrained(folder)
+            loaded.add(path[0] if path[0] == "made_with" else path)
+        except DynskipError:
+            pass
+    assert loaded == {"made_with", ("class_names", 0), ("lookup", "unit"), ("preprocessing", "crop_mode")}
+
+
 class Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("was_run",)
@@ -408,11 +530,18 @@ def test_weights_of_another_model_are_refused(saved: Path) -> None:
         StopOrForward.from_pretrained(saved)
 
 
+def terminated(**arguments: Any) -> Callable[[dict[str, Any]], Any]:
+    """Put a terminator into a configuration."""
+    arguments = {"threshold": 0.9, "min_frames": 3, **arguments}
+    part = {"class": "dynskip.EarlyTerminator", "arguments": arguments}
+    return lambda config: config.update(terminator=part)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(version=2), "format version 2, and dynskip .* reads up to 1.*pip install -U dynskip"),
-        (lambda c: c.update(version="new"), "format version new"),
+        (lambda c: c.update(version=3), "format version 3, and dynskip .* reads 1 to 2.*pip install -U dynskip"),
+        *[(lambda c, v=v: c.update(version=v), f"format version {v}") for v in ("new", 0, -5, 1.0, True, None)],
         (lambda c: c.update(format="timm"), "not written by dynskip"),
         (lambda c: c.pop("state_update"), "does not describe a model.*state_update"),
         (lambda c: c.update(wrapper="Gadget"), "does not describe a model.*Gadget"),
@@ -430,9 +559,43 @@ def test_weights_of_another_model_are_refused(saved: Path) -> None:
         (lambda c: c.update(preprocessing={"evil": 1}), "`preprocessing` holds arguments of timm"),
         (lambda c: c.update(terminator=c["gates"][0]), "The terminator is a PolicyGate; give an EarlyTerminator"),
         (lambda c: c.update(temperature=0), "temperature=0 has to be a finite positive number"),
-        (lambda c: c.update(lookup={"per_stage": [1, 2], "image_size": [32]}), r"image_size=\(32,\) is no size"),
+        (lambda c: c.update(lookup={"per_stage": [1, 2], "image_size": [32]}), r"lookup.image_size is \[32\]"),
+        (lambda c: c.update(lookup={"per_stage": [1, 2], "image_size": [0, 8]}), r"image_size=\(0, 8\) is no size"),
+        (lambda c: c.update(lookup={"per_stage": [1, -2]}), "not negative"),
+        (lambda c: c.update(lookup={"per_stage": [1, 2], "unit": 3}), "lookup.unit is 3; expected str"),
+        (lambda c: c["gates"][0]["arguments"].update(hidden=5.0), r"gates\[0\]\.hidden is 5\.0; expected int"),
+        (lambda c: c["gates"][0]["arguments"].update(hidden=True), "hidden is True; expected int"),
+        (lambda c: c["gates"][0]["arguments"].update(forward_bias="3"), "forward_bias is '3'; expected float"),
+        (lambda c: c["gates"][0]["arguments"].update(temporal="gru"), "temporal is 'gru'; expected .*'lstm'"),
+        (lambda c: c["gates"].append({"same_as": "gates[9]"}), r"the same as 'gates\[9\]', which the model does not"),
+        (
+            lambda c: c["gates"].insert(0, {"same_as": "gates[1]"}),
+            r"the same as 'gates\[1\]', which the model does not",
+        ),
+        (terminated(min_frames=1e300), r"terminator\.min_frames is 1e\+300; expected int"),
+        (terminated(min_frames=10**30), "min_frames=1000000000000000000000000000000 is no whole number"),
+        (terminated(threshold=True), "terminator.threshold is True; expected float"),
+        (lambda c: c.update(forward_threshold="0.5"), "forward_threshold is '0.5'; expected float"),
+        (lambda c: c.update(state_update="all"), "state_update is 'all'; expected .*'reached'"),
+        (lambda c: c.update(class_names="abcd"), "give one string for each of 4 classes"),
+        (lambda c: c.update(class_names=[1, 2, 3, 4]), "give one string for each of 4 classes"),
+        (lambda c: c.update(temperature=float("nan")), "config.json is damaged .*NaN"),
+        (lambda c: c.update(temperature=float("inf")), "config.json is damaged .*Infinity"),
+        (lambda c: c.update(preprocessing={"mean": "abc"}), "preprocessing.mean is 'abc'"),
+        (lambda c: c.update(preprocessing={"std": [1, 0, 1]}), r"preprocessing.std is \[1, 0, 1\]; expected positive"),
+        (lambda c: c.update(preprocessing={"input_size": [3, -8, 8]}), "preprocessing.input_size .* expected positive"),
+        (lambda c: c.update(preprocessing={"mean": []}), r"preprocessing.mean is \[\]"),
+        (lambda c: c.update(temperature=True), "temperature=True has to be a finite positive number"),
+        (lambda c: c.update(preprocessing={"num_frames": 2.5}), "preprocessing.num_frames is 2.5; expected int"),
+        (lambda c: c.update(preprocessing={"interpolation": "blurry"}), "cannot use the `preprocessing`.*blurry"),
+        (lambda c: c["backbone"].update(input_size=[3, 0, 32]), r"input_size is \[3, 0, 32\]; expected \(C, H, W\)"),
+        (lambda c: c["backbone"].update(boundaries="layer2"), "backbone.boundaries is 'layer2'; expected"),
+        (lambda c: c["backbone"].update(num_stages=True), "backbone.num_stages is True; expected int"),
         (lambda c: c["backbone"].update(checkpoint_path="evil.pt"), "does not describe a model.*checkpoint_path"),
-        (lambda c: c["backbone"].update(name=[{"class": "torch.nn.Identity", "arguments": {}}] * 3), "no model named"),
+        (
+            lambda c: c["backbone"].update(name=[{"class": "torch.nn.Identity", "arguments": {}}] * 3),
+            "backbone.name is .*expected str",
+        ),
         (lambda c: c.update(forward_threshold=[0.5, 2.0]), "2.0 of gate 1 is no probability"),
         (lambda c: c["backbone"].update(name="no_such_net"), "no model named 'no_such_net'"),
         (lambda c: c["backbone"].update(name="hf-hub:someone/evil"), "no model named"),
@@ -448,6 +611,41 @@ def test_a_configuration_that_cannot_be_built_is_refused(
     edit(saved, change)
     with pytest.raises(DynskipError, match=message):
         StopOrForward.from_pretrained(saved)
+
+
+def gates_of(name: str, **arguments: Any) -> Callable[[dict[str, Any]], Any]:
+    part = {"class": f"dynskip.{name}", "arguments": {"in_features": 10**10, **arguments}}
+    return lambda config: config.update(gates=[part, part])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["gates"][0]["arguments"].update(hidden=20_000), "far more"),
+        (gates_of("RandomGate", rate=0.5), "far more"),
+        (gates_of("SimilarityGate"), "far more"),
+        (gates_of("LinearGate"), "far more"),
+        (lambda c: c["backbone"]["timm_kwargs"].update(num_classes=10**9), "far more"),
+        (lambda c: c["backbone"]["timm_kwargs"].update(layers=[10**7, 1, 1, 1]), "far more"),
+        (
+            lambda c: c["backbone"].update(
+                head={"class": "torch.nn.Linear", "arguments": {"in_features": 96, "out_features": 10**9, "bias": True}}
+            ),
+            "far more",
+        ),
+        (lambda c: c["backbone"].update(input_size=[3, 10**5, 10**5]), r"input_size is .*expected \(C, H, W\)"),
+    ],
+)
+def test_a_small_folder_makes_no_large_model(
+    saved: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    """Each of these would take from 10 GB to more than there is."""
+    edit(saved, change)
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    with pytest.raises(DynskipError, match=message):
+        StopOrForward.from_pretrained(saved)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kilobytes
+    assert time.process_time() - start < 10
 
 
 def test_damaged_and_missing_files_are_refused(saved: Path, tmp_path: Path) -> None:
@@ -526,7 +724,10 @@ def half_cast() -> StopOrForward:
     [
         (lambda: wrap(stage_model(timm.create_model("test_resnet"), input_size=SIZE)), "Stage it by its timm name"),
         (lambda: wrap(backbone(act_layer=nn.ReLU)), r"timm_kwargs\['act_layer'\] is a type.*act_layer='gelu'"),
-        (lambda: wrap(backbone(num_classes=0, head=nn.Sequential(nn.Linear(96, 4)))), "`head` is a Sequential"),
+        (
+            lambda: wrap(backbone(num_classes=0, head=nn.Sequential(nn.Linear(96, 4)))),
+            "backbone.classifier is a Sequential",
+        ),
         (lambda: with_gates(Forgetful), r"gates\[0\] is a Forgetful.*does not keep.*self.mood = mood"),
         (
             lambda: with_gates(lambda c: LoudGate(0.5, [torch.ones(2)], nn.Linear(c, 3), {})),  # type: ignore[list-item]

@@ -37,10 +37,12 @@ from dynskip import (
     UNSEEN,
     DynskipError,
     EarlyTerminator,
+    FixedGate,
     FLOPsLookup,
     FrameResult,
     PolicyGate,
     Session,
+    SimilarityGate,
     SkipOutput,
     StopOrForward,
     stage_model,
@@ -379,47 +381,156 @@ def test_runtime_a_saved_state_stands_still() -> None:
         assert_steps_equal(step, session(video[:, t]))
 
 
-def damage(change: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    def apply(state: dict[str, Any]) -> dict[str, Any]:
-        change(state)
-        return state
-
-    return apply
+def short_of_a_used_frame(**kwargs: Any) -> StopOrForward:
+    return toy_model(seed=2, forward_threshold=(0.0, 0.0, 1.0), **kwargs)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "telling"),
-    [
-        (lambda s: None, "no state of a session. Pass what `session.state_dict"),
-        (lambda s: {}, "no state of a session"),
-        (damage(lambda s: s.update(stage_names=["a", "b"])), r"of another model: its stage_names is \['a', 'b'\]"),
-        (damage(lambda s: s.update(state_update="reached")), "its state_update is 'reached' and this model's 'used'"),
-        (damage(lambda s: s["tensors"].pop("used")), "does not have the tensors of this model's gates"),
-        (damage(lambda s: s["tensors"].update(used=None)), "its used is NoneType, expected torch.int64"),
-        (
-            damage(lambda s: s["tensors"].update(macs=torch.zeros(3).double())),
-            r"its macs is .* \(3,\), expected .* \(2,\)",
-        ),
-        (damage(lambda s: s["tensors"]["logit_sum"].fill_(math.nan)), "damaged: its logit_sum has NaN"),
-        (damage(lambda s: s.update(furthest=[None, None])), "does not hold the furthest frame"),
-        (damage(lambda s: s.pop("furthest")), "does not hold the furthest frame"),
-        (damage(lambda s: s["furthest"][0].pop("values")), "a stored frame cannot be used"),
-        (damage(lambda s: s["furthest"][0].update(stopped_at=7)), "a stored frame cannot be used"),
-        (damage(lambda s: s["furthest"][0].update(values=(torch.zeros(1, 3, 8, 8),))), "cannot be used"),
-        (damage(lambda s: s["furthest"][0]["values"][0].fill_(math.nan)), "its logits are not finite"),
-        (damage(lambda s: s.update(image_size=None)), "frames and no image size"),
-        (damage(lambda s: s.pop("image_size")), "frames and no image size"),
-    ],
-)
-def test_runtime_states_that_do_not_fit(spoil: Callable[[Any], Any], telling: str) -> None:
-    model, video = toy_model(seed=2, forward_threshold=(0.0, 0.0, 1.0)), toy_video(2, 4)
-    session, undisturbed = model.stream(2), model.stream(2)
+def refused(state: Any, telling: str, session: Session, undisturbed: Session) -> None:
+    """Expect that a session refuses a state and goes on as if nothing had been."""
+    video = toy_video(2, 4)
     for each in (session, undisturbed):
         each(video[:, 0])
     with pytest.raises(DynskipError, match=telling):
-        session.load_state_dict(spoil(saved(undisturbed)))
+        session.load_state_dict(state)
     assert_steps_equal(session(video[:, 1]), undisturbed(video[:, 1]))
     assert torch.equal(session.result().logits, undisturbed.result().logits)
+
+
+def stored(**new: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda state: state["furthest"][0].update(new)
+
+
+def tensor(name: str, change: Callable[[Tensor], Any]) -> Callable[[dict[str, Any]], None]:
+    return lambda state: state["tensors"].update({name: change(state["tensors"][name])})
+
+
+DAMAGE: list[Callable[[dict[str, Any]], Any]] = [
+    stored(values=(torch.randn(1, 12, 16, 16).double(),)),
+    stored(values=(torch.randn(2, 10, 8, 8).double(),)),
+    stored(values=(torch.full((1, 10, 8, 8), math.nan).double(),)),
+    stored(kinds=("static",)),
+    stored(stopped_at=7),
+    stored(stopped_at=0),
+    stored(score=math.nan),
+    stored(frame=99),
+    lambda s: s["furthest"][0].pop("values"),
+    lambda s: s.update(furthest=[None, None]),
+    lambda s: s.pop("furthest"),
+    lambda s: s.update(image_size=(-1, 8)),
+    lambda s: s.update(image_size=(8, 16)),
+    lambda s: s.update(image_size=None),
+    lambda s: s.pop("image_size"),
+    lambda s: s.update(model=None),
+    lambda s: s["model"].update(state_update=torch.ones(2)),
+    lambda s: s.update(tensors=[]),
+    lambda s: s["tensors"].pop("used"),
+    lambda s: s.pop("sha256"),
+    lambda s: s.update(extra=4),
+    tensor("counted", lambda t: t.fill_(-3)),
+    tensor("used", lambda t: t.fill_(5)),
+    tensor("seen", lambda t: t + 1),
+    tensor("ended", lambda t: ~t),
+    tensor("macs", lambda t: t.fill_(-1e30)),
+    tensor("macs", lambda t: t[:1]),
+    tensor("logit_sum", lambda t: t.fill_(math.nan)),
+    tensor("logit_sum", lambda t: t.to("meta")),
+    tensor("logit_sum", lambda t: t.to_sparse()),
+    tensor("logit_sum", lambda t: t + 1e-9),
+    tensor("last", lambda t: t.float()),
+    tensor("gate 1 state 0", lambda t: t + 1),
+    tensor("used", lambda t: None),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_runtime_damaged_states_are_refused(damage: Callable[[dict[str, Any]], Any]) -> None:
+    model = short_of_a_used_frame()
+    session, undisturbed = model.stream(2), model.stream(2)
+    undisturbed(toy_video(2, 4, seed=3)[:, 0])
+    state = saved(undisturbed)
+    undisturbed.reset()
+    session.load_state_dict(state)  # before it was damaged
+    session.reset()
+    damage(state)
+    refused(state, "damaged or was changed", session, undisturbed)
+
+
+@pytest.mark.parametrize("state", [None, {}, {"format": "dynskip session 2"}, [1]])
+def test_runtime_what_is_no_state_is_refused(state: Any) -> None:
+    model = short_of_a_used_frame()
+    refused(state, r"no state of a session in the format 'dynskip session 3'", model.stream(2), model.stream(2))
+
+
+@torch.no_grad()
+def changed(name: str) -> StopOrForward:
+    """Build the model of states with one difference."""
+    model = short_of_a_used_frame(terminator=EarlyTerminator(0.9, 2))
+    match name:
+        case "forward_threshold":
+            model.forward_threshold = (0.0, 0.1, 1.0)
+        case "terminator":
+            model.terminator = EarlyTerminator(0.9, 3)
+        case "none":
+            model.terminator = None
+        case "state_update":
+            model.state_update = "reached"
+        case "gates":
+            model.gates[1] = FixedGate()
+        case "retrained":
+            next(model.backbone.parameters()).mul_(1.001)
+        case "gate's weights":
+            model.gates[2].decide.bias.add_(1e-3)
+        case "precision":
+            model.float().double()
+        case "stages":
+            model = toy_model(seed=2, stages=2)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "telling"),
+    [
+        ("forward_threshold", r"its forward_threshold is \[0.0, 0.0, 1.0\] and this model's \[0.0, 0.1, 1.0\]"),
+        ("terminator", r"its terminator is 'EarlyTerminator\(threshold=0.9, min_frames=2\)' and"),
+        ("none", "its terminator is 'Early.* and this model's None"),
+        ("state_update", "its state_update is 'used' and this model's 'reached'"),
+        ("gates", r"its gates is \[.* and this model's \[.*FixedGate\(stop=False\)"),
+        ("retrained", "its weights is"),
+        ("gate's weights", "its weights is"),
+        ("precision", "its weights is"),
+        ("stages", "its stage_names is"),
+    ],
+)
+def test_runtime_states_of_other_models_are_refused(name: str, telling: str) -> None:
+    session = short_of_a_used_frame(terminator=EarlyTerminator(0.9, 2)).stream(2)
+    session(toy_video(2, 1)[:, 0])
+    model = changed(name)
+    refused(saved(session), f"of another model: {telling}", model.stream(2), model.stream(2))
+
+
+def test_runtime_a_state_names_what_its_gates_are_set_to() -> None:
+    backbone = toy_backbone(0, 2)
+    models = [
+        StopOrForward(backbone, [SimilarityGate(c, level).double() for c in backbone.num_features]).eval()
+        for level in (0.1, 0.2)
+    ]
+    with pytest.raises(DynskipError, match=r"its gates is .*threshold=0.1.* and this model's .*threshold=0.2"):
+        models[1].stream().load_state_dict(saved(models[0].stream()))
+
+
+def test_runtime_a_state_of_another_batch_is_refused() -> None:
+    model = short_of_a_used_frame()
+    refused(saved(model.stream(3)), r"its macs is .* \(3,\), expected .* \(2,\)", model.stream(2), model.stream(2))
+
+
+def test_runtime_a_session_whose_logits_overflowed_is_restored() -> None:
+    model, video = toy_model(seed=2, forward_threshold=0.0), toy_video(1, 3)
+    with torch.no_grad():
+        next(m for m in model.backbone.modules() if isinstance(m, nn.Linear)).bias.fill_(math.inf)
+    session, other = model.stream(), model.stream()
+    session(video[:, 0])
+    other.load_state_dict(saved(session))
+    assert_steps_equal(session(video[:, 1]), other(video[:, 1]))
 
 
 def test_runtime_a_state_of_another_frame_size_leaves_a_session_with_a_given_table_as_it_was() -> None:

@@ -99,7 +99,7 @@ def test_other_settings_of_a_model(name: str, value: Any, telling: str) -> None:
     ("part", "name", "wrong"),
     [
         (EarlyTerminator(), "threshold", (0.0, 1.5, NAN, "high")),
-        (EarlyTerminator(), "min_frames", (-1, 2.5, None)),
+        (EarlyTerminator(), "min_frames", (-1, 2.5, None, 2**63, 10**30)),
         (SimilarityGate(4), "threshold", (0.0, 1.0, NAN, 7)),
         (ConfidenceGate(4, 3), "threshold", (0.0, 1.0, NAN)),
         (ConfidenceGate(4, 3, measure="entropy"), "threshold", (0.0, 1.0, NAN)),

@@ -95,11 +95,16 @@ def stage_model(
     return backbone
 
 
-def _create(name: str, kwargs: dict[str, Any]) -> nn.Module:
+def check_name(name: str) -> None:
+    """Refuse a name that timm does not know; names of other places would be downloaded."""
     if not timm.is_model(name.split(".")[0]):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"Did you mean {' or '.join(close)}?" if close else "timm.list_models('*resnet*') searches the names."
         raise DynskipError(f"timm {timm.__version__} has no model named {name!r}. {hint}")
+
+
+def _create(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    check_name(name)
     try:
         return timm.create_model(name, **kwargs)
     except Exception as error:

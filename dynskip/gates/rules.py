@@ -227,8 +227,9 @@ class RandomGate(_Rule):
         self.rate = rate
         self.in_features = in_features
         self.seed = seed
-        direction = torch.randn(in_features, generator=torch.Generator().manual_seed(seed))
-        self.register_buffer("direction", direction)
+        self.register_buffer("direction", torch.empty(in_features))
+        # On the CPU, so that a seed draws the same on any device.
+        self.direction.copy_(torch.randn(in_features, generator=torch.Generator().manual_seed(seed), device="cpu"))
 
     def forward(self, pooled: Tensor, state: GateState) -> tuple[Tensor, GateState]:
         """Decide on one frame a video; see `Gate.forward`."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynskip import rules
 from dynskip._check import check_eval, check_frames, refuse_not_finite, running_parts
@@ -19,7 +21,7 @@ from dynskip.output import FrameResult, VideoResult
 if TYPE_CHECKING:
     from dynskip.wrapper import StopOrForward
 
-FORMAT = "dynskip session 2"
+FORMAT = "dynskip session 3"
 
 
 class Session:
@@ -167,32 +169,34 @@ class Session:
 
         `torch.save` it and `torch.load(..., weights_only=True)`, in another process or on another device.
         """
-        return {
+        state = {
             "format": FORMAT,
-            "stage_names": list(self.model.backbone.stage_names),
-            "state_update": self.model.state_update,
+            "model": _identity(self.model),
             "image_size": self._image_size,
             "tensors": {name: tensor.clone() for name, tensor in self._tensors().items()},
             "furthest": [None if each is None else _plain(each) for each in self._engine.furthest],
         }
+        return {**state, "sha256": _hash(state)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where another session was. A state that does not fit leaves this session as it is.
 
         Args:
-            state: what `state_dict` returned, from a session with as many videos and an equal model.
+            state: what `state_dict` returned, from a session with as many videos and an equal model: the same weights,
+                thresholds, terminator and settings of gates.
 
         Raises:
             DynskipError: if the state is damaged, or of another model or batch.
         """
-        furthest, size = self._check_state(state)
+        self._check_state(state)
         for name, tensor in self._tensors().items():
             tensor.copy_(state["tensors"][name])
-        self._engine.furthest = furthest
+        device = self._engine.device
+        self._engine.furthest = [None if each is None else _furthest(each, device) for each in state["furthest"]]
         self._engine.answered = (self._used > 0).tolist()
         self._image_size = None
-        if size is not None:
-            self._set_size(size)
+        if state["image_size"] is not None:
+            self._set_size(state["image_size"])
 
     def _tensors(self) -> dict[str, Tensor]:
         engine = self._engine
@@ -202,48 +206,81 @@ class Session:
             named |= {f"gate {n} state {i}": tensor for i, tensor in enumerate(gate)}
         return named
 
-    def _check_state(self, state: Any) -> tuple[list[Furthest | None], tuple[int, int] | None]:
-        """Refuse a state that is not of such a session; return its frames and its image size."""
+    def _check_state(self, state: Any) -> None:
+        """Refuse a state that was changed since it was saved, or that is of another model or batch."""
         if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise DynskipError("This is no state of a session. Pass what `session.state_dict()` returned.")
-        here = {"stage_names": list(self.model.backbone.stage_names), "state_update": self.model.state_update}
-        for name, wanted in here.items():
-            if state.get(name) != wanted:
-                raise DynskipError(
-                    f"The state is of another model: its {name} is {state.get(name)!r} and this model's {wanted!r}."
-                )
-        tensors, wanted_tensors = state.get("tensors"), self._tensors()
-        if not isinstance(tensors, dict) or set(tensors) != set(wanted_tensors):
-            raise DynskipError("The state does not have the tensors of this model's gates; save it again.")
-        for name, tensor in wanted_tensors.items():
-            _check_tensor(name, tensors[name], tensor)
-        furthest, size = state.get("furthest"), state.get("image_size")
-        seen = tensors["seen"] > 0
-        without = (seen & (tensors["used"] == 0)).tolist()
-        if not isinstance(furthest, list) or [each is not None for each in furthest] != without:
-            raise DynskipError("The state does not hold the furthest frame of its videos without used frames.")
+            raise DynskipError(
+                f"This is no state of a session in the format {FORMAT!r}. Pass what `session.state_dict()` returned."
+            )
         try:
-            size = None if size is None else (int(size[0]), int(size[1]))
-            with torch.no_grad():
-                restored = [None if each is None else self._restore(each) for each in furthest]
-        except Exception as error:
-            raise DynskipError(f"The state is damaged: a stored frame cannot be used ({error}).") from error
-        if size is None and seen.any():
-            raise DynskipError("The state is damaged: it has frames and no image size.")
-        if size is not None:
-            self.model.lookup_for(size)  # raises now, before any tensor is written
-        return restored, size
+            whole = _hash({name: value for name, value in state.items() if name != "sha256"}) == state.get("sha256")
+        except Exception:  # tensors without data, for one
+            whole = False
+        if not whole:
+            raise DynskipError("The state is damaged or was changed: its SHA-256 differs. Save the session again.")
+        for name, wanted in _identity(self.model).items():
+            if (given := state["model"].get(name)) != wanted:
+                raise DynskipError(
+                    f"The state is of another model: its {name} is {given!r} and this model's {wanted!r}. Load it into "
+                    "a session of the model that it came from."
+                )
+        if set(state["tensors"]) != set(self._tensors()):
+            raise DynskipError(
+                "The state does not have the tensors of this model's gates. Open a session on an equal one."
+            )
+        for name, wanted in self._tensors().items():
+            given = state["tensors"][name]
+            if given.shape != wanted.shape or given.dtype != wanted.dtype:
+                raise DynskipError(
+                    f"The state does not fit this session: its {name} is {given.dtype} {tuple(given.shape)}, expected "
+                    f"{wanted.dtype} {tuple(wanted.shape)}. Open a session with the same batch on an equal model."
+                )
+        if state["image_size"] is not None:
+            self.model.lookup_for(state["image_size"])  # raises now, before any tensor is written
 
-    def _restore(self, plain: dict[str, Any]) -> Furthest:
-        backbone, gate = self.model.backbone, int(plain["stopped_at"])
-        carry = Carry(_to(plain["values"], self._macs.device), plain["kinds"], 1)
-        furthest = Furthest(float(plain["score"]), gate, int(plain["frame"]), gate + 1, carry)
-        if not 0 <= gate < backbone.num_stages or furthest.frame < 0:
-            raise ValueError(f"no frame stops at gate {gate}")
-        # The best check of a carry is to run it. This happens only for videos without a used frame.
-        if not run_to_end(backbone, [furthest]).isfinite().all():
-            raise ValueError("its logits are not finite")
-        return furthest
+
+def _identity(model: StopOrForward) -> dict[str, Any]:
+    """Say what makes two models decide and answer alike, in few numbers. Of each weight, a few values are looked at."""
+    samples = [
+        (tensor.dequantize() if tensor.is_quantized else tensor).detach().flatten()[:: max(1, tensor.numel() // 16)]
+        for part in running_parts(model)
+        for name, tensor in part.state_dict().items()
+        if isinstance(tensor, Tensor) and not name.endswith("num_batches_tracked")
+    ]
+    return {
+        "stage_names": list(model.backbone.stage_names),
+        "state_update": model.state_update,
+        "forward_threshold": list(model.forward_threshold),
+        "gates": [_settings(gate) for gate in model.gates],
+        "terminator": None if model.terminator is None else _settings(model.terminator),
+        "weights": _hash(torch.cat(samples) if samples else None),
+    }
+
+
+def _settings(part: nn.Module) -> str:
+    """Name a part's class and the numbers and strings among its arguments, which parts keep under their own names."""
+    values = ((name, getattr(part, name, None)) for name in inspect.signature(type(part)).parameters)
+    shown = [f"{name}={value!r}" for name, value in values if isinstance(value, int | float | str)]
+    return f"{type(part).__name__}({', '.join(shown)})"
+
+
+def _hash(value: Any) -> str:
+    """Return the SHA-256 of nested values, wherever their tensors are."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        elif isinstance(value, dict | tuple | list):
+            digest.update(f"{type(value).__name__} {len(value)}".encode())
+            for item in sorted(value.items()) if isinstance(value, dict) else value:
+                add(item)
+        else:
+            digest.update(f"{value!r};".encode())
+
+    add(value)
+    return digest.hexdigest()
 
 
 def _plain(furthest: Furthest) -> dict[str, Any]:
@@ -252,20 +289,14 @@ def _plain(furthest: Furthest) -> dict[str, Any]:
     return {"score": furthest.score, "stopped_at": furthest.stopped_at, "frame": furthest.frame, **carry}
 
 
+def _furthest(plain: dict[str, Any], device: torch.device) -> Furthest:
+    gate, carry = plain["stopped_at"], Carry(_to(plain["values"], device), plain["kinds"], 1)
+    return Furthest(plain["score"], gate, plain["frame"], gate + 1, carry)
+
+
 def _to(value: Any, device: torch.device | None) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, copy=True) if device else value.clone()
     if isinstance(value, tuple | list):
         return type(value)(_to(item, device) for item in value)
     return value
-
-
-def _check_tensor(name: str, given: Any, wanted: Tensor) -> None:
-    if not isinstance(given, Tensor) or given.shape != wanted.shape or given.dtype != wanted.dtype:
-        got = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
-        raise DynskipError(
-            f"The state does not fit this session: its {name} is {got}, expected {wanted.dtype} "
-            f"{tuple(wanted.shape)}. Open a session with the same batch on an equal model."
-        )
-    if not given.isfinite().all():
-        raise DynskipError(f"The state is damaged: its {name} has NaN or infinite values.")
