@@ -132,7 +132,7 @@ class SkipOutput:
         )
 
     def __post_init__(self) -> None:
-        if self.speculative_macs is None:
+        if self.speculative_macs is None and self.macs is not None:
             self.speculative_macs = torch.zeros_like(self.macs)
 
     @property
@@ -178,6 +178,12 @@ class EncodedVideo:
         channels = ", ".join(str(features.shape[-1]) for features in self.pooled)
         size = "x".join(map(str, self.image_size))
         return f"EncodedVideo({batch} videos of {frames} frames of {size}: channels {channels}, {classes} classes)"
+
+
+# Wrappers of modules find the tensors of what a module returns by torch's pytrees. Without this,
+# DistributedDataParallel(static_graph=True) would not share gradients, and would not say so.
+torch.export.register_dataclass(SkipOutput)
+torch.export.register_dataclass(EncodedVideo)
 
 
 def masked_output(

@@ -259,6 +259,9 @@ class LossParts:
         return f"LossParts({', '.join(f'{name}={float(value.detach()):.4g}' for name, value in vars(self).items())})"
 
 
+torch.export.register_dataclass(LossParts)  # for wrappers of modules, see `dynskip.output`
+
+
 class SoFLoss(nn.Module):
     """The whole loss of SoF-Net: `alpha L_cls + (1 - alpha) L_eff + L_pg` (Eq. 3.8).
 
