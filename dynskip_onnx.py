@@ -339,7 +339,8 @@ class Runner:
         self._repeats = [stage["gate"]["repeats_last"] for stage in self._stages]
         # In float32 as the margins are, so that a margin means the same here as in torch.
         self._bounds = bounds([stage["gate"]["forward_threshold"] for stage in self._stages]).astype(np.float32)
-        self._costs = np.array([part["macs"] for part in (*self._stages, self._head)], float)  # the head is stage `N`
+        # The head is stage `N`. A cost that is not known is null, and becomes NaN.
+        self._costs = np.array([part["macs"] for part in (*self._stages, self._head)], float)
         self._gate_costs = np.array([stage["gate"]["macs"] for stage in self._stages], float)
         per_stage = [*(self._costs[:-1] + self._gate_costs), self._costs[-1]]
         self._by_outcome = np.array([0.0, *np.cumsum(per_stage)])  # of a frame: unseen, stopped at each gate, used
@@ -739,12 +740,12 @@ MANIFEST: dict[str, Any] = {
                 "forward_threshold": _number("a number from 0 to 1", 0, 1),
                 "repeats_last": ("true or false", lambda value: isinstance(value, bool)),
                 "initial_state": [{"shape": [_whole(0)], "value": _number("a number", -math.inf, math.inf)}],
-                "macs": COST,
+                "macs?": COST,
             },
-            "macs": COST,
+            "macs?": COST,
         }
     ],
-    "head": {"file": TEXT, "macs": COST},
+    "head": {"file": TEXT, "macs?": COST},
     "sha256": {},
 }
 

@@ -319,7 +319,9 @@ class Engine:
         """Return the cost of all that ran for a video since it was reset, in the table's unit."""
         stages = torch.cat([lookup.per_stage + lookup.gates - lookup.steps, lookup.steps.new_tensor([lookup.head])])
         steps = torch.stack([lookup.shared, lookup.steps - lookup.shared], 1)
-        return float((self.ran[video] * stages).sum() + (self.judged[video] * steps).sum())
+        ran, judged = self.ran[video], self.judged[video]
+        # An unknown cost, NaN, counts only where something ran.
+        return float((ran * stages)[ran > 0].sum() + (judged * steps)[judged > 0].sum())
 
     def _videos(self, frames: Tensor) -> Tensor:
         return frames.div(self.window, rounding_mode="floor") if self.window > 1 else frames

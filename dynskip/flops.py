@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Sequence
+import re
+import warnings
+from collections.abc import Callable, Container, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from dynskip._modes import in_mode
 from dynskip.backbone import StagedBackbone
 from dynskip.errors import DynskipError
 from dynskip.gates import parts_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+# torch's own operators cost nothing where its counter has no formula for them, but for those that multiply.
+_FREE = ("aten", "prim", "prims", "profiler")
+_MULTIPLIES = re.compile("_mm|rnn|mkldnn|scaled_dot_product|multi_head|transformer_encoder")
 
 
 class FLOPsLookup:
@@ -23,6 +31,8 @@ class FLOPsLookup:
 
     `FLOPsLookup.measure` counts them with torch's own counter. You can also give a table by hand: the figures of a
     paper, or measured latency with its unit, so that the efficiency loss trains on milliseconds.
+
+    A cost that is not known is NaN, and so is every cost that includes it.
 
     Args:
         per_stage: cost of each stage, without its gate.
@@ -37,7 +47,7 @@ class FLOPsLookup:
         unit: what is counted; `"MACs"` are multiply-adds.
 
     Raises:
-        DynskipError: if the table is empty, has a negative or non-finite entry, or its parts differ in length.
+        DynskipError: if the table is empty, has a negative or infinite entry, or its parts differ in length.
 
     Reference:
         Thesis Eq. 3.10.
@@ -76,8 +86,8 @@ class FLOPsLookup:
                 f"{len(self.steps)} steps, {len(self.shared)} shared parts and stage names {self.stage_names}."
             )
         costs = [*torch.cat(columns).tolist(), self.head]
-        if not all(math.isfinite(cost) and cost >= 0 for cost in costs):
-            raise DynskipError(f"Costs must be finite and not negative; got {costs}.")
+        if any(cost < 0 or math.isinf(cost) for cost in costs):
+            raise DynskipError(f"Costs must be finite and not negative, or NaN where they are unknown; got {costs}.")
 
     @classmethod
     @torch.no_grad()
@@ -87,7 +97,12 @@ class FLOPsLookup:
         """Count the MACs of one frame through each part.
 
         Convolutions and matrix products count, as torch's `FlopCounterMode` counts them. Counting runs on the meta
-        device: nothing is computed, and no fused CPU kernel hides from the counter.
+        device: nothing is computed. A model that cannot run there (it reads values, or has an operator of its own) is
+        run on its own device instead, on one frame of random numbers. If its cost depends on the data, the table has
+        what that frame cost.
+
+        Where a part has an operator for which torch's counter has no formula, its cost is NaN, and a warning names it.
+        Register one (`torch.utils.flop_counter.register_flop_formula`), or fill in a table by hand.
 
         Args:
             backbone: the staged backbone.
@@ -104,24 +119,42 @@ class FLOPsLookup:
             raise DynskipError(f"Got {len(gates)} gates for {backbone.num_stages} stages; give one for each stage.")
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         takes_channels_last(backbone)  # tried now, so that nobody who counts a run counts the trial
-        staged = _on_meta(backbone)
-        carry = staged.start(_meta_images(staged, 1, size))
+        try:
+            return cls._measured(_on_meta(backbone), size, [_on_meta(gate) for gate in gates])
+        except Exception:  # the meta device lacks an operator, or has no values to look at
+            parts = nn.ModuleList([backbone, *gates])
+            devices = {tensor.device for tensor in parts.parameters() if tensor.is_cuda}
+            with in_mode(parts, False), torch.random.fork_rng(devices):
+                return cls._measured(backbone, size, gates)
+
+    @classmethod
+    def _measured(cls, backbone: StagedBackbone, size: tuple[int, int], gates: Sequence[Any]) -> FLOPsLookup:
+        count, names = _Count(), backbone.stage_names
+        carry = backbone.start(_images(backbone, 1, size))
         stage_macs, gate_macs = [], []
-        for n in range(backbone.num_stages):
-            macs, carry = _count(staged.run, n, carry)
+        for n, name in enumerate(names):
+            macs, carry = count(f"stage {name!r}", backbone.run, n, carry)
             stage_macs.append(macs)
             if gates:
+                this = f"Gate {n} ({type(gates[n]).__name__})"
                 try:
-                    gate_macs.append(_count_gate(_on_meta(gates[n]), staged.pool(n, carry)))
+                    gate_macs.append(_count_gate(count, this, gates[n], backbone.pool(n, carry)))
                 except Exception as error:
                     raise DynskipError(
-                        f"Gate {n} ({type(gates[n]).__name__}) cannot run after stage {backbone.stage_names[n]!r}: "
-                        f"{error}. Build it for {backbone.num_features[n]} input features."
+                        f"{this} cannot run after stage {name!r}: {error}. Build it for {backbone.num_features[n]} "
+                        "input features."
                     ) from error
-        head_macs, _ = _count(staged.head, carry)
+        head_macs, _ = count("the head", backbone.head, carry)
         whole, steps, shared = zip(*gate_macs, strict=True) if gates else (None, None, None)
-        names = backbone.stage_names
-        return cls(stage_macs, head_macs, whole, steps=steps, shared=shared, stage_names=names, image_size=size)
+        table = cls(stage_macs, head_macs, whole, steps=steps, shared=shared, stage_names=names, image_size=size)
+        if count.unknown:
+            warnings.warn(
+                f"The cost of {', '.join(count.unknown)} is unknown, so it is NaN: torch cannot count "
+                f"{', '.join(count.causes)}. Register a formula (torch.utils.flop_counter.register_flop_formula), or "
+                "give the model a table: lookup=FLOPsLookup(...).",
+                stacklevel=4,
+            )
+        return table
 
     @property
     def cumulative(self) -> Tensor:
@@ -197,9 +230,9 @@ def takes_channels_last(backbone: StagedBackbone) -> bool:
     Some modules take views that need the other layout, and raise.
     """
     if getattr(backbone, "channels_last", None) is None:
-        ghost = _on_meta(backbone)
         try:
-            ghost(_meta_images(ghost, 2, ghost.input_size[1:]).contiguous(memory_format=torch.channels_last))
+            ghost = _on_meta(backbone)
+            ghost(_images(ghost, 2, ghost.input_size[1:]).contiguous(memory_format=torch.channels_last))
             backbone.channels_last = True
         except Exception:  # also where the meta device lacks an operation
             backbone.channels_last = False
@@ -210,27 +243,65 @@ def _column(values: Sequence[float]) -> Tensor:
     return torch.tensor(list(values), dtype=torch.float64)
 
 
-def _count(function: Callable[..., Any], *args: Any) -> tuple[int, Any]:
-    """Return the MACs of a call, and its result."""
-    with FlopCounterMode(display=False) as counter:
-        result = function(*args)
-    return counter.get_total_flops() // 2, result  # torch counts a multiply-add as two
+class _Count:
+    """Counts the MACs of calls. Costs of the parts in `unknown` are not known, since torch cannot count `causes`."""
+
+    def __init__(self) -> None:
+        self.unknown: dict[str, None] = {}
+        self.causes: dict[str, None] = {}
+
+    def __call__(self, part: str, function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
+        """Return the MACs of a call, NaN where they are not known, and its result."""
+        counter: Any = FlopCounterMode(display=False)
+        # Its tracker of modules hooks those of all threads, and fails where a module is given a parameter.
+        counter.mod_tracker = contextlib.nullcontext()
+        counter.mod_tracker.parents = ("Global",)
+        uncounted = _Uncounted(counter.flop_registry)
+        try:
+            with uncounted, counter:  # the counter comes first, and takes operators apart
+                result = function(*args)
+        except Exception as error:
+            result = function(*args)  # raises as well, unless it was the counter that failed
+            uncounted.found[f"a call ({error})"] = None
+        if uncounted.found:
+            self.unknown[part] = None
+            self.causes |= uncounted.found
+            return math.nan, result
+        return counter.get_total_flops() // 2, result  # torch counts a multiply-add as two
 
 
-def _count_gate(gate: Any, pooled: Tensor) -> tuple[int, int, int]:
+class _Uncounted(TorchDispatchMode):
+    """Notes the operators that may multiply and have no formula."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, formulas: Container[Any]) -> None:
+        super().__init__()
+        self.formulas, self.found = formulas, dict[str, None]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet = getattr(func, "_overloadpacket", func)
+        if packet not in self.formulas and (func.namespace not in _FREE or _MULTIPLIES.search(func.name())):
+            self.found[str(packet)] = None
+        return func(*args, **(kwargs or {}))
+
+
+def _count_gate(count: _Count, this: str, gate: Any, pooled: Tensor) -> tuple[float, float, float]:
     """Return the MACs of a gate on one frame, of its step, and the part of the step that several frames share."""
-    parts, state, shared = parts_of(gate), gate.initial_state(1), 0
-    embed, embedded = _count(parts.embed, pooled)
-    step, _ = _count(parts.step, embedded, state)
+    parts, state, shared = parts_of(gate), gate.initial_state(1), 0.0
+    embed, embedded = count(this, parts.embed, pooled)
+    step, _ = count(this, parts.step, embedded, state)
     if parts.broadcasts:
-        two_frames, _ = _count(parts.step, embedded[:, None].expand(-1, 2, -1), state)
+        two_frames, _ = count(this, parts.step, embedded[:, None].expand(-1, 2, -1), state)
         shared = 2 * step - two_frames
     return embed + step, step, shared
 
 
-def _meta_images(backbone: StagedBackbone, batch: int, size: tuple[int, int]) -> Tensor:
-    dtype = next((p.dtype for p in backbone.parameters() if p.is_floating_point()), torch.float32)
-    return torch.empty(batch, backbone.input_size[0], *size, dtype=dtype, device="meta")
+def _images(backbone: StagedBackbone, batch: int, size: tuple[int, int]) -> Tensor:
+    """Return images to count with, where the backbone is. They are always the same."""
+    like = next((p for p in backbone.parameters() if p.is_floating_point()), torch.empty(0))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, backbone.input_size[0], *size, generator=generator).to(like)
 
 
 def _on_meta(module: ModuleT) -> ModuleT:

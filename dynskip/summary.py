@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -40,7 +41,8 @@ def stage_table(
     size = "any size" if lookup.image_size is None else "{}x{}".format(*lookup.image_size)
     note = f"{unit} a frame of {size}" + (", in multiply-adds" if lookup.unit == "MACs" else "")
     plain = f"the plain backbone has {lookup.dense / scale:.4g}"
-    return "\n".join([title, *lines, f"{note}; {plain}", *rules])
+    unknown = ["nan: torch cannot count this cost; FLOPsLookup says what helps."] if math.isnan(total) else []
+    return "\n".join([title, *lines, f"{note}; {plain}", *unknown, *rules])
 
 
 def one_frame(lookup: FLOPsLookup) -> str:

@@ -38,7 +38,8 @@ def to_budget(
         The choice and the curve. The model keeps the budget exactly on these videos, and approximately on similar ones.
 
     Raises:
-        DynskipError: if there are no videos, something does not fit, or no thresholds keep the budget.
+        DynskipError: if there are no videos, something does not fit, the costs are unknown, or no thresholds keep the
+            budget.
     """
     if not (macs > 0 and math.isfinite(macs)):
         raise DynskipError(f"The budget is {macs} MACs a video; expected a positive number. 20 GMACs are written 20e9.")
@@ -72,7 +73,8 @@ def to_accuracy(
         The choice and the curve. The model is left as it is; `apply` the result.
 
     Raises:
-        DynskipError: if there are no videos, something does not fit, or no thresholds are as accurate.
+        DynskipError: if there are no videos, something does not fit, the costs are unknown, or no thresholds are as
+            accurate.
     """
     if not 0 <= max_loss <= 1:
         raise DynskipError(f"max_loss is {max_loss}; expected 0 to 1. 0.01 is one point of accuracy.")
@@ -120,6 +122,11 @@ def _search(replayed: Replay, per_gate: bool, rank: Callable[[CurvePoint], tuple
             attempt(tuple(best))
 
     attempt(own)
+    if math.isnan(tried[own][0].macs):
+        raise DynskipError(
+            "The cost of the model is unknown, so no thresholds are the cheapest, and no budget can be kept. Give the "
+            "model a table: lookup=FLOPsLookup([...])."
+        )
     # Gates' memory depends on decisions, so margins come from two runs: with every frame used, and as the model is set.
     decided = [*replayed.decide((0.0,) * stages), *replayed.decide(own)]
     gate_logits = [output.gate_logits.flatten(0, 1) for output, _ in decided if output.gate_logits is not None]

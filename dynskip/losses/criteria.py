@@ -28,8 +28,12 @@ class EfficiencyLoss(nn.Module):
     """Mean remaining cost at the gates that forward (Eq. 3.11).
 
     Args:
-        lookup: the cost table. MACs are scaled to GMACs, as in the thesis; other units are taken as they are.
+        lookup: the cost table. MACs are scaled to GMACs, as in the thesis; other units are taken as they are. It is
+            read once: make the loss anew after a change of the model's layers.
         normalize: divide by the cost of a whole frame instead, so that a weight also suits other backbones.
+
+    Raises:
+        DynskipError: if the table has unknown costs.
 
     Reference:
         Thesis Eq. 3.10-3.11.
@@ -40,6 +44,7 @@ class EfficiencyLoss(nn.Module):
     def __init__(self, lookup: FLOPsLookup, normalize: bool = False) -> None:
         super().__init__()
         scale, self.unit = (1e9, "GMACs") if lookup.unit == "MACs" else (1.0, lookup.unit)
+        _check_known(lookup)
         if normalize:
             scale, self.unit = lookup.total, "of a whole frame"
         self.register_buffer("remaining", (lookup.remaining / scale).float(), persistent=False)
@@ -176,11 +181,11 @@ class BudgetLoss(nn.Module):
     """Penalise cost above a budget, and nothing below it.
 
     Args:
-        lookup: the cost table.
+        lookup: the cost table, read once as in `EfficiencyLoss`.
         budget: what a frame may cost on average, as a share of the plain backbone's cost, in (0, 1].
 
     Raises:
-        DynskipError: if the budget is out of range.
+        DynskipError: if the budget is out of range, or the table has unknown costs.
 
     Reference:
         After Verelst and Tuytelaars, "Dynamic convolutions", CVPR 2020.
@@ -192,6 +197,7 @@ class BudgetLoss(nn.Module):
         super().__init__()
         if not 0.0 < budget <= 1.0:
             raise DynskipError(f"budget={budget} is out of range; give a share of the backbone's cost in (0, 1].")
+        _check_known(lookup)
         self.budget = budget
         self.head = lookup.head / lookup.dense
         self.register_buffer("costs", (lookup.per_stage + lookup.gates) / lookup.dense, persistent=False)
@@ -304,6 +310,13 @@ def _weight(name: str, value: float) -> float:
     if not 0.0 <= value <= 1.0:
         raise DynskipError(f"{name}={value} is out of range; it balances two losses and lies in [0, 1].")
     return value
+
+
+def _check_known(lookup: FLOPsLookup) -> None:
+    if math.isnan(lookup.total):
+        raise DynskipError(
+            f"The cost table has unknown costs, and the loss would be NaN: {lookup}. Fill them in: FLOPsLookup([...])."
+        )
 
 
 def _check_table(stages: int, output: SkipOutput) -> None:

@@ -86,7 +86,7 @@ def stage_macs(
     scale, unit = lookup.display_unit
     full = torch.cat([lookup.per_stage, lookup.gates.sum()[None], lookup.per_stage.new_tensor([lookup.head])])
     executed = full if stopped_at is None else _executed(lookup, stopped_at)
-    longest = float(full.max()) or 1.0
+    longest = float(full.nan_to_num().max()) or 1.0
     bars = []
     for name, cost, part, colour in zip(
         (*names, "gates", "head"), full.tolist(), executed.tolist(), colours, strict=True

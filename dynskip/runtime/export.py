@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -109,12 +110,13 @@ def _write_parts(
                     "forward_threshold": model.forward_threshold[n],
                     "repeats_last": model.repeats[n],
                     "initial_state": initial_states[n],
-                    "macs": float(lookup.gates[n]),
+                    "macs": _known(lookup.gates[n]),
                 },
-                "macs": float(lookup.per_stage[n]),
+                "macs": _known(lookup.per_stage[n]),
             }
         )
-    return stages, {"file": _write(folder, "head", _Part(backbone, _run_head, carry), ["logits"]), "macs": lookup.head}
+    file = _write(folder, "head", _Part(backbone, _run_head, carry), ["logits"])
+    return stages, {"file": file, "macs": _known(lookup.head)}
 
 
 def _run_stage(stage: int, backbone: Any, carry: Carry) -> tuple[Tensor, ...]:
@@ -181,6 +183,11 @@ def _fill(state: Tensor, stage: int) -> dict[str, Any]:
             "Let `initial_state` return zeros and add what is learned inside the gate's forward."
         )
     return {"shape": list(state.shape[1:]), "value": value}
+
+
+def _known(cost: float | Tensor) -> float | None:
+    """Return a cost; `None` where it is unknown, since JSON has no NaN."""
+    return None if math.isnan(cost) else float(cost)
 
 
 def _floats(values: Sequence[float] | None) -> list[float] | None:
