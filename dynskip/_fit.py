@@ -36,6 +36,7 @@ class Wrapper(Checked):
         self.preprocessing: Mapping[str, Any] | None = None
         self._given_lookup = lookup
         self._measured: dict[tuple[int, int], FLOPsLookup] = {}
+        self._counted: list[Any] = []  # the layers that they were measured with
 
     @property
     def deciders(self) -> Any:
@@ -81,6 +82,10 @@ class Wrapper(Checked):
     def lookup_for(self, image_size: tuple[int, int]) -> FLOPsLookup:
         """Return the cost table for frames of a size. An exit's cost is its gate's and its classifier's.
 
+        A table is measured again once a module of the backbone or of a gate has been replaced, or a parameter has
+        another shape or dtype. What was made from an earlier table stays as it is: a loss, a session, a stream in
+        flight.
+
         Args:
             image_size: `(H, W)`.
 
@@ -97,9 +102,13 @@ class Wrapper(Checked):
                     + "and these are {}x{}. Measure one for this size, or leave `lookup` out.".format(*image_size)
                 )
             return given
-        if image_size not in self._measured:
-            self._measured[image_size] = FLOPsLookup.measure(self.backbone, image_size, self.deciders)
-        return self._measured[image_size]
+        if (layers := _layers([self.backbone, *self.deciders])) != self._counted:
+            if self._counted:
+                self.backbone.channels_last = None  # new layers may not take it
+            self._measured, self._counted = {}, layers
+        if (lookup := self._measured.get(image_size)) is None:
+            lookup = self._measured[image_size] = FLOPsLookup.measure(self.backbone, image_size, self.deciders)
+        return lookup
 
     def summary(self, image_size: int | tuple[int, int] | None = None) -> str:
         """Describe the model stage by stage: channels, costs, gates and their rules.
@@ -125,6 +134,16 @@ class Wrapper(Checked):
         tables = [self._given_lookup] if self._given_lookup is not None else list(self._measured.values())
         shown = [f"{threshold:g}" for threshold in thresholds] + [one_frame(table) for table in tables]
         return f"forward_threshold={', '.join(shown)}"
+
+
+def _layers(modules: list[nn.Module]) -> list[Any]:
+    """Return what tells whether a cost table still holds: all modules, and their parameters' shapes and dtypes."""
+    found: list[Any] = []
+    for module in modules:  # the list grows; `Module.modules()` would take longer, and this is done in every call
+        found.append(id(module))
+        found += [(p.shape, p.dtype) for p in module._parameters.values() if p is not None]
+        modules += [child for child in module._modules.values() if child is not None]
+    return found
 
 
 def _one_a_gate(value: float | Sequence[float], stages: int) -> tuple[float, ...]:

@@ -388,8 +388,10 @@ def test_dynamically_quantised_gates_run() -> None:
     with pytest.warns(DeprecationWarning, match="quantization"):
         quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear, nn.LSTMCell})
     assert type(quantised.gates[0].project) is not nn.Linear
-    output = quantised(video)
+    with pytest.warns(UserWarning, match="cost of Gate 0 .* is unknown"):
+        output = quantised(video)
     assert output.logits.isfinite().all()
+    assert output.macs.isnan().all()
     assert torch.equal(quantised.run_clip(video, 1).stopped_at, output.stopped_at)
 
 

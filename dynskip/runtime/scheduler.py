@@ -88,7 +88,7 @@ class Scheduler:
         # Of each stage and frame size: frames, each with the number of runs before it came.
         self._queues: dict[tuple[int, tuple[int, int]], deque[tuple[int, int]]] = {}
         self._runs = 0
-        self._tables: dict[tuple[int, int], FLOPsLookup] = {}  # of frame sizes that the model can run
+        self._sizes: set[tuple[int, int]] = set()  # of frames that the model can run
 
     @property
     def has_room(self) -> bool:
@@ -119,9 +119,7 @@ class Scheduler:
             refuse_not_finite(frames, "frame")
         size = (frames.shape[2], frames.shape[3])
         if stream.size is None:
-            if size not in self._tables:
-                self._tables[size] = self._costs(size)
-            stream.lookup, stream.size = self._tables[size], size
+            stream.lookup, stream.size = self._costs(size), size
             stream.costs = stream.lookup.by_outcome.tolist()
         elif size != stream.size:
             raise DynskipError(
@@ -135,8 +133,9 @@ class Scheduler:
         backbone = self.model.backbone
         try:
             lookup = self.model.lookup_for(size)
-            if lookup.image_size is None and size != backbone.input_size[1:]:
+            if lookup.image_size is None and size != backbone.input_size[1:] and size not in self._sizes:
                 FLOPsLookup.measure(backbone, size)
+            self._sizes.add(size)
         except DynskipError:
             raise
         except Exception as error:
@@ -291,7 +290,7 @@ class Scheduler:
             if logits is None:
                 logits = rules.running(engine.sums, engine.dtype)[stream.row]
             if self.look_ahead > 1 and stream.lookup is not None:
-                speculative = max(0.0, engine.executed(stream.row, stream.lookup) - macs)
+                speculative = max(engine.executed(stream.row, stream.lookup) - macs, 0.0)  # in this order, NaN stays
             if stream in answers:
                 assert furthest is not None
                 assert stream.lookup is not None
