@@ -98,8 +98,8 @@ class FLOPsLookup:
 
         Convolutions and matrix products count, as torch's `FlopCounterMode` counts them. Counting runs on the meta
         device: nothing is computed. A model that cannot run there (it reads values, or has an operator of its own) is
-        run on its own device instead, on one frame of random numbers. If its cost depends on the data, the table has
-        what that frame cost.
+        run on its own device instead, on one frame of random numbers, which hooks on its modules then see. If its cost
+        depends on the data, the table has what that frame cost.
 
         Where a part has an operator for which torch's counter has no formula, its cost is NaN, and a warning names it.
         Register one (`torch.utils.flop_counter.register_flop_formula`), or fill in a table by hand.
