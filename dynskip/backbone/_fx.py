@@ -9,8 +9,11 @@ from __future__ import annotations
 import copy
 import itertools
 import linecache
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -18,17 +21,26 @@ from timm.models import get_notrace_functions
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
+from dynskip.backbone.taken import Taken, contents_of, record, remove_hooks
 from dynskip.errors import DynskipError
 
 DEVICE = "_device"  # the constant that stands for the device on which the model is when it runs
 BY_HAND = "or give the stages yourself: stage_model([stage_1, stage_2, ...], head=head)"
 _serial = itertools.count()
+_ALONE = threading.RLock()  # torch.fx replaces `nn.Module.__call__` of the whole process while it traces
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def twin(module: _Module, training: bool) -> _Module:
     """Copy a module to try things on: it shares the parameters, but no modes, buffers or attributes."""
     return copy.deepcopy(module, {id(p): p for p in module.parameters()}).train(training)
+
+
+@contextmanager
+def keeping_random_state(model: nn.Module) -> Iterator[None]:
+    """Leave the random state as it was: a model that runs in training mode draws numbers (dropout)."""
+    with _ALONE, torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}):
+        yield
 
 
 # Tracing
@@ -45,22 +57,29 @@ def opened(model: nn.Module, boundaries: Sequence[str]) -> list[str]:
 
 def trace(
     model: nn.Module, boundaries: Sequence[str], training: bool, images: Tensor
-) -> tuple[fx.Graph, dict[str, Tensor]]:
-    """Trace a twin of the model, which stays as it is; return the graph and the tensors made while tracing, by name.
+) -> tuple[fx.Graph, dict[str, Tensor], dict[str, Taken]]:
+    """Trace a twin of the model, which stays as it is.
 
     The boundaries appear as calls of their own. Real images serve to look up what symbols cannot tell.
+
+    Returns:
+        The graph; the tensors made while tracing, by name; and what was taken from the model, by module.
     """
     traced, inside = twin(model, training), opened(model, boundaries)
     for module in map(traced.get_submodule, inside):
+        remove_hooks(module)
         if "grad_checkpointing" in vars(module):
             # torch.utils.checkpoint cannot be traced. Stages of such modules are checkpointed as a whole when they run.
             module.grad_checkpointing = False  # type: ignore[assignment]
+    tracer = _Tracer(inside)
     try:
-        graph = _Tracer(inside).trace(traced)
+        graph = tracer.trace(traced)
     except Exception:
         # Control flow on shapes, or a closed module that returns a tuple of unknown length.
         try:
-            graph = _WatchingTracer(inside, images).trace(traced)
+            tracer = _WatchingTracer(inside, images)
+            with keeping_random_state(model):
+                graph = tracer.trace(traced)
         except Exception as error:
             what = str(error) if isinstance(error, DynskipError) else f"{type(error).__name__}: {error}"
             raise DynskipError(
@@ -80,7 +99,13 @@ def trace(
         node.args, node.kwargs = map_aggregate(
             (node.args, node.kwargs), lambda x: device if isinstance(x, torch.device) else x
         )
-    return graph, constants
+    taken = {}
+    for name, module in traced.named_modules():
+        values = tracer.read.get(module, {})
+        parts = contents_of(model.get_submodule(name)) if name in inside else None
+        if values or parts is not None:
+            taken[name] = Taken(values, parts)
+    return graph, constants, taken
 
 
 class _Tracer(fx.Tracer):
@@ -90,6 +115,25 @@ class _Tracer(fx.Tracer):
         # Some of timm's helpers branch on sizes, which cannot be traced; timm registers them for exactly this use.
         super().__init__(autowrap_functions=tuple(f for f in get_notrace_functions() if callable(f)))
         self._inside = inside
+        self._thread = threading.get_ident()
+        self.read: dict[nn.Module, dict[str, Any]] = {}
+
+    def trace(self, root: nn.Module, concrete_args: Any = None) -> fx.Graph:  # type: ignore[override]
+        self.read = record(root, self.is_real)
+        with _ALONE:
+            return super().trace(root, concrete_args)
+
+    def is_real(self) -> bool:
+        """Whether what is called now belongs to a real run, such as one of another thread, and not to the graph."""
+        return threading.get_ident() != self._thread
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        return forward(*args, **kwargs) if self.is_real() else super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        return attr_val if self.is_real() else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self._inside
@@ -111,15 +155,10 @@ class _WatchingTracer(_Tracer):
         super().__init__(inside)
         self._images = images
         self._values: dict[fx.Node, Any] = {}
-        self._running = False  # what is called now belongs to the real run, and not to the graph
+        self._running = False
 
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        return forward(*args, **kwargs) if self._running else super().call_module(m, forward, args, kwargs)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        return attr_val if self._running else super().getattr(attr, attr_val, parameter_proxy_cache)
+    def is_real(self) -> bool:
+        return self._running or super().is_real()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _WatchedProxy(node, self)
@@ -192,14 +231,32 @@ class Segment:
     Attributes:
         function: the piece as a function of the live model.
         source: its code, to see whether two segments are equal.
+        uses: functions and classes that the code calls by name.
         constants: names of the constants that it takes: tensors made while tracing, and `DEVICE`.
         overwrites: whether it works in place on its inputs, as an activation right behind a boundary may.
     """
 
     function: Callable[..., tuple[Any, ...]]
     source: str
+    uses: dict[str, Any]
     constants: tuple[str, ...]
     overwrites: bool = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Segment:
+        return self  # it holds no state, and its function may have been compiled
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _from_source, (self.source, self.uses, self.constants, self.overwrites)  # functions cannot be pickled
+
+
+def _from_source(source: str, uses: dict[str, Any], constants: tuple[str, ...], overwrites: bool = False) -> Segment:
+    namespace = dict(uses)
+    # Python has no source for such code. torch 2.11's compiler then takes it for a builtin, and counts the
+    # recompilations of all stages of all models against one limit. With the source, tracebacks show it, too.
+    name = f"<dynskip segment {next(_serial)}>"
+    linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
+    exec(compile(source, name, "exec"), namespace)
+    return Segment(namespace["forward"], source, uses, constants, overwrites)
 
 
 def split(graph: fx.Graph, cuts: Sequence[fx.Node]) -> list[Segment]:
@@ -246,10 +303,7 @@ def _segment(nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[Any]) ->
     # Not `graph.eliminate_dead_code()`: timm's drop_path scales its mask in place and ignores the result, which looks
     # dead and is not.
     code = graph.python_code("self")
-    namespace = dict(code.globals)
-    # Python has no source for such code. torch 2.11's compiler then takes it for a builtin, and counts the
-    # recompilations of all stages of all models against one limit. With the source, tracebacks show it, too.
-    name = f"<dynskip segment {next(_serial)}>"
-    linecache.cache[name] = len(code.src), None, code.src.splitlines(keepends=True), name
-    exec(compile(code.src, name, "exec"), namespace)
-    return Segment(namespace["forward"], code.src, tuple(node.meta["constant"] for node in constants))
+    modules = {name: value for name, value in code.globals.items() if isinstance(value, ModuleType)}
+    imports = "".join(f"import {module.__name__} as {name}\n" for name, module in modules.items())
+    uses = {name: value for name, value in code.globals.items() if name not in modules}
+    return _from_source(imports + code.src, uses, tuple(node.meta["constant"] for node in constants))

@@ -18,24 +18,23 @@ if TYPE_CHECKING:
     from dynskip.backbone.staged import StagedBackbone
 
 
-def probe_images(model: nn.Module, input_size: tuple[int, int, int], batch: int) -> Tensor:
-    """Return up to 3 images to try a model with. They are always the same; a smaller batch is the start of a larger."""
+def probe_images(model: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
+    """Return 3 images to try a model with, always the same."""
     like = next(model.parameters(), torch.empty(0))
-    images = torch.randn(3, *input_size, generator=torch.Generator().manual_seed(0))[:batch]
+    images = torch.randn(3, *input_size, generator=torch.Generator().manual_seed(0))
+    images[0] = 3 * images[0] + 1  # so that a mean, range or spread over a batch is not the same without this image
     return images.to(like.device, like.dtype)
 
 
-def fitting_size(model: nn.Module, given: tuple[int, int, int] | None) -> tuple[int, int, int]:
-    """Return the size to cut at, once the model has taken images of it."""
+def fitting_size(model: nn.Module, given: tuple[int, int, int] | None) -> tuple[tuple[int, int, int], Any]:
+    """Return the size to cut at, and what the model gives for the second probe image of that size."""
     sizes = [given] if given is not None else _likely_sizes(model)
     for size in sizes:
         try:
             with torch.no_grad(), in_mode(model, False):
-                model(probe_images(model, size, 2))
+                return size, model(probe_images(model, size)[1:2])
         except Exception as error:
             refusal = error
-        else:
-            return size
     raise DynskipError(
         f"{type(model).__name__} refuses images of {' or '.join('x'.join(map(str, size)) for size in sizes)} "
         f"({type(refusal).__name__}: {refusal}). Pass input_size=(C, H, W) that it takes; models with position tables "
@@ -56,71 +55,103 @@ def _likely_sizes(model: nn.Module) -> list[tuple[int, int, int]]:
     return [(c, height, width) for c in dict.fromkeys((channels, built_for))]
 
 
-def kind_of(two: Any, three: Any, boundary: str) -> Any:
-    """Tell the kind of a crossing value (see `Carry`) from what it was for 2 images and for 3."""
-    if isinstance(two, Tensor) and isinstance(three, Tensor):
-        if two.shape == three.shape:
+def kind_of(few: Any, many: Any, batches: tuple[int, int], boundary: str) -> Any:
+    """Tell the kind of a crossing value (see `Carry`) from what it was in two batches of different sizes."""
+    a, b = batches
+    if isinstance(few, Tensor) and isinstance(many, Tensor):
+        if few.shape == many.shape:
             return "static"
-        if two.shape[1:] == three.shape[1:] and two.shape[0] * 3 == three.shape[0] * 2:
-            return ("rows", two.shape[0] // 2)
-    elif isinstance(two, tuple | list) and type(two) is type(three) and len(two) == len(three):
-        return tuple(kind_of(x, y, boundary) for x, y in zip(two, three, strict=True))
-    elif isinstance(two, int) and isinstance(three, int) and two * 3 == three * 2 and two:
-        return ("size", two // 2)
-    elif two == three:
+        if few.shape[1:] == many.shape[1:] and few.shape[0] * b == many.shape[0] * a:
+            return ("rows", few.shape[0] // a)
+    elif isinstance(few, tuple | list) and type(few) is type(many) and len(few) == len(many):
+        return tuple(kind_of(x, y, batches, boundary) for x, y in zip(few, many, strict=True))
+    elif isinstance(few, int) and isinstance(many, int) and few * b == many * a and few:
+        return ("size", few // a)
+    elif few == many:
         return "static"
-    shapes = [tuple(v.shape) if isinstance(v, Tensor) else v for v in (two, three)]
+    shapes = [tuple(v.shape) if isinstance(v, Tensor) else v for v in (few, many)]
     raise DynskipError(
-        f"Boundary {boundary!r}: a value that crosses it cannot be taken apart by sample ({shapes[0]} for 2 images, "
-        f"{shapes[1]} for 3). Choose another boundary, {BY_HAND}."
+        f"Boundary {boundary!r}: a value that crosses it cannot be taken apart by sample ({shapes[0]} in a batch of "
+        f"{a}, {shapes[1]} in a batch of {b}). Choose another boundary, {BY_HAND}."
     )
 
 
-@torch.no_grad()
-def verify(backbone: StagedBackbone) -> None:
-    """Raise where the stages are not the original model, or a sample's values depend on its neighbours."""
-    with in_mode(backbone.model, False):
+def inspect(
+    backbone: StagedBackbone, batches: tuple[int, int], expected: Tensor | None = None
+) -> list[tuple[Any, ...]]:
+    """Run two batches through all stages, and find the kinds of the values that cross.
+
+    Args:
+        backbone: the backbone, in the mode to inspect.
+        batches: the two numbers of images; the smaller batch is the end of the larger.
+        expected: what the model itself gives for the smaller batch. Then it is checked that the stages give the same,
+            and that they give every image the same values in both batches.
+
+    Returns:
+        The values after each stage, and the answer, for the larger batch.
+    """
+    small, large = batches
+    images = probe_images(backbone.model, backbone.input_size)[:large]
+    rows = torch.arange(large - small, large, device=images.device)
+    many, few = backbone.start(images).values, backbone.start(images[rows]).values
+    trail, kinds = list[tuple[Any, ...]](), list[tuple[Any, ...]]()
+    mixing = None
+    for n, name in enumerate(backbone.stage_names):
+        many, few = backbone._try(n, many), backbone._try(n, few)
+        trail.append(many)
+        kinds.append(kind_of(few, many, batches, name))
+        if expected is not None and not mixing:
+            chosen = Carry(many, kinds[-1], large).select(rows).values
+            if all(itertools.starmap(_close, zip(_tensors(few, kinds[-1]), _tensors(chosen, kinds[-1]), strict=True))):
+                few = chosen  # the next stage runs on selected rows, as it will later
+            else:
+                mixing = f"Boundary {name!r}: the stage"
+    many, few = (backbone._try(backbone.num_stages, values) for values in (many, few))
+    backbone._kinds[backbone.model.training] = kinds
+    _check_answer(backbone, many[0])
+    if expected is not None:
+        if not _close(few[0], expected):
+            raise DynskipError(
+                f"The stages {list(backbone.stage_names)} do not compose to {type(backbone.model).__name__}: logits "
+                "differ. The model does not compute the same thing twice; check it for randomness in eval mode, "
+                f"{BY_HAND}."
+            )
+        if not mixing and not _close(few[0], many[0][rows]):
+            mixing = f"Boundary {backbone.stage_names[-1]!r}: the head after it"
+        if mixing:
+            raise DynskipError(
+                f"{mixing} gives other values on a part of the batch than on all of it, so its samples are not "
+                f"independent. Choose another boundary, {BY_HAND}."
+            )
+    return [*trail, many]
+
+
+def inspect_and_verify(backbone: StagedBackbone, expected: Tensor) -> list[tuple[Any, ...]]:
+    """Inspect a backbone, and raise where it is not its model, or a sample's values depend on its neighbours."""
+    try:
+        return inspect(backbone, (1, 2), expected)
+    except DynskipError as error:
+        # Deep networks with random weights may amplify rounding errors. Samples that mix differ in any precision.
         try:
-            _compare(backbone)
-        except DynskipError as error:
-            # Deep networks with random weights may amplify rounding errors. Samples that mix differ in any precision.
-            try:
-                _compare(copy.deepcopy(backbone).double())
-            except Exception:
-                raise error from None
+            precise = copy.deepcopy(backbone).double()
+            image = probe_images(precise.model, precise.input_size)[1:2]
+            inspect(precise, (1, 2), precise.model(image))
+        except Exception:
+            raise error from None
+        return inspect(backbone, (1, 2))
 
 
-def _compare(backbone: StagedBackbone) -> None:
-    """Check the whole run against the original model, and a shrinking batch against the rows of the whole run."""
-    images = probe_images(backbone.model, backbone.input_size, 3)
-    expected, names = backbone.model(images), backbone.stage_names
-    whole = part = backbone.start(images)
-    rows, mixing = torch.arange(3, device=images.device), list[str]()
-    for n, name in enumerate(names):
-        if n < 2:  # 3 rows -> rows 0 and 2 -> row 2
-            keep = torch.tensor([0, 2] if n == 0 else [1], device=images.device)
-            part, rows = part.select(keep), rows[keep]
-        whole, part = backbone.run(n, whole), backbone.run(n, part)
-        # Compared at once, since an activation that follows may work in place.
-        pairs = zip(_tensors(part), _tensors(whole.select(rows)), strict=True)
-        if not all(itertools.starmap(_close, pairs)):
-            mixing.append(f"Boundary {name!r}: the stage")
-    if not _close(backbone._answer(whole), expected):
+def _check_answer(backbone: StagedBackbone, answer: Any) -> None:
+    if not isinstance(answer, Tensor) or answer.ndim not in (2, 3, 4):
+        what = f"tensor of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
         raise DynskipError(
-            f"The stages {list(names)} do not compose to {type(backbone.model).__name__}: logits differ. "
-            f"The model does not compute the same thing twice; check it for randomness in eval mode, {BY_HAND}."
-        )
-    if not _close(backbone._answer(part), expected[rows]):
-        mixing.append(f"Boundary {names[-1]!r}: the head after it")
-    if mixing:
-        raise DynskipError(
-            f"{mixing[0]} gives other values on a part of the batch than on all of it, so its samples are not "
-            f"independent. Choose another boundary, {BY_HAND}."
+            f"{type(backbone.model).__name__} returns a {what}, where one tensor was expected: (B, K) logits, or "
+            "features that can be pooled. Wrap it in a module that returns the logits alone."
         )
 
 
-def _tensors(carry: Carry) -> list[Tensor]:
-    return [tensor for tensor, _ in flatten(carry.values, carry.kinds)]
+def _tensors(values: Any, kinds: Any) -> list[Tensor]:
+    return [tensor for tensor, _ in flatten(values, kinds)]
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -128,4 +159,5 @@ def _close(a: Tensor, b: Tensor) -> bool:
         return torch.equal(a, b)
     # Convolutions pick other algorithms for other batch sizes; half precision rounds more coarsely.
     tolerance = 1e-4 if a.dtype in (torch.float32, torch.float64) else 3e-2
-    return bool((a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1e-6))
+    largest = float(b.abs().nan_to_num(0.0, 0.0).max().clamp(min=1e-6))  # masks may hold infinities
+    return torch.allclose(a, b, rtol=0, atol=tolerance * largest)

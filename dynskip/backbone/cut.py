@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from dynskip.backbone._fx import Segment, opened, split, trace
-from dynskip.backbone.check import fitting_size, probe_images, verify
+from dynskip.backbone.check import fitting_size, probe_images
 from dynskip.backbone.staged import StagedBackbone, feature_info
+from dynskip.backbone.taken import Taken
 from dynskip.errors import DynskipError
 
 PLAIN_STAGES = 4  # a plain ViT lists every block; this many evenly spaced ones are its default stages
@@ -26,6 +27,7 @@ def stage_model(
     head: nn.Module | None = None,
     num_stages: int | None = None,
     input_size: tuple[int, int, int] | None = None,
+    verify: bool = True,
     **timm_kwargs: Any,
 ) -> StagedBackbone:
     """Cut a model into stages that can be run one at a time, on any subset of a batch.
@@ -39,11 +41,13 @@ def stage_model(
             For an encoder, a classifier of the `(B, C)` pooled features that it ends in.
         num_stages: keep only this many of the default boundaries, evenly spaced; the last one always stays.
         input_size: `(C, H, W)` to cut and check at; by default the model's own, or `(3, 224, 224)`.
+        verify: whether to compare the stages with the model. `False` starts sooner; use it for a cut that has been
+            verified before, with the same versions.
         **timm_kwargs: for a model name, passed to `timm.create_model` (`pretrained`, `num_classes`, ...).
 
     Returns:
-        The staged backbone. It is verified that its run equals the original model, and that rows of a batch run alone
-        equal the rows of the whole run.
+        The staged backbone. Unless `verify=False`, it is verified that its run equals the original model, and that a
+        row of a batch run alone equals the row of the whole run.
 
     Raises:
         DynskipError: if the model is unknown, refuses the input size, has no such boundary, or cannot be cut there;
@@ -71,28 +75,26 @@ def stage_model(
         raise DynskipError("`num_stages` selects among the default boundaries; leave it out when you name boundaries.")
     _check_traceable(model, boundaries or ())
     names = _default_names(model) if boundaries is None else _given_names(model, boundaries)
-    size = fitting_size(model, input_size)
-    images = probe_images(model, size, 2)
+    size, expected = fitting_size(model, input_size)
+    images = probe_images(model, size)[:2]
 
     segments: dict[bool, list[Segment]] = {}
+    taken: dict[bool, dict[str, Taken]] = {}
     constants: dict[str, Tensor] = {}
-    # Running the model in training mode draws random numbers (dropout). The user's random state must not change.
-    with torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}):
-        for training in (False, True):
-            # The code between the stages may differ between the modes (F.dropout), so each mode has its own segments.
-            graph, made = trace(model, names, training, images)
-            constants |= made
-            cuts = [_boundary_node(graph, name, model) for name in names]
-            if boundaries is None:
-                cuts = _default_cuts(model, names[0], cuts, graph, num_stages)
-            segments[training] = split(graph, cuts)
-        stage_names = names
+    for training in (False, True):
+        # The code between the stages may differ between the modes (F.dropout), so each mode has its own segments.
+        graph, made, taken[training] = trace(model, names, training, images)
+        constants |= made
+        cuts = [_boundary_node(graph, name, model) for name in names]
         if boundaries is None:
-            # A stem that ends in glue (a position embedding is added) has no module to be named after.
-            stage_names = [str(cut.target) if cut.op == "call_module" else "stem" for cut in cuts]
-        backbone = StagedBackbone(model, stage_names, names, segments, constants, size, head, origin)
-        verify(backbone)
-    return backbone
+            cuts = _default_cuts(model, names[0], cuts, graph, num_stages)
+        segments[training] = split(graph, cuts)
+    stage_names = names
+    if boundaries is None:
+        # A stem that ends in glue (a position embedding is added) has no module to be named after.
+        stage_names = [str(cut.target) if cut.op == "call_module" else "stem" for cut in cuts]
+    expected = expected if verify else None
+    return StagedBackbone(model, stage_names, names, segments, constants, taken, size, expected, head, origin)
 
 
 def check_name(name: str) -> None:
@@ -124,10 +126,12 @@ def _as_chain(modules: Any, head: nn.Module | None) -> tuple[nn.Module, list[str
             f"stage_model takes a timm name, an nn.Module, or a sequence of modules ending in a head; got "
             f"{type(modules).__name__} with {len(parts)} modules."
         )
-    if head is None and isinstance(modules, nn.Sequential):
+    if head is None and isinstance(modules, nn.Sequential) and len(set(parts)) == len(parts):
         return modules, [name for name, _ in modules.named_children()][:-1]
-    stages, head = (parts, head) if head is not None else (parts[:-1], parts[-1])
-    chain = nn.Sequential(OrderedDict(stages=nn.Sequential(*stages), head=head))
+    parts = parts if head is None else [*parts, head]
+    # A module that comes again needs a name of its own, so it is wrapped.
+    *stages, last = [nn.Sequential(part) if part in parts[:n] else part for n, part in enumerate(parts)]
+    chain = nn.Sequential(OrderedDict(stages=nn.Sequential(*stages), head=last))
     return chain, [f"stages.{n}" for n in range(len(stages))]
 
 
@@ -168,7 +172,7 @@ def _boundary_node(graph: torch.fx.Graph, name: str, model: nn.Module) -> torch.
     if len(calls) > 1:
         raise DynskipError(
             f"Boundary {name!r} is called {len(calls)} times in one forward of {type(model).__name__}, so it is no "
-            "single place to stop. Choose a module that is called once."
+            "single place to stop. Choose a module that is called once, or use a copy of it for each call."
         )
     if calls:
         return calls[0]

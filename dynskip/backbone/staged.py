@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from dynskip._modes import in_mode
-from dynskip.backbone._fx import DEVICE, Segment, opened, twin
+from dynskip.backbone._fx import DEVICE, Segment, keeping_random_state, opened, twin
 from dynskip.backbone.carry import Carry, flatten, with_sizes
-from dynskip.backbone.check import kind_of, probe_images
+from dynskip.backbone.check import inspect, inspect_and_verify
+from dynskip.backbone.taken import Taken, check_unchanged, check_width
 from dynskip.errors import DynskipError
 
 
@@ -45,7 +46,9 @@ class StagedBackbone(nn.Module):
         boundaries: Sequence[str],
         segments: dict[bool, list[Segment]],
         constants: dict[str, Tensor],
+        taken: dict[bool, dict[str, Taken]],
         input_size: tuple[int, int, int],
+        expected: Tensor | None,
         classifier: nn.Module | None = None,
         origin: dict[str, Any] | None = None,
     ) -> None:
@@ -60,11 +63,12 @@ class StagedBackbone(nn.Module):
         self._opened = opened(model, boundaries)
         # By training mode: the stages and the head, and for every stage the kinds of its values (see `Carry`).
         self._segments = segments
+        self._taken = taken
         self._kinds: dict[bool, list[tuple[Any, ...]]] = {}
         for name, tensor in constants.items():
             # Not parameters of the model, so not in its checkpoints; but they have to follow `.to(device)`.
             self.register_buffer(name, tensor, persistent=False)
-        self._inspect()
+        self._inspect(expected)
 
     @property
     def num_stages(self) -> int:
@@ -81,8 +85,10 @@ class StagedBackbone(nn.Module):
             The carry.
 
         Raises:
-            DynskipError: if the rank or the number of channels is not the model's.
+            DynskipError: if the rank or the number of channels is not the model's, or the model was changed after it
+                was cut.
         """
+        check_unchanged(self.model, self._taken[self.model.training])
         if images.ndim != 4 or images.shape[1] != self.input_size[0]:
             raise DynskipError(
                 f"Images of shape {tuple(images.shape)} do not fit this backbone; it takes (B, "
@@ -114,7 +120,9 @@ class StagedBackbone(nn.Module):
             `(B, C_n)` features. Class and register tokens are left out where patch tokens stand beside them.
         """
         tensors = [tensor for tensor, _ in flatten(carry.values[-1:], carry.kinds[-1:])]
-        return _pool(tensors[self._positions[stage]], self.layouts[stage], self._prefix_tokens[stage])
+        pooled = _pool(tensors[self._positions[stage]], self.layouts[stage], self._prefix_tokens[stage])
+        check_width(f"stage {self.stage_names[stage]!r}", self.num_features[stage], pooled.shape[1])
+        return pooled
 
     def head(self, carry: Carry) -> Tensor:
         """Run what follows the last stage: final norm, pooling and classifier.
@@ -126,7 +134,9 @@ class StagedBackbone(nn.Module):
             `(B, K)` logits. An encoder without a classifier answers with its `(B, C)` pooled features.
         """
         features = _pool(self._answer(carry), self._end_layout)
-        return features if self.classifier is None else self.classifier(features)
+        logits = features if self.classifier is None else self.classifier(features)
+        check_width("the head", self.num_classes, logits.shape[1])
+        return logits  # type: ignore[no-any-return]
 
     def forward(self, images: Tensor) -> Tensor:
         """Run all stages and the head; equals the original model.
@@ -172,41 +182,27 @@ class StagedBackbone(nn.Module):
     # Inspection: once, when the backbone is made
 
     @torch.no_grad()
-    def _inspect(self) -> None:
-        """Find the kinds of crossing values, and what the stages and the model end with."""
+    def _inspect(self, expected: Tensor | None) -> None:
+        """Find the kinds of crossing values, and what the stages and the model end with; compare with the model."""
         with in_mode(self.model, False):
-            self._describe(self._classify())
+            self._describe(inspect(self, (1, 2)) if expected is None else inspect_and_verify(self, expected))
         if [part.source for part in self._segments[True]] == [part.source for part in self._segments[False]]:
             self._segments[True], self._kinds[True] = list(self._segments[False]), self._kinds[False]
         else:  # other values cross in training, where running the model moves BatchNorm statistics
             copied = twin(self, True)
-            copied._classify()
-            self._segments, self._kinds = copied._segments, copied._kinds
+            with keeping_random_state(self.model):
+                inspect(copied, (2, 3))  # BatchNorm may refuse a single image
+            self._segments[True], self._kinds[True] = copied._segments[True], copied._kinds[True]
 
-    def _classify(self) -> list[tuple[Any, ...]]:
-        """Set the kinds of the model's mode; return all values of a run of 3 images."""
-        two, three = (self._trail(probe_images(self.model, self.input_size, batch)) for batch in (2, 3))
-        self._kinds[self.model.training] = [
-            kind_of(a, b, name) for a, b, name in zip(two[:-1], three[:-1], self.stage_names, strict=True)
-        ]
-        return three
-
-    def _trail(self, images: Tensor) -> list[tuple[Any, ...]]:
-        trail, values, segments = [], (images,), self._segments[self.model.training]
-        for n, part in enumerate(segments):
-            before = [(x, x.clone()) for x in tree_leaves(values) if isinstance(x, Tensor)]
-            values = self._call(n, values)
-            if any(not torch.equal(x, was) for x, was in before):
-                segments[n] = replace(part, overwrites=True)
-            trail.append(values)
-        (answer,) = values
-        if not isinstance(answer, Tensor) or answer.ndim not in (2, 3, 4):
-            what = f"tensor of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
-            raise DynskipError(
-                f"{type(self.model).__name__} returns a {what}, where one tensor was expected: (B, K) logits, or "
-                "features that can be pooled. Wrap it in a module that returns the logits alone."
-            )
-        return trail
+    def _try(self, segment: int, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Run a segment on copies of its inputs, and note whether it works in place on them."""
+        copies = tree_map_only(Tensor, torch.clone, values)
+        result = self._call(segment, copies)
+        pairs = zip(tree_leaves(values), tree_leaves(copies), strict=True)
+        if any(isinstance(x, Tensor) and not torch.equal(x, y) for x, y in pairs):
+            segments = self._segments[self.model.training]
+            segments[segment] = replace(segments[segment], overwrites=True)
+        return result
 
     def _describe(self, trail: list[tuple[Any, ...]]) -> None:
         """Find what is pooled of every stage, and the number of classes."""

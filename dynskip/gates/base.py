@@ -153,8 +153,12 @@ def parts_of(gate: Any) -> GateParts:
     # Hooks on the gate, and a `forward` of a subclass, take part only in a call of the whole gate.
     whole = len(levels) < 3 or levels["forward"] < max(levels.values())
     if whole or gate._forward_hooks or gate._forward_pre_hooks:
-        return GateParts(lambda pooled: pooled, gate, memory, False)
+        return GateParts(_as_it_is, gate, memory, False)
     return GateParts(gate.embed, gate.step, memory, getattr(gate, "broadcasts", False))
+
+
+def _as_it_is(pooled: Tensor) -> Tensor:
+    return pooled
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:

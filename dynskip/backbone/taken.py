@@ -1,0 +1,107 @@
+"""What a cut takes from a model for good while its code is traced, and whether the model still has it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from dynskip.errors import DynskipError
+
+_LIVE = {"grad_checkpointing", *dir(nn.Module())}  # what is looked up when stages run, or is no setting
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a cut took from one module.
+
+    Attributes:
+        values: settings that the traced code read, such as `drop_rate`.
+        parts: names of the layers and tensors of an opened module; `None` for a module that was only read.
+    """
+
+    values: dict[str, Any]
+    parts: list[str] | None
+
+
+def record(root: nn.Module, is_real: Callable[[], bool]) -> dict[nn.Module, dict[str, Any]]:
+    """Record from now on which settings are read from a model's modules, but for those read in a real run."""
+    found: dict[nn.Module, dict[str, Any]] = {}
+    classes: dict[type, type] = {}
+
+    def watched(cls: Any) -> type:
+        def read(self: Any, name: str) -> Any:
+            value = cls.__getattribute__(self, name)
+            if name not in _LIVE and _is_setting(value) and not is_real():
+                found.setdefault(self, {}).setdefault(name, copy.deepcopy(value))
+            return value
+
+        return type(cls.__name__, (cls,), {"__module__": cls.__module__, "__getattribute__": read})
+
+    for module in root.modules():
+        cls = type(module)
+        if cls.__getattribute__ is object.__getattribute__:  # not where a class has its own way, as TorchScript's have
+            module.__class__ = classes[cls] = classes.get(cls) or watched(cls)
+    return found
+
+
+def contents_of(module: nn.Module) -> list[str]:
+    """Name the layers, parameters and buffers that a module holds itself."""
+    held = (*module._modules.items(), *module._parameters.items(), *module._buffers.items())
+    return [name for name, part in held if part is not None]
+
+
+def remove_hooks(module: nn.Module) -> None:
+    """Remove a module's forward and backward hooks."""
+    for hooks in _HOOKS:
+        getattr(module, hooks).clear()
+
+
+def check_unchanged(model: nn.Module, taken: Mapping[str, Taken]) -> None:
+    """Raise where a model is no longer what it was when it was cut."""
+    for name, was in taken.items():
+        where = repr(name) if name else type(model).__name__
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise _changed(f"{where} is gone") from None
+        for setting, value in was.values.items():
+            now = getattr(module, setting, None)
+            if not (_is_setting(now) and now == value):
+                raise _changed(f"`{setting}` of {where} was {value!r} and is {now!r}")
+        if was.parts is None:
+            continue
+        if was.parts != (parts := contents_of(module)):
+            raise _changed(f"{where} had the parts {was.parts} and has {parts}")
+        if any(getattr(module, hooks) for hooks in _HOOKS):
+            opened = (name for name, each in taken.items() if name and each.parts is not None)
+            holding = [f"the {type(model).__name__} itself", *map(repr, opened)]
+            raise DynskipError(
+                f"There are hooks on {where}, which would never run: a boundary lies inside, so its code runs in "
+                f"pieces. Register them on other modules than those that hold a boundary: {', '.join(holding)}."
+            )
+
+
+def check_width(what: str, was: int, now: int) -> None:
+    """Raise where a layer has been replaced by one of another width."""
+    if now != was:
+        raise _changed(f"{what} gave {was} values and gives {now}")
+
+
+def _changed(what: str) -> DynskipError:
+    return DynskipError(
+        f"The model was changed after it was cut: {what}. Stages run the code as it was when it was cut. Stage the "
+        "model anew: stage_model(backbone.model, ...)."
+    )
+
+
+def _is_setting(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_setting, value))
+    if isinstance(value, dict):
+        return all(map(_is_setting, value.values()))
+    return value is None or isinstance(value, bool | int | float | str)

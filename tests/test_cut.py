@@ -1,0 +1,347 @@
+"""What a cut is while it is made and afterwards: pickled, made beside other threads, told of changes and of hooks."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import functools
+import io
+import multiprocessing
+import pickle
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import SIZE, randn, random_gates, timm_network, toy_model, toy_video
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from dynskip import DynskipError, FixedGate, RandomGate, StagedBackbone, StopOrForward, stage_model
+
+SHAPE = (3, 64, 64)
+
+
+def images(batch: int = 2) -> Tensor:
+    return randn(batch, *SHAPE, seed=1, dtype=torch.float32)
+
+
+def resnet(**kwargs: Any) -> StagedBackbone:
+    return stage_model(copy.deepcopy(timm_network("test_resnet", 64)), input_size=SHAPE, **kwargs).eval()
+
+
+def assert_is_its_model(backbone: StagedBackbone) -> None:
+    with torch.no_grad():
+        assert torch.equal(backbone(images()), backbone.model(images()))
+
+
+# Pickled
+
+
+def through_torch(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [lambda x: pickle.loads(pickle.dumps(x)), through_torch, copy.deepcopy])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "twins_svt_small", "toy"])
+def test_a_pickled_model_answers_the_same(name: str, copied: Callable[[Any], Any]) -> None:
+    model, video = toy_model(), toy_video()
+    if name != "toy":  # glue of all kinds: constants, tuples, helpers of timm's that are called by name
+        kwargs = {} if name == "test_resnet" else {"img_size": 64}
+        backbone = stage_model(copy.deepcopy(timm_network(name, 64, **kwargs, drop_rate=0.1)), input_size=SHAPE)
+        gates = [gate.float() for gate in random_gates(backbone.num_features, seed=1)]
+        model, video = StopOrForward(backbone, gates).eval(), toy_video(2, 3, size=64, dtype=torch.float32)
+    again = copied(model)
+    assert torch.equal(again(video).logits, model(video).logits)
+    torch.manual_seed(0)
+    expected = model.train()(video).logits
+    torch.manual_seed(0)
+    assert torch.equal(again.train()(video).logits, expected)
+
+
+@pytest.mark.parametrize("gate", ["policy", "fixed", "random"])
+def test_a_pickled_session_goes_on(gate: str) -> None:
+    model, video = toy_model(), toy_video(1)
+    if gate != "policy":
+        gates = [FixedGate() if gate == "fixed" else RandomGate(width, 0.5) for width in model.backbone.num_features]
+        model = StopOrForward(model.backbone, gates).eval()
+    session = model.stream()
+    session(video[0, 0])
+    again = pickle.loads(pickle.dumps(session))
+    for each in (session, again):
+        torch.manual_seed(0)
+        each(video[0, 1])
+    assert torch.equal(again.result().logits, session.result().logits)
+
+
+def answer_to(path: Path, model: StopOrForward, video: Tensor) -> None:
+    torch.save(model(video).logits, path)
+
+
+def test_a_model_goes_to_a_spawned_process(tmp_path: Path) -> None:
+    model, video = toy_model(), toy_video()
+    process = multiprocessing.get_context("spawn").Process(target=answer_to, args=(tmp_path / "a", model, video))
+    process.start()
+    process.join()
+    assert torch.equal(torch.load(tmp_path / "a"), model(video).logits)
+
+
+# Beside other threads
+
+
+def test_models_are_cut_beside_one_another_and_beside_one_that_serves() -> None:
+    serving, plain = resnet(), torch.nn.Module.__call__
+    faults: list[BaseException] = []
+    counts: collections.Counter[str] = collections.Counter()
+    stop = threading.Event()
+
+    def repeat(what: str, run: Callable[[], Any], times: int | None) -> None:
+        while not stop.is_set() if times is None else counts[what] < times:
+            counts[what] += 1
+            try:
+                run()
+            except BaseException as error:
+                faults.append(error)
+                return
+
+    server = threading.Thread(target=repeat, args=("serve", functools.partial(assert_is_its_model, serving), None))
+    cutters = [
+        threading.Thread(
+            target=repeat, args=(name, functools.partial(stage_model, name, **kwargs, input_size=SHAPE), 5)
+        )
+        for name, kwargs in {"test_resnet": {}, "test_convnext": {}, "test_vit": {"img_size": 64}}.items()
+    ]
+    server.start()
+    for thread in cutters:
+        thread.start()
+    for thread in cutters:
+        thread.join()
+    stop.set()
+    server.join()
+    assert not faults
+    assert counts["serve"] > 1
+    assert torch.nn.Module.__call__ is plain
+    assert nn.Linear(2, 2)(torch.zeros(1, 2)).shape == (1, 2)
+
+
+def test_a_cut_in_another_thread_repeats_no_random_numbers() -> None:
+    drawn: list[float] = []
+    stop = threading.Event()
+
+    def draw() -> None:
+        while not stop.is_set():
+            drawn.append(float(torch.rand((), dtype=torch.float64)))
+
+    model = copy.deepcopy(timm_network("test_resnet", 64))
+    thread = threading.Thread(target=draw)
+    thread.start()
+    for _ in range(3):
+        stage_model(model, input_size=SHAPE)
+    stop.set()
+    thread.join()
+    assert len(set(drawn)) == len(drawn) > 0
+
+
+# Changed after the cut
+
+
+class Settings(nn.Module):
+    """Reads settings of its own, of a child, and of containers."""
+
+    scale = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.drop, self.options, self.extra = nn.Dropout(0.5), {"shift": [0.5, 1]}, None
+        self.layers = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Identity())
+        self.head, self.unread, self.calls = nn.Linear(4, 4), 3, 0
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.one(x) * self.scale + self.options["shift"][0]
+        x = F.dropout(self.layers(self.two(x)), self.drop.p, self.training)
+        if self.extra is not None:
+            x = self.extra(x)
+        return self.head(x.mean((2, 3)))
+
+
+def settings_backbone() -> Any:
+    return stage_model(Settings(), ["one", "layers.0"], input_size=(3, SIZE, SIZE)).eval()
+
+
+def frames(backbone: StagedBackbone) -> Tensor:
+    return randn(2, *backbone.input_size, seed=1, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "telling"),
+    [
+        (lambda m: setattr(m, "scale", 2.0), r"`scale` of Settings was 1.0 and is 2.0"),
+        (lambda m: setattr(m.drop, "p", 0.1), "`p` of 'drop' was 0.5 and is 0.1"),
+        (lambda m: m.options["shift"].__setitem__(0, 2), "`options` of Settings"),
+        (lambda m: setattr(m, "extra", torch.tanh), "`extra` of Settings was None"),
+        (lambda m: setattr(m, "extra", nn.Tanh()), "`extra`|has .*'extra'"),
+        (lambda m: m.layers.append(nn.Tanh()), r"'layers' had the parts \['0', '1'\] and has \['0', '1', '2'\]"),
+        (lambda m: m.layers.insert(0, nn.Tanh()), "'layers' had the parts"),
+        (lambda m: m.layers.pop(1), "'layers' had the parts"),
+        (lambda m: setattr(m, "layers", m.layers[:1]), "'layers' had the parts"),
+        (lambda m: setattr(m, "drop", nn.Identity()), "`p` of 'drop' was 0.5 and is None"),
+        (lambda m: m.register_parameter("more", nn.Parameter(torch.zeros(1))), "has .*'more'"),
+        (lambda m: m.__delattr__("layers"), "'layers' is gone|had the parts"),
+        (lambda m: setattr(m, "head", nn.Linear(4, 7)), "the head gave 4 values and gives 7"),
+        (lambda m: m.layers.__setitem__(0, nn.Conv2d(4, 5, 1)), "stage 'layers.0' gave 4 values and gives 5"),
+    ],
+)
+def test_a_change_after_the_cut_is_noticed(change: Callable[[Any], Any], telling: str) -> None:
+    backbone = settings_backbone()
+    for model in (backbone, copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone))):
+        change(model.model)
+        with pytest.raises(
+            DynskipError, match=rf"changed after it was cut: .*({telling}).*stage_model\(backbone.model"
+        ):
+            wrapped(model)(frames(model)[:, None])
+
+
+def wrapped(backbone: StagedBackbone) -> StopOrForward:
+    return StopOrForward(backbone, [FixedGate() for _ in backbone.num_features]).eval()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m, "unread", 4),
+        lambda m: setattr(m.layers, "0", nn.Conv2d(4, 4, 1)),
+        lambda m: m.layers.__setitem__(1, nn.Tanh()),
+        lambda m: setattr(m, "head", nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 4))),
+        lambda m: m.one.register_forward_hook(lambda module, inputs, output: output * 2),
+        lambda m: prune.l1_unstructured(m.two, "weight", amount=0.5),
+        lambda m: m.load_state_dict(Settings().state_dict(), assign=True),
+        lambda m: m.requires_grad_(False),
+    ],
+)
+@torch.no_grad()
+def test_a_change_that_stages_follow_is_allowed(change: Callable[[Any], Any]) -> None:
+    backbone = settings_backbone()
+    change(backbone.model)
+    assert torch.equal(backbone(frames(backbone)), backbone.model(frames(backbone)))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_changed_timm_model_is_noticed_in_both_modes(mode: bool) -> None:
+    vit = stage_model(copy.deepcopy(timm_network("test_vit", 64, img_size=64)), input_size=SHAPE)
+    vit.model.reset_classifier(7, global_pool="avg")
+    dropping = resnet()
+    dropping.model.drop_rate = 0.9
+    other_head = resnet()
+    other_head.model.reset_classifier(7)
+    for backbone in (vit, dropping, other_head):
+        with pytest.raises(DynskipError, match="changed after it was cut"):
+            wrapped(backbone).train(mode)(images()[:, None])
+        assert_is_its_model(stage_model(backbone.model, input_size=SHAPE).eval())
+
+
+# Hooks
+
+HOOKS = ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook")
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("register", [*HOOKS, "register_full_backward_pre_hook"])
+@pytest.mark.parametrize("name", ["", "layer2"])
+def test_hooks_on_opened_modules_are_refused(name: str, register: str, when: str) -> None:
+    model = copy.deepcopy(timm_network("test_resnet", 64))
+    stage = functools.partial(stage_model, model, ["layer1", "layer2.0"], input_size=SHAPE)
+    backbone = stage() if when == "after" else None
+    seen: list[Any] = []
+    handle = getattr(model.get_submodule(name), register)(lambda *args: seen.append(args))
+    with pytest.raises(DynskipError, match=r"hooks on .*hold a boundary: the ResNet itself, 'layer2'"):
+        stage() if backbone is None else backbone(images())
+    handle.remove()
+    assert not any(isinstance(value, torch.fx.Proxy) for args in seen for value in args)
+    assert_is_its_model(backbone or stage())
+
+
+@pytest.mark.parametrize("register", HOOKS)
+def test_hooks_on_all_other_modules_fire(register: str) -> None:
+    backbone = resnet()
+    seen = []
+    for name in ("conv1", "layer2", "layer3.0.conv1", "fc"):
+        getattr(backbone.model.get_submodule(name), register)(lambda *_, name=name: seen.append(name))
+    backbone(images().requires_grad_()).sum().backward()
+    assert sorted(seen) == ["conv1", "fc", "layer2", "layer3.0.conv1"]
+
+
+# Modules that come twice
+
+
+@pytest.mark.parametrize("container", [list, lambda parts: nn.Sequential(*parts)])
+@pytest.mark.parametrize("order", ["abbh", "abab", "aabh", "abbb"])
+def test_one_module_may_be_several_stages(order: str, container: Callable[[Any], Any]) -> None:
+    parts = {"a": nn.Conv2d(3, 3, 3, padding=1), "b": nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU())}
+    parts["h"] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+    modules = [parts[letter] for letter in order]
+    backbone = stage_model(container(modules), input_size=(3, SIZE, SIZE)).eval()
+    assert backbone.num_stages == len(order) - 1
+    with torch.no_grad():
+        assert torch.equal(backbone(frames(backbone)), nn.Sequential(*modules)(frames(backbone)))
+    assert {id(p) for p in backbone.parameters()} == {id(p) for part in modules for p in part.parameters()}
+
+
+# Samples that depend on one another
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 6, 3, padding=1), nn.Linear(6, 3)
+
+    def before(self, x: Tensor) -> Tensor:
+        return x
+
+    def after(self, x: Tensor, images: Tensor) -> Tensor:
+        return x
+
+    def forward(self, x: Tensor) -> Any:
+        return self.after(self.head(self.two(self.one(self.before(x))).mean((2, 3))), x)
+
+
+BATCH_WIDE: dict[str, Callable[[Tensor], Tensor]] = {
+    "brightest": lambda x: x.abs().amax(),
+    "range": lambda x: x.amax() - x.amin(),
+    "spread": lambda x: x.std(),
+    "spread of channels": lambda x: x.std((0, 2, 3), keepdim=True).mean(),
+    "first": lambda x: x[:1].mean(),
+    "sum": lambda x: x.mean((0, 2, 3)).sum(),
+}
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("value", BATCH_WIDE)
+def test_values_of_the_whole_batch_are_refused(value: str, where: str) -> None:
+    class Mixing(Net):
+        def before(self, x: Tensor) -> Tensor:
+            return x / BATCH_WIDE[value](x) if where == "before" else x
+
+        def after(self, x: Tensor, images: Tensor) -> Tensor:
+            return x * BATCH_WIDE[value](images) if where == "after" else x
+
+    # `after`: the value is read by the head alone, of images that cross all boundaries, or is made in stage 0.
+    with pytest.raises(DynskipError, match="other values on a part of the batch"):
+        stage_model(Mixing(), ["one", "two"], input_size=(3, SIZE, SIZE))
+
+
+@pytest.mark.parametrize("value", BATCH_WIDE)
+def test_a_value_that_crosses_and_is_not_of_a_sample_is_refused(value: str) -> None:
+    class Crossing(Net):
+        def forward(self, x: Tensor) -> Any:
+            scale = BATCH_WIDE[value](x)
+            return super().forward(x) * scale
+
+    with pytest.raises(DynskipError, match="Boundary 'one': the stage gives other values on a part of the batch"):
+        stage_model(Crossing(), ["one", "two"], input_size=(3, SIZE, SIZE))
+    assert stage_model(Crossing(), ["one", "two"], input_size=(3, SIZE, SIZE), verify=False).num_stages == 2
