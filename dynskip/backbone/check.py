@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dynskip._modes import in_mode
-from dynskip.backbone._fx import BY_HAND
+from dynskip.backbone._fx import BY_HAND, keeping_random_state, twin
 from dynskip.backbone.carry import Carry, flatten
 from dynskip.errors import DynskipError
 
@@ -26,15 +26,21 @@ def probe_images(model: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
     return images.to(like.device, like.dtype)
 
 
-def fitting_size(model: nn.Module, given: tuple[int, int, int] | None) -> tuple[tuple[int, int, int], Any]:
-    """Return the size to cut at, and what the model gives for the second probe image of that size."""
+def fitting_size(
+    model: nn.Module, given: tuple[int, int, int] | None, verify: bool
+) -> tuple[tuple[int, int, int], Tensor | None]:
+    """Return the size to cut at, and what the model gives for the second probe image of that size, to verify with."""
     sizes = [given] if given is not None else _likely_sizes(model)
+    if not verify and len(sizes) == 1:
+        return sizes[0], None
     for size in sizes:
         try:
             with torch.no_grad(), in_mode(model, False):
-                return size, model(probe_images(model, size)[1:2])
+                answer = model(probe_images(model, size)[1:2])
         except Exception as error:
             refusal = error
+        else:
+            return size, answer if verify else None
     raise DynskipError(
         f"{type(model).__name__} refuses images of {' or '.join('x'.join(map(str, size)) for size in sizes)} "
         f"({type(refusal).__name__}: {refusal}). Pass input_size=(C, H, W) that it takes; models with position tables "
@@ -126,6 +132,19 @@ def inspect(
     return [*trail, many]
 
 
+def inspect_shapes(backbone: StagedBackbone, training: bool, batches: tuple[int, int]) -> list[tuple[Any, ...]]:
+    """Inspect a backbone without computing anything, on the meta device; where its code cannot run there, for real."""
+    with keeping_random_state(backbone.model):
+        try:
+            copied = twin(backbone, training).to("meta")
+            trail = inspect(copied, batches)
+        except Exception:
+            copied = twin(backbone, training)  # running a model in training mode moves BatchNorm statistics
+            trail = inspect(copied, batches)
+    backbone._segments[training], backbone._kinds[training] = copied._segments[training], copied._kinds[training]
+    return trail
+
+
 def inspect_and_verify(backbone: StagedBackbone, expected: Tensor) -> list[tuple[Any, ...]]:
     """Inspect a backbone, and raise where it is not its model, or a sample's values depend on its neighbours."""
     try:
@@ -138,7 +157,7 @@ def inspect_and_verify(backbone: StagedBackbone, expected: Tensor) -> list[tuple
             inspect(precise, (1, 2), precise.model(image))
         except Exception:
             raise error from None
-        return inspect(backbone, (1, 2))
+        return inspect_shapes(backbone, False, (1, 2))
 
 
 def _check_answer(backbone: StagedBackbone, answer: Any) -> None:

@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from dynskip._modes import in_mode
-from dynskip.backbone._fx import DEVICE, Segment, keeping_random_state, opened, twin
+from dynskip.backbone._fx import DEVICE, Segment, opened
 from dynskip.backbone.carry import Carry, flatten, with_sizes
-from dynskip.backbone.check import inspect, inspect_and_verify
+from dynskip.backbone.check import inspect_and_verify, inspect_shapes
 from dynskip.backbone.taken import Taken, check_unchanged, check_width
 from dynskip.errors import DynskipError
 
@@ -181,25 +181,23 @@ class StagedBackbone(nn.Module):
 
     # Inspection: once, when the backbone is made
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _inspect(self, expected: Tensor | None) -> None:
         """Find the kinds of crossing values, and what the stages and the model end with; compare with the model."""
         with in_mode(self.model, False):
-            self._describe(inspect(self, (1, 2)) if expected is None else inspect_and_verify(self, expected))
+            trail = inspect_shapes(self, False, (1, 2)) if expected is None else inspect_and_verify(self, expected)
+            self._describe(trail)
         if [part.source for part in self._segments[True]] == [part.source for part in self._segments[False]]:
             self._segments[True], self._kinds[True] = list(self._segments[False]), self._kinds[False]
-        else:  # other values cross in training, where running the model moves BatchNorm statistics
-            copied = twin(self, True)
-            with keeping_random_state(self.model):
-                inspect(copied, (2, 3))  # BatchNorm may refuse a single image
-            self._segments[True], self._kinds[True] = copied._segments[True], copied._kinds[True]
+        else:  # other values cross in training
+            inspect_shapes(self, True, (2, 3))  # BatchNorm may refuse a single image
 
     def _try(self, segment: int, values: tuple[Any, ...]) -> tuple[Any, ...]:
         """Run a segment on copies of its inputs, and note whether it works in place on them."""
         copies = tree_map_only(Tensor, torch.clone, values)
         result = self._call(segment, copies)
-        pairs = zip(tree_leaves(values), tree_leaves(copies), strict=True)
-        if any(isinstance(x, Tensor) and not torch.equal(x, y) for x, y in pairs):
+        if any(isinstance(x, Tensor) and x._version for x in tree_leaves(copies)):
             segments = self._segments[self.model.training]
             segments[segment] = replace(segments[segment], overwrites=True)
         return result
@@ -239,7 +237,8 @@ class StagedBackbone(nn.Module):
             return features
         try:
             with in_mode(self.classifier, False):
-                logits = self.classifier(features)
+                device = next(self.parameters()).device  # the features may be on the meta device
+                logits = self.classifier(torch.zeros_like(features, device=device))
         except Exception as error:
             name = type(self.model).__name__
             raise DynskipError(
