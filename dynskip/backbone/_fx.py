@@ -55,16 +55,25 @@ def opened(model: nn.Module, boundaries: Sequence[str]) -> list[str]:
     ]
 
 
-def trace(
-    model: nn.Module, boundaries: Sequence[str], training: bool, images: Tensor
-) -> tuple[fx.Graph, dict[str, Tensor], dict[str, Taken]]:
-    """Trace a twin of the model, which stays as it is.
+@dataclass(frozen=True)
+class Trace:
+    """A traced forward pass.
 
-    The boundaries appear as calls of their own. Real images serve to look up what symbols cannot tell.
-
-    Returns:
-        The graph; the tensors made while tracing, by name; and what was taken from the model, by module.
+    Attributes:
+        graph: its graph, in which boundaries are calls of their own.
+        constants: the tensors made while tracing, by name.
+        taken: what was taken from the model, by module.
+        of_any_mode: whether the other mode has the same graph, since the code never asked for it.
     """
+
+    graph: fx.Graph
+    constants: dict[str, Tensor]
+    taken: dict[str, Taken]
+    of_any_mode: bool
+
+
+def trace(model: nn.Module, boundaries: Sequence[str], training: bool, images: Tensor) -> Trace:
+    """Trace a twin of the model, which stays as it is. Images serve to look up what symbols cannot tell."""
     traced, inside = twin(model, training), opened(model, boundaries)
     for module in map(traced.get_submodule, inside):
         remove_hooks(module)
@@ -72,6 +81,7 @@ def trace(
             # torch.utils.checkpoint cannot be traced. Stages of such modules are checkpointed as a whole when they run.
             module.grad_checkpointing = False  # type: ignore[assignment]
     tracer = _Tracer(inside)
+    read = record(traced, lambda: tracer.is_real())
     try:
         graph = tracer.trace(traced)
     except Exception:
@@ -99,13 +109,14 @@ def trace(
         node.args, node.kwargs = map_aggregate(
             (node.args, node.kwargs), lambda x: device if isinstance(x, torch.device) else x
         )
-    taken = {}
+    taken, asks = {}, isinstance(tracer, _WatchingTracer)  # what a module returns may depend on its mode
     for name, module in traced.named_modules():
-        values = tracer.read.get(module, {})
+        values = read.get(module, {})
+        asks |= values.pop("training", None) is not None
         parts = contents_of(model.get_submodule(name)) if name in inside else None
         if values or parts is not None:
             taken[name] = Taken(values, parts)
-    return graph, constants, taken
+    return Trace(graph, constants, taken, not asks)
 
 
 class _Tracer(fx.Tracer):
@@ -116,10 +127,8 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_functions=tuple(f for f in get_notrace_functions() if callable(f)))
         self._inside = inside
         self._thread = threading.get_ident()
-        self.read: dict[nn.Module, dict[str, Any]] = {}
 
     def trace(self, root: nn.Module, concrete_args: Any = None) -> fx.Graph:  # type: ignore[override]
-        self.read = record(root, self.is_real)
         with _ALONE:
             return super().trace(root, concrete_args)
 

@@ -174,9 +174,10 @@ def _tensors(values: Any, kinds: Any) -> list[Tensor]:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
+    if torch.equal(a, b):
+        return True
     if not a.is_floating_point() or not a.numel():
-        return torch.equal(a, b)
+        return False
     # Convolutions pick other algorithms for other batch sizes; half precision rounds more coarsely.
     tolerance = 1e-4 if a.dtype in (torch.float32, torch.float64) else 3e-2
-    largest = float(b.abs().nan_to_num(0.0, 0.0).max().clamp(min=1e-6))  # masks may hold infinities
-    return torch.allclose(a, b, rtol=0, atol=tolerance * largest)
+    return bool((a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1e-6))

@@ -81,14 +81,18 @@ def stage_model(
     segments: dict[bool, list[Segment]] = {}
     taken: dict[bool, dict[str, Taken]] = {}
     constants: dict[str, Tensor] = {}
-    for training in (False, True):
-        # The code between the stages may differ between the modes (F.dropout), so each mode has its own segments.
-        graph, made, taken[training] = trace(model, names, training, images)
-        constants |= made
-        cuts = [_boundary_node(graph, name, model) for name in names]
+    # The code between the stages may differ between the modes (F.dropout). Then each mode has its own segments.
+    traces = {False: trace(model, names, False, images)}
+    if not traces[False].of_any_mode:
+        traces[True] = trace(model, names, True, images)
+    for training, traced in traces.items():
+        cuts = [_boundary_node(traced.graph, name, model) for name in names]
         if boundaries is None:
-            cuts = _default_cuts(model, names[0], cuts, graph, num_stages)
-        segments[training] = split(graph, cuts)
+            cuts = _default_cuts(model, names[0], cuts, traced.graph, num_stages)
+        segments[training], taken[training] = split(traced.graph, cuts), traced.taken
+        constants |= traced.constants
+    segments.setdefault(True, list(segments[False]))
+    taken.setdefault(True, taken[False])
     stage_names = names
     if boundaries is None:
         # A stem that ends in glue (a position embedding is added) has no module to be named after.

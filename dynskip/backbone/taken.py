@@ -11,7 +11,7 @@ from torch import nn
 
 from dynskip.errors import DynskipError
 
-_LIVE = {"grad_checkpointing", *dir(nn.Module())}  # what is looked up when stages run, or is no setting
+_NO_SETTINGS = {"grad_checkpointing", *dir(nn.Module())} - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -36,7 +36,7 @@ def record(root: nn.Module, is_real: Callable[[], bool]) -> dict[nn.Module, dict
     def watched(cls: Any) -> type:
         def read(self: Any, name: str) -> Any:
             value = cls.__getattribute__(self, name)
-            if name not in _LIVE and _is_setting(value) and not is_real():
+            if name not in _NO_SETTINGS and _is_setting(value) and not is_real():
                 found.setdefault(self, {}).setdefault(name, copy.deepcopy(value))
             return value
 
