@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import per_video  # noqa: E402
 import plot  # noqa: E402
 import similarity  # noqa: E402
 import soak  # noqa: E402
+import startup  # noqa: E402
 import training_step  # noqa: E402
 
 from dynskip.video import stick_figures  # noqa: E402
@@ -59,6 +61,13 @@ def test_scripts_run_and_end_with_a_ratio(script: Any, tmp_path: Path, capsys: p
     assert all(row["median_ms"] > 0 and row["gmacs"] > 0 for row in content["results"].values())
     *_, (name, ratio) = content["ratios"].items()
     assert printed[-1].startswith(f"{name}: {ratio['value']:.3f}")
+
+
+def test_start_up_is_told_in_forwards(capsys: pytest.CaptureFixture[str]) -> None:
+    startup.main(["--backbones", "test_resnet", "--rounds", "1"])
+    assert re.search(
+        r"^test_resnet .* staging [\d.]+ forwards, with verify=False [\d.]+$", capsys.readouterr().out, re.M
+    )
 
 
 def test_per_video_and_both_pictures(tmp_path: Path) -> None:

@@ -64,6 +64,13 @@ def test_a_pickled_model_answers_the_same(name: str, copied: Callable[[Any], Any
     assert torch.equal(again.train()(video).logits, expected)
 
 
+def test_an_optimised_model_is_pickled_without_what_was_compiled() -> None:
+    model, video = toy_model(), toy_video()
+    fast, _ = model.optimize(video, backend="eager")
+    again = pickle.loads(pickle.dumps(fast))
+    torch.testing.assert_close(again(video).logits, fast(video).logits)
+
+
 @pytest.mark.parametrize("gate", ["policy", "fixed", "random"])
 def test_a_pickled_session_goes_on(gate: str) -> None:
     model, video = toy_model(), toy_video(1)
@@ -353,3 +360,17 @@ def test_a_value_that_crosses_and_is_not_of_a_sample_is_refused(value: str) -> N
     with pytest.raises(DynskipError, match="Boundary 'one': the stage gives other values on a part of the batch"):
         stage_model(Crossing(), ["one", "two"], input_size=(3, SIZE, SIZE))
     assert stage_model(Crossing(), ["one", "two"], input_size=(3, SIZE, SIZE), verify=False).num_stages == 2
+
+
+def test_a_cut_that_is_not_verified_is_the_same_cut() -> None:
+    backbone = resnet(verify=False)
+    assert_is_its_model(backbone)
+    assert repr(backbone) == repr(resnet())
+    assert stage_model("test_resnet", num_classes=0, head=nn.Linear(96, 7), verify=False).num_classes == 7
+
+
+@torch.no_grad()
+def test_a_cut_may_be_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        backbone = stage_model("test_resnet", input_size=SHAPE).eval()
+    assert_is_its_model(backbone)
