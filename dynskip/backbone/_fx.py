@@ -21,7 +21,7 @@ from timm.models import get_notrace_functions
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
-from dynskip.backbone.taken import Taken, contents_of, record, remove_hooks
+from dynskip.backbone.taken import Taken, layers_of, record, remove_hooks
 from dynskip.errors import DynskipError
 
 DEVICE = "_device"  # the constant that stands for the device on which the model is when it runs
@@ -113,9 +113,9 @@ def trace(model: nn.Module, boundaries: Sequence[str], training: bool, images: T
     for name, module in traced.named_modules():
         values = read.get(module, {})
         asks |= values.pop("training", None) is not None
-        parts = contents_of(model.get_submodule(name)) if name in inside else None
-        if values or parts is not None:
-            taken[name] = Taken(values, parts)
+        layers = layers_of(model.get_submodule(name)) if name in inside else None
+        if values or layers is not None:
+            taken[name] = Taken(values, layers)
     return Trace(graph, constants, taken, not asks)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from dynskip.errors import DynskipError
@@ -21,11 +22,11 @@ class Taken:
 
     Attributes:
         values: settings that the traced code read, such as `drop_rate`.
-        parts: names of the layers and tensors of an opened module; `None` for a module that was only read.
+        layers: names of the layers in an opened module; `None` for a module that was only read.
     """
 
     values: dict[str, Any]
-    parts: list[str] | None
+    layers: list[str] | None
 
 
 def record(root: nn.Module, is_real: Callable[[], bool]) -> dict[nn.Module, dict[str, Any]]:
@@ -44,15 +45,15 @@ def record(root: nn.Module, is_real: Callable[[], bool]) -> dict[nn.Module, dict
 
     for module in root.modules():
         cls = type(module)
-        if cls.__getattribute__ is object.__getattribute__:  # not where a class has its own way, as TorchScript's have
-            module.__class__ = classes[cls] = classes.get(cls) or watched(cls)
+        if not isinstance(module, torch.jit.ScriptModule):
+            classes[cls] = classes.get(cls) or watched(cls)
+            object.__setattr__(module, "__class__", classes[cls])  # compiled modules hand `setattr` on
     return found
 
 
-def contents_of(module: nn.Module) -> list[str]:
-    """Name the layers, parameters and buffers that a module holds itself."""
-    held = (*module._modules.items(), *module._parameters.items(), *module._buffers.items())
-    return [name for name, part in held if part is not None]
+def layers_of(module: nn.Module) -> list[str]:
+    """Name the layers that a module holds itself."""
+    return [name for name, layer in module._modules.items() if layer is not None]
 
 
 def remove_hooks(module: nn.Module) -> None:
@@ -73,12 +74,12 @@ def check_unchanged(model: nn.Module, taken: Mapping[str, Taken]) -> None:
             now = getattr(module, setting, None)
             if not (_is_setting(now) and now == value):
                 raise _changed(f"`{setting}` of {where} was {value!r} and is {now!r}")
-        if was.parts is None:
+        if was.layers is None:
             continue
-        if was.parts != (parts := contents_of(module)):
-            raise _changed(f"{where} had the parts {was.parts} and has {parts}")
+        if was.layers != (layers := layers_of(module)):
+            raise _changed(f"{where} had the layers {was.layers} and has {layers}")
         if any(getattr(module, hooks) for hooks in _HOOKS):
-            opened = (name for name, each in taken.items() if name and each.parts is not None)
+            opened = (name for name, each in taken.items() if name and each.layers is not None)
             holding = [f"the {type(model).__name__} itself", *map(repr, opened)]
             raise DynskipError(
                 f"There are hooks on {where}, which would never run: a boundary lies inside, so its code runs in "
