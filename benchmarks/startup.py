@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import common
 import timm
@@ -27,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     print(__doc__.splitlines()[0])
     for name in args.backbones:
-        model = timm.create_model(name).eval()
+        model: Any = timm.create_model(name).eval()
         images = torch.randn(3, *model.pretrained_cfg["input_size"])
-        runs = {
+        runs: dict[str, Callable[[], Any]] = {
             "forward": torch.no_grad()(functools.partial(model, images)),
             "verified": functools.partial(stage_model, model),
             "not verified": functools.partial(stage_model, model, verify=False),

@@ -117,12 +117,11 @@ def test_models_are_cut_beside_one_another_and_beside_one_that_serves() -> None:
                 return
 
     server = threading.Thread(target=repeat, args=("serve", functools.partial(assert_is_its_model, serving), None))
-    cutters = [
-        threading.Thread(
-            target=repeat, args=(name, functools.partial(stage_model, name, **kwargs, input_size=SHAPE), 5)
-        )
-        for name, kwargs in {"test_resnet": {}, "test_convnext": {}, "test_vit": {"img_size": 64}}.items()
-    ]
+    sized: dict[str, dict[str, Any]] = {"test_resnet": {}, "test_convnext": {}, "test_vit": {"img_size": 64}}
+    cutters = []
+    for name, kwargs in sized.items():
+        cut = functools.partial(stage_model, name, input_size=SHAPE, **kwargs)
+        cutters.append(threading.Thread(target=repeat, args=(name, cut, 5)))
     server.start()
     for thread in cutters:
         thread.start()
@@ -249,11 +248,11 @@ def test_a_change_that_stages_follow_is_allowed(change: Callable[[Any], Any]) ->
 
 @pytest.mark.parametrize("mode", [True, False])
 def test_a_changed_timm_model_is_noticed_in_both_modes(mode: bool) -> None:
-    vit = stage_model(copy.deepcopy(timm_network("test_vit", 64, img_size=64)), input_size=SHAPE)
+    vit: Any = stage_model(copy.deepcopy(timm_network("test_vit", 64, img_size=64)), input_size=SHAPE)
     vit.model.reset_classifier(7, global_pool="avg")
-    dropping = resnet()
+    dropping: Any = resnet()
     dropping.model.drop_rate = 0.9
-    other_head = resnet()
+    other_head: Any = resnet()
     other_head.model.reset_classifier(7)
     for backbone in (vit, dropping, other_head):
         with pytest.raises(DynskipError, match="changed after it was cut"):

@@ -136,7 +136,7 @@ class StagedBackbone(nn.Module):
         features = _pool(self._answer(carry), self._end_layout)
         logits = features if self.classifier is None else self.classifier(features)
         check_width("the head", self.num_classes, logits.shape[1])
-        return logits  # type: ignore[no-any-return]
+        return logits
 
     def forward(self, images: Tensor) -> Tensor:
         """Run all stages and the head; equals the original model.
