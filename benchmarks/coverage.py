@@ -164,8 +164,8 @@ def find_signatures() -> list[Signature]:
             return [Signature(**entry) for entry in stored["signatures"]]
     print("Building all of timm's models without weights to find their signatures; this takes minutes, once.")
     groups: defaultdict[tuple[Any, ...], list[tuple[bool, int, str]]] = defaultdict(list)
-    own = [name for name in timm.list_models() if timm.models.model_entrypoint(name).__module__.startswith("timm.")]
-    for name in own:  # dynskip registers a model, too
+    names = [name for name in timm.list_models() if timm.models.model_entrypoint(name).__module__.startswith("timm.")]
+    for name in names:  # dynskip registers a model, too
         signature, parameters = describe(name)
         # timm's toys for its own tests stand for others only where there are no others.
         groups[signature].append((name.startswith("test_"), parameters, name))
