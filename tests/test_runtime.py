@@ -665,3 +665,23 @@ def test_runtime_a_long_session_holds_no_more_features_than_a_short_one(batch: i
         session(frame)
     gc.collect()
     assert sum(ref() is not None for ref in made) <= 2 * 3 * batch
+
+
+def test_a_clip_looks_less_far_ahead_where_that_was_in_vain() -> None:
+    """Gates that use one frame and stop all later ones; before it is used, they would let every frame go."""
+    model, video = toy_model(), toy_video(batch=1, frames=32)
+
+    class Once(torch.nn.Module):
+        def initial_state(self, batch: int) -> tuple[torch.Tensor, ...]:
+            return (torch.zeros(batch, 1, dtype=video.dtype),)
+
+        def forward(self, pooled: torch.Tensor, state: tuple[torch.Tensor, ...]) -> Any:
+            margin = 1 - 2 * state[0]
+            return torch.cat([-margin, margin], 1), (torch.ones_like(state[0]),)
+
+    once = StopOrForward(model.backbone, [Once() for _ in range(model.backbone.num_stages)]).eval()
+    output, alone = once(video), once.run_clip(video, window=1)
+    assert torch.equal(output.stopped_at, alone.stopped_at)
+    assert int(output.used.sum()) == 1
+    frame = once.lookup_for((video.shape[3], video.shape[4])).total
+    assert float(output.speculative_macs) <= 3 * frame  # of the first window, and none after it

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 # Most frames in flight, over all videos of a batch: enough to fill a CPU, and a GPU.
 FRAMES_IN_FLIGHT = {"cpu": 64, "gpu": 1024}
 FEW_FRAMES = 128  # up to so many frames, a GPU runs all stages in less time than one wait takes
-LONGEST_STEP = 16  # most frames to look ahead where some may run in vain; a CPU gains little from more
+# Frames to look ahead where some may run in vain: at first, and at most. A CPU gains little from more.
+FIRST_STEP, LONGEST_STEP = 4, 16
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,16 @@ def _run(model: StopOrForward, video: Tensor, lookup: FLOPsLookup, window: int |
         engine.open(min(size, frames - start))
         # In these cases the host hears each gate before the next stage.
         stages = 0 if engine.reached or engine.window == 1 else plan.stages
+        before = live
         stopped_at, live = _run_window(engine, video, start, live, stages, 1 if on_cpu else engine.window)
         stops.append(stopped_at)
         gate_logits.append(engine.gate_logits.unflatten(0, (batch, engine.window)))
         frame_logits.append(engine.frame_logits.unflatten(0, (batch, engine.window)))
         start += engine.window
         if grows and start >= sure:  # a video that has lasted long is likely to last longer
-            size = min(2 * size, max(size, LONGEST_STEP), bound)
+            ran = engine.features.depth.view(batch, engine.window)[before]
+            in_vain = (ran - stopped_at[before] - 1).clamp(min=0).sum() > ran.sum() / 4
+            size = max(1, size // 2) if in_vain else min(2 * size, max(size, LONGEST_STEP), bound)
     tables = _joined(stops, frames, rules.UNSEEN), _joined(gate_logits, frames), _joined(frame_logits, frames)
     return _output(engine, lookup, *tables)
 
@@ -114,7 +118,7 @@ def _usual(model: StopOrForward, batch: int, frames: int, on_cpu: bool, in_order
     if not on_cpu:
         return LookAhead(frames, model.backbone.num_stages if batch * frames <= FEW_FRAMES else 0)
     if model.terminator is None:
-        return LookAhead(frames if in_order else LONGEST_STEP)
+        return LookAhead(frames if in_order else FIRST_STEP)
     sure = model.terminator.min_frames + 1  # no video ends before
     return LookAhead(sure if in_order else math.ceil(sure / math.ceil(sure / LONGEST_STEP)))
 
