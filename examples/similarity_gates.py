@@ -39,9 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         first, *others = backbone.num_features
         model = StopOrForward(backbone, [SimilarityGate(first, args.distance), *(FixedGate() for _ in others)])
         info, count = ImageNetInfo(), backbone.num_classes
-        names = [info.index_to_description(i) for i in range(count)] if count == info.num_classes() else None
+        known = count == info.num_classes()
+        names = [info.index_to_description(i) if known else f"class {i}" for i in range(count)]
         model.class_names = args.class_names.read_text().splitlines() if args.class_names else names
-        model.class_names = model.class_names or [f"class {i}" for i in range(count)]
         mean, std = (tuple(network.pretrained_cfg[key]) for key in ("mean", "std"))
         model.preprocessing = video.Preprocessing(args.size, args.frames, mean, std).to_dict()
         print(f"Wrote {model.eval().save_pretrained(args.out)}.")

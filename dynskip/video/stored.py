@@ -13,7 +13,9 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from tqdm import tqdm
 
 from dynskip.errors import DynskipError
 from dynskip.output import EncodedVideo
-from dynskip.video.clips import Clips, collate
+from dynskip.video.clips import Batch, Clips, collate
 from dynskip.wrapper import StopOrForward
 
 VIDEOS_A_FILE = 32  # as many can be lost when encoding is interrupted
@@ -85,16 +87,22 @@ def encode_clips(model: StopOrForward, clips: Clips, folder: Path, workers: int 
     """
     made_from = _made_from(model.eval(), clips)
     folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, len(clips), VIDEOS_A_FILE)
-    files = [folder / f"{start:06d}.safetensors" for start in starts]
-    read = []
+    positions = range(len(clips))
+    files = {
+        folder / f"{start:06d}.safetensors": positions[start : start + VIDEOS_A_FILE]
+        for start in positions[::VIDEOS_A_FILE]
+    }
+    new = {file for file in files if not file.exists()}
+    missing = [(0, position) for file, own in files.items() if file in new for position in own]
+    # One loader for all files, so that processes that decode are started once.
+    loader = DataLoader(clips, 1, sampler=missing, num_workers=workers if missing else 0, collate_fn=collate)
+    batches, read = iter(loader), []
     with tqdm(total=len(clips), desc=f"encode {folder.name}", leave=False, disable=None) as progress:
-        for start, file in zip(starts, files, strict=True):
-            positions = range(start, min(start + VIDEOS_A_FILE, len(clips)))
-            if not file.exists():
-                _write(file, *_encode(model, clips, positions, workers), made_from)
+        for file, own in files.items():
+            if file in new:
+                _write(file, *_encode(model, clips, islice(batches, len(own))), made_from)
             read.append(_read(file, made_from))
-            progress.update(len(positions))
+            progress.update(len(own))
     if errors := [error for _, found in read for error in found]:
         warnings.warn(f"{len(errors)} videos cannot be read and are left out:\n  " + "\n  ".join(errors), stacklevel=2)
     parts = [tensors for tensors, _ in read if len(tensors["positions"])]
@@ -147,7 +155,7 @@ def fit_linear(layer: nn.Linear, inputs: Tensor, targets: Tensor, weight_decay: 
     layer.zero_grad()
 
 
-def _encode(model: StopOrForward, clips: Clips, positions: range, workers: int) -> tuple[dict[str, Tensor], list[str]]:
+def _encode(model: StopOrForward, clips: Clips, batches: Iterable[Batch]) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors to store of some videos, and why others cannot be read."""
     device = next(model.backbone.parameters()).device
     embeddings: list[Tensor] = []
@@ -155,11 +163,8 @@ def _encode(model: StopOrForward, clips: Clips, positions: range, workers: int) 
     pooled: list[tuple[Tensor, ...]] = []
     done: list[int] = []
     errors: list[str] = []
-    loader = DataLoader(
-        clips, 1, sampler=[(0, position) for position in positions], num_workers=workers, collate_fn=collate
-    )
     try:
-        for batch in loader:
+        for batch in batches:
             errors += batch.errors
             if batch.positions:
                 pooled.append(model.encode(clips.prep.normalize(batch.video.to(device))).pooled)
