@@ -74,6 +74,12 @@ class EarlyExit(Pretrained, Wrapper):
     state_update = "used"
     terminator = None
 
+    def check_setting(self, name: str, value: Any) -> Any:
+        """Refuse settings that make no sense, and those of videos; return thresholds as one a gate."""
+        if name in ("state_update", "terminator") and value != getattr(self, name):
+            raise DynskipError(f"An EarlyExit takes still images, which have no {name}. Use StopOrForward for videos.")
+        return super().check_setting(name, value)
+
     @property
     def deciders(self) -> Any:
         """The exits: each is a gate with the classifier that answers."""
