@@ -106,8 +106,9 @@ def write_curves(file: str | Path, curves: Mapping[str, Sequence[CurvePoint]]) -
                 if isinstance(own := point["termination_threshold"], tuple):
                     del point["termination_threshold"]
                     gates |= {f"termination_{parameter}": value for parameter, value in own}
-                lowest, highest = point.pop("band") or ("", "")
-                rows.append({"curve": name, **point, "lowest": lowest, "highest": highest, **gates})
+                if (edges := point.pop("band")) is not None:
+                    gates |= {"lowest": edges[0], "highest": edges[1]}
+                rows.append({"curve": name, **point, **gates})
         with path.open("w", newline="", encoding="utf-8") as handle:
             writer = csv.DictWriter(handle, dict.fromkeys(itertools.chain(*rows)), restval="")
             writer.writeheader()

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dynskip import rules
 from dynskip._modes import in_mode
-from dynskip.calibrate._points import CurvePoint, Gated, check_fits
+from dynskip.activation import probabilities
+from dynskip.calibrate._groups import band, numbered
+from dynskip.calibrate._points import CurvePoint, Gated, Termination, check_fits, set_termination
 from dynskip.errors import DynskipError
 from dynskip.metrics import sample_times, top_k_accuracy
 from dynskip.output import EncodedVideo, SkipOutput, masked_output
@@ -20,6 +23,7 @@ from dynskip.output import EncodedVideo, SkipOutput, masked_output
 Video = Tensor | EncodedVideo
 Batches = Iterable[tuple[Video, Tensor] | tuple[Video, Tensor, Sequence[str]]]
 Metric = Callable[[Tensor, Tensor], float]
+Groups = Sequence[Hashable] | None
 
 
 @torch.no_grad()
@@ -72,7 +76,9 @@ def encode(model: Gated, batches: Batches) -> list[tuple[EncodedVideo, Tensor]]:
     return encoded
 
 
-def replay(model: Gated, batches: Batches, point: CurvePoint, *, metric: Metric = top_k_accuracy) -> CurvePoint:
+def replay(
+    model: Gated, batches: Batches, point: CurvePoint, *, metric: Metric = top_k_accuracy, groups: Groups = None
+) -> CurvePoint:
     """Measure thresholds on other videos, such as a test set.
 
     Args:
@@ -80,6 +86,7 @@ def replay(model: Gated, batches: Batches, point: CurvePoint, *, metric: Metric 
         batches: as in `to_budget`.
         point: the thresholds.
         metric: as in `to_budget`.
+        groups: with them, the point gets a band, as in `curve`.
 
     Returns:
         The same thresholds, with accuracy and MACs on these videos.
@@ -88,17 +95,20 @@ def replay(model: Gated, batches: Batches, point: CurvePoint, *, metric: Metric 
         DynskipError: as `CurvePoint.apply`; if there are no videos, or something does not fit.
     """
     check_fits(point, model)
-    replayed = Replay(model, batches, metric)
-    return replayed.end(replayed.decide(point.forward_threshold), point.forward_threshold, point.termination_threshold)
+    replayed = Replay(model, batches, metric, groups)
+    return replayed.point(replayed.run(point), point.forward_threshold, point.termination_threshold)
 
 
-def dense(model: Gated, batches: Batches, *, metric: Metric = top_k_accuracy) -> CurvePoint:
+def dense(
+    model: Gated, batches: Batches, *, metric: Metric = top_k_accuracy, groups: Groups = None
+) -> CurvePoint:
     """Measure the plain backbone on every frame, to compare everything else with it.
 
     Args:
         model: as in `to_budget`.
         batches: as in `to_budget`.
         metric: as in `to_budget`.
+        groups: as in `replay`.
 
     Returns:
         Its accuracy and MACs.
@@ -106,16 +116,20 @@ def dense(model: Gated, batches: Batches, *, metric: Metric = top_k_accuracy) ->
     Raises:
         DynskipError: if there are no videos, or something does not fit.
     """
-    return Replay(model, batches, metric).dense()
+    replayed = Replay(model, batches, metric, groups)
+    return replayed.point(replayed.dense())
 
 
-def uniform_frames(model: Gated, batches: Batches, *, metric: Metric = top_k_accuracy) -> tuple[CurvePoint, ...]:
+def uniform_frames(
+    model: Gated, batches: Batches, *, metric: Metric = top_k_accuracy, groups: Groups = None
+) -> tuple[CurvePoint, ...]:
     """Measure the plain backbone on few frames of each video, spread evenly: a baseline for curves.
 
     Args:
         model: as in `to_budget`.
         batches: as in `to_budget`.
         metric: as in `to_budget`.
+        groups: as in `replay`.
 
     Returns:
         One point for each number of frames, from one to all. Frames that are left out cost nothing.
@@ -128,11 +142,11 @@ def uniform_frames(model: Gated, batches: Batches, *, metric: Metric = top_k_acc
         frames = torch.arange(shape[1])
         return torch.isin(frames, sample_times(min(count, len(frames)), len(frames)).long()).expand(shape)
 
-    return Replay(model, batches, metric).by_count(pick)
+    return Replay(model, batches, metric, groups).by_count(pick)
 
 
 def random_frames(
-    model: Gated, batches: Batches, *, seed: int = 0, metric: Metric = top_k_accuracy
+    model: Gated, batches: Batches, *, seed: int = 0, metric: Metric = top_k_accuracy, groups: Groups = None
 ) -> tuple[CurvePoint, ...]:
     """Measure the plain backbone on few frames of each video, drawn at random: a baseline for curves.
 
@@ -141,6 +155,7 @@ def random_frames(
         batches: as in `to_budget`.
         seed: different seeds draw different frames.
         metric: as in `to_budget`.
+        groups: as in `replay`.
 
     Returns:
         One point for each number of frames, from one to all. Frames that are left out cost nothing.
@@ -149,20 +164,41 @@ def random_frames(
         DynskipError: if there are no videos, or something does not fit.
     """
     generator = torch.Generator().manual_seed(seed)
-    return Replay(model, batches, metric).by_count(
+    return Replay(model, batches, metric, groups).by_count(
         lambda count, shape: torch.rand(shape, generator=generator).argsort(1).argsort(1) < count
     )
 
 
-class Replay:
-    """Encoded videos, and what a model does on them."""
+class Outcome(NamedTuple):
+    """What became of `V` videos: `(V, K)` probabilities and `(V,)` MACs."""
 
-    def __init__(self, model: Gated, batches: Batches, metric: Metric) -> None:
+    probabilities: Tensor
+    macs: Tensor
+
+
+class Replay:
+    """Encoded videos, and what a model does on them. With groups, its points have bands."""
+
+    def __init__(self, model: Gated, batches: Batches, metric: Metric, groups: Groups = None) -> None:
         self.model, self.metric, self.videos = model, metric, encode(model, batches)
         targets = [target.cpu() for _, target in self.videos]
         if len({target.shape[1:] for target in targets}) > 1:
             raise DynskipError("Targets of some batches are class indices and of others multi-hot; give one kind.")
         self.targets = torch.cat(targets)
+        self.groups = None if groups is None else numbered(groups, len(self.targets))
+
+    def rows(self, rows: Tensor, metric: Metric | None = None) -> Replay:
+        """Return some of the videos, in their order, without groups."""
+        part = copy.copy(self)
+        marked = torch.isin(torch.arange(len(self.targets)), rows)
+        part.videos, part.metric, part.groups = [], metric or self.metric, None
+        start = 0
+        for encoded, targets in self.videos:
+            own = marked[start : (start := start + len(targets))].nonzero().flatten()
+            if len(own):
+                part.videos.append((_select(encoded, own.to(encoded.frame_logits.device)), targets[own]))
+        part.targets = self.targets[marked]
+        return part
 
     def decide(self, forward_threshold: tuple[float, ...]) -> list[tuple[SkipOutput, Tensor]]:
         """Gate all videos, to their ends. With each output come the predictions after each frame, `(B, T, K)`."""
@@ -179,18 +215,17 @@ class Replay:
             for output, (encoded, _) in zip(outputs, self.videos, strict=True)
         ]
 
-    def end(
-        self,
-        decided: Sequence[tuple[SkipOutput, Tensor]],
-        forward_threshold: tuple[float, ...],
-        termination_threshold: float | None,
-    ) -> CurvePoint:
-        """Measure what `decide` returned, as if videos ended at a threshold; `None` reads them to their ends."""
+    def run(self, point: CurvePoint) -> Outcome:
+        """Gate all videos with a point's thresholds."""
+        return self.outcome(self.decide(point.forward_threshold), point.termination_threshold)
+
+    def outcome(self, decided: Sequence[tuple[SkipOutput, Tensor]], termination: Termination) -> Outcome:
+        """Return what becomes of the videos that `decide` gated if they end so; `None` reads them to their ends."""
         outputs = [output for output, _ in decided]
-        if termination_threshold is not None:
+        if termination is not None:
             terminator = copy.copy(self.model.terminator)
             assert terminator is not None
-            terminator.threshold = termination_threshold
+            set_termination(terminator, termination)
             for i, ((encoded, _), (output, running)) in enumerate(zip(self.videos, decided, strict=True)):
                 assert output.gate_logits is not None
                 outputs[i] = masked_output(
@@ -201,11 +236,10 @@ class Replay:
                     self.model.repeats,
                     activation=self.model.activation,
                 )
-        logits, macs = [output.logits for output in outputs], [output.macs for output in outputs]
-        return self._measure(logits, macs, forward_threshold, termination_threshold)
+        return self._joined([output.logits for output in outputs], [output.macs for output in outputs])
 
-    def frames(self, pick: Callable[[tuple[int, int]], Tensor]) -> CurvePoint:
-        """Measure the plain backbone on the frames that `pick((B, T))` marks."""
+    def frames(self, pick: Callable[[tuple[int, int]], Tensor]) -> Outcome:
+        """Run the plain backbone on the frames that `pick((B, T))` marks."""
         logits, macs = [], []
         for encoded, _ in self.videos:
             batch, frames, _ = encoded.frame_logits.shape
@@ -213,18 +247,33 @@ class Replay:
             # As a model of one gate that stops all frames except the picked ones.
             logits.append(rules.read(picked.long(), encoded.frame_logits, (False,))[:, -1])
             macs.append(picked.sum(1).double() * self.model.lookup_for(encoded.image_size).dense)
-        return self._measure(logits, macs)
+        return self._joined(logits, macs)
 
-    def dense(self) -> CurvePoint:
-        """Measure the plain backbone on all frames."""
+    def dense(self) -> Outcome:
+        """Run the plain backbone on all frames."""
         return self.frames(lambda shape: torch.ones(shape, dtype=torch.bool))
 
     def by_count(self, pick: Callable[[int, tuple[int, int]], Tensor]) -> tuple[CurvePoint, ...]:
         """Measure the plain backbone on 1, 2, ... frames of each video, which `pick(count, (B, T))` marks."""
         most = max(encoded.frame_logits.shape[1] for encoded, _ in self.videos)
-        return tuple(self.frames(partial(pick, count)) for count in range(1, most + 1))
+        return tuple(self.point(self.frames(partial(pick, count))) for count in range(1, most + 1))
 
-    def _measure(self, logits: list[Tensor], macs: list[Tensor], *thresholds: Any) -> CurvePoint:
+    def point(self, outcome: Outcome, *thresholds: Any) -> CurvePoint:
         """Compare all videos' answers with the targets."""
-        probabilities = torch.cat([part.softmax(-1) for part in logits]).cpu()
-        return CurvePoint(float(self.metric(probabilities, self.targets)), float(torch.cat(macs).mean()), *thresholds)
+        answers, targets = outcome.probabilities, self.targets
+        edges = None
+        if self.groups is not None:
+            edges = band(lambda rows: float(self.metric(answers[rows], targets[rows])), self.groups)
+        point = CurvePoint(float(self.metric(answers, targets)), float(outcome.macs.mean()), *thresholds)
+        return replace(point, band=edges)
+
+    def _joined(self, logits: list[Tensor], macs: list[Tensor]) -> Outcome:
+        answers = [probabilities(part, self.model.activation) for part in logits]
+        return Outcome(torch.cat(answers).cpu(), torch.cat(macs).cpu())
+
+
+def _select(encoded: EncodedVideo, rows: Tensor) -> EncodedVideo:
+    """Return some of the encoded videos."""
+    values = {field.name: getattr(encoded, field.name) for field in fields(encoded)}
+    values = {name: value[rows] if isinstance(value, Tensor) else value for name, value in values.items()}
+    return EncodedVideo(**{**values, "pooled": tuple(part[rows] for part in encoded.pooled)})
