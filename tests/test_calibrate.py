@@ -119,7 +119,7 @@ def test_calibrated_model_keeps_the_budget_for_real(
 @given(seed=st.integers(0, 10_000), max_loss=st.sampled_from([0.0, 0.1, 0.3]))
 def test_calibrated_model_keeps_the_accuracy_for_real(seed: int, max_loss: float) -> None:
     model, video, targets = setup(seed, terminator=EarlyTerminator(0.9, 2))
-    result = calibrate.to_accuracy(model, [(video, targets)], max_loss)
+    result = calibrate.to_accuracy(model, [(video, targets)], max_loss, per_gate=False)
     result.apply(model)
     accuracy, macs = really(model, video, targets)
     assert (accuracy, macs) == (result.point.accuracy, result.point.macs)
@@ -131,9 +131,11 @@ def test_more_loss_or_budget_is_worth_something() -> None:
     model, video = toy_model(0, share=0.8, terminator=EarlyTerminator(0.8, 2)), toy_video(30, 8, seed=3)
     encoded = calibrate.encode(model, [(video, model(video, dense=True).logits.argmax(-1))])
     dense = calibrate.dense(model, encoded)
-    none, much = (calibrate.to_accuracy(model, encoded, loss).point for loss in (0.0, 0.3))
+    none, much = (calibrate.to_accuracy(model, encoded, loss, per_gate=False).point for loss in (0.0, 0.3))
     assert much.macs < none.macs < 0.9 * dense.macs
-    small, large = (calibrate.to_budget(model, encoded, share * dense.macs).point for share in (0.3, 0.9))
+    small, large = (
+        calibrate.to_budget(model, encoded, share * dense.macs, per_gate=False).point for share in (0.3, 0.9)
+    )
     assert small.accuracy < large.accuracy
 
 
@@ -225,8 +227,8 @@ def test_thresholds_differ_where_gates_need_it() -> None:
     model, video, targets = setup(1)
     encoded = calibrate.encode(model, [(video, targets)])
     budget = 0.5 * calibrate.dense(model, encoded).macs
-    shared = calibrate.to_budget(model, encoded, budget).point
-    single = calibrate.to_budget(model, encoded, budget, per_gate=True).point
+    shared = calibrate.to_budget(model, encoded, budget, per_gate=False).point
+    single = calibrate.to_budget(model, encoded, budget).point
     assert len(set(shared.forward_threshold)) == 1
     assert single.accuracy >= shared.accuracy
 
@@ -234,11 +236,11 @@ def test_thresholds_differ_where_gates_need_it() -> None:
 def test_videos_and_their_stored_features_give_the_same() -> None:
     model, video, targets = setup(2, terminator=EarlyTerminator(0.9, 2))
     budget = 0.6 * calibrate.dense(model, [(video, targets)]).macs
-    expected = calibrate.to_budget(model, [(video, targets)], budget)
+    expected = calibrate.to_budget(model, [(video, targets)], budget, per_gate=False)
     loaded: Any = ([v, t] for v, t in batched(video, targets, 4))  # as a DataLoader gives them
-    assert calibrate.to_budget(model, loaded, budget) == expected
+    assert calibrate.to_budget(model, loaded, budget, per_gate=False) == expected
     stored = calibrate.encode(model, batched(video, targets, 3))
-    assert calibrate.to_budget(model, stored, budget) == expected
+    assert calibrate.to_budget(model, stored, budget, per_gate=False) == expected
 
 
 def test_videos_of_different_lengths_and_sizes() -> None:
@@ -265,12 +267,12 @@ def test_another_metric() -> None:
 
 def test_the_model_is_left_as_it_was() -> None:
     model, video, targets = setup(0, terminator=EarlyTerminator(0.7, 2), forward_threshold=0.4)
-    terminator, expected = model.terminator, calibrate.to_accuracy(model, [(video, targets)], 0.1)
+    terminator, expected = model.terminator, calibrate.to_accuracy(model, [(video, targets)], 0.1, per_gate=False)
     model.train()
     model.gates[0].eval()
-    assert calibrate.to_accuracy(model, [(video, targets)], 0.1) == expected
+    assert calibrate.to_accuracy(model, [(video, targets)], 0.1, per_gate=False) == expected
     with pytest.raises(DynskipError, match="cannot be kept"):
-        calibrate.to_budget(model, [(video, targets)], 1.0)
+        calibrate.to_budget(model, [(video, targets)], 1.0, per_gate=False)
     assert model.forward_threshold == (0.4,) * 3
     assert model.terminator is terminator
     assert terminator is not None

@@ -78,7 +78,7 @@ def end_cuts(replayed: Replay, decided: Decided) -> dict[str, Cuts]:
             scores.setdefault(name, []).append(values[:, terminator.min_frames :].flatten())
     found = {name: torch.cat(values) for name, values in scores.items()}
     found = {name: values[values.isfinite()] for name, values in found.items()}
-    # Nothing exceeds the largest value. Half-way to zero from the smallest one lies below it, for probabilities as well.
+    # Nothing exceeds the largest value. Half-way from the smallest one to zero lies below it, a probability as well.
     return {
         name: Cuts(values, float(values.min() - values.min().abs() / 2), float(values.max()))
         for name, values in found.items()
@@ -87,7 +87,7 @@ def end_cuts(replayed: Replay, decided: Decided) -> dict[str, Cuts]:
 
 
 def as_termination(replayed: Replay, parameters: Mapping[str, float]) -> Termination:
-    """Return a terminator's parameters as a point keeps them; `None` if they are none, or the terminator refuses them."""
+    """Return a terminator's parameters as a point keeps them; `None` if there are none or it refuses them."""
     try:
         for name, value in parameters.items():
             assert replayed.model.terminator is not None

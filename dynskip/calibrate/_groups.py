@@ -16,11 +16,15 @@ RESAMPLES, LEVEL = 500, 0.9  # of confidence bands
 def numbered(groups: Sequence[Hashable], videos: int) -> Tensor:
     """Number groups in the order in which they first come: `(V,)`."""
     if len(groups) != videos:
-        raise DynskipError(f"Got {len(groups)} groups for {videos} videos; give one a video, in the order of the videos.")
+        raise DynskipError(
+            f"Got {len(groups)} groups for {videos} videos; give one a video, in the order of the videos."
+        )
     numbers: dict[Hashable, int] = {}
     own = [numbers.setdefault(group, len(numbers)) for group in groups]
     if len(numbers) < 2:
-        raise DynskipError("All videos are of one group; folds and bands take at least two. Give `groups=range(videos)`.")
+        raise DynskipError(
+            "All videos are of one group; folds and bands take at least two. Give `groups=range(videos)`."
+        )
     return torch.tensor(own)
 
 

@@ -99,9 +99,7 @@ def replay(
     return replayed.point(replayed.run(point), point.forward_threshold, point.termination_threshold)
 
 
-def dense(
-    model: Gated, batches: Batches, *, metric: Metric = top_k_accuracy, groups: Groups = None
-) -> CurvePoint:
+def dense(model: Gated, batches: Batches, *, metric: Metric = top_k_accuracy, groups: Groups = None) -> CurvePoint:
     """Measure the plain backbone on every frame, to compare everything else with it.
 
     Args:
@@ -187,11 +185,11 @@ class Replay:
         self.targets = torch.cat(targets)
         self.groups = None if groups is None else numbered(groups, len(self.targets))
 
-    def rows(self, rows: Tensor, metric: Metric | None = None) -> Replay:
+    def rows(self, rows: Tensor) -> Replay:
         """Return some of the videos, in their order, without groups."""
         part = copy.copy(self)
         marked = torch.isin(torch.arange(len(self.targets)), rows)
-        part.videos, part.metric, part.groups = [], metric or self.metric, None
+        part.videos, part.groups = [], None
         start = 0
         for encoded, targets in self.videos:
             own = marked[start : (start := start + len(targets))].nonzero().flatten()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dynskip.calibrate._cuts import as_parameters, as_termination, end_cuts, margin_cuts, sigmoid
-from dynskip.calibrate._points import Calibration, CurvePoint, Gated, check_fits
+from dynskip.calibrate._points import Calibration, CurvePoint, Gated
 from dynskip.calibrate._replay import Batches, Replay
 from dynskip.calibrate._search import at_least, search
 from dynskip.errors import DynskipError
@@ -32,7 +32,7 @@ def to_risk(
     delta: float = 0.1,
     *,
     loss: Literal["full", "labels"] | Loss = "full",
-    path: Sequence[CurvePoint] | None = None,
+    learning: Batches | None = None,
 ) -> Calibration:
     """Find cheap thresholds whose expected loss on new videos is at most `risk`, with probability `1 - delta`.
 
@@ -41,10 +41,11 @@ def to_risk(
     recording, give one of them.
 
     This is learn then test, with fixed-sequence testing. A path of thresholds from strict to cheap is fixed before the
-    losses of the testing videos are looked at. Each of its points is tested for the hypothesis that its expected loss
-    exceeds the risk, as long as this is refuted at the level `delta`. Without a `path`, a quarter of the videos, drawn
-    at random, chooses it: a straight line, in quantiles of gates' margins and of the terminator's scores, from every
-    frame used to the cheapest thresholds that `to_accuracy` finds there for twice the risk. The others test it.
+    losses of the testing videos are looked at: a straight line, in quantiles of each gate's margins and of the
+    terminator's scores, from every frame used to the cheapest thresholds that `to_accuracy` finds for twice the risk.
+    It is chosen on the `learning` videos, by default on a quarter of the videos, drawn at random; the others test. Each
+    point of the path is tested for the hypothesis that its expected loss exceeds the risk, as long as this is refuted
+    at the level `delta`.
 
     Losses of 0 or 1 are binomial, so with `k` of `n` videos lost the p-value is exact: `p = P[Bin(n, risk) <= k]`.
     Other losses in [0, 1] are tested with Hoeffding's and Bentkus' inequalities, where `m` is the mean loss:
@@ -61,11 +62,10 @@ def to_risk(
             `"labels"`: 1 for a video whose most probable class is no label of it although that of the plain backbone is
             one; the accuracy falls by no more than this. Or a function of `(V, K)` probabilities, those of the plain
             backbone, and targets, that gives `(V,)` losses in [0, 1].
-        path: points to test, the costliest first, such as a curve. They have to come from other videos. All videos then
-            test.
+        learning: other videos, which choose the path, as `batches`. All of `batches` then test.
 
     Returns:
-        The cheapest thresholds that pass, and as the curve all that do. They pass together, so you may take any of them.
+        The cheapest thresholds that pass, and as the curve all that do. They pass together: you may take any of them.
         An accuracy is 1 minus the mean loss of the testing videos. The model is left as it is; `apply` the result.
 
     Raises:
@@ -80,15 +80,14 @@ def to_risk(
     for name, value in (("risk", risk), ("delta", delta)):
         if not (isinstance(value, int | float) and 0 < value < 1):
             raise DynskipError(f"{name}={value} is out of range; give a number between 0 and 1.")
-    replayed = Replay(model, batches, top_k_accuracy)
     known = {"full": _changed if model.activation == "softmax" else _changed_labels, "labels": _lost}
     if loss not in known and not callable(loss):
         raise DynskipError(f"loss={loss!r} is unknown; use 'full', 'labels' or a function.")
-    measure, exact = known.get(loss, loss), loss in known
+    measure, exact = (loss, False) if callable(loss) else (known[loss], True)
+    replayed = Replay(model, batches, top_k_accuracy)
     everything = torch.randperm(len(replayed.targets), generator=torch.Generator().manual_seed(0))
-    learning, testing = everything[:0], everything
-    if path is None:
-        learning, testing = everything[: len(everything) // LEARNING], everything[len(everything) // LEARNING :]
+    learned = len(everything) // LEARNING if learning is None else 0
+    testing = everything[learned:]
     share = len(everything) / len(testing)
     least = math.ceil(math.log(delta) / math.log1p(-risk))
     if len(testing) < least:
@@ -97,12 +96,10 @@ def to_risk(
             f"and delta={delta} it takes {least} even if not one of them loses anything. Give at least "
             f"{math.ceil(least * share)} videos, or allow a larger risk."
         )
-    part = _against_full(replayed, testing, measure)
-    passed: list[CurvePoint] = []
-    points = _line(_against_full(replayed, learning, measure), risk) if path is None else _sorted(path, model)
-    for point in points:
-        outcome = part.run(point)
-        tested = part.point(outcome, point.forward_threshold, point.termination_threshold)
+    others = replayed.rows(everything[:learned]) if learning is None else Replay(model, learning, top_k_accuracy)
+    part, passed = against_full(replayed.rows(testing), measure), list[CurvePoint]()
+    for point in line(against_full(others, measure), risk):
+        tested = part.point(part.run(point), point.forward_threshold, point.termination_threshold)
         if p_value(1 - tested.accuracy, len(testing), risk, exact) > delta:
             break
         passed.append(tested)
@@ -110,8 +107,8 @@ def to_risk(
         lost = 1 - tested.accuracy
         enough = next((n for n in _sizes(least) if p_value(lost, n, risk, exact) <= delta), None)
         raise DynskipError(
-            f"No thresholds pass: the strictest ones lose {lost:.4g} on average of {len(testing)} videos, which does not "
-            f"show that they lose at most {risk} on others. "
+            f"No thresholds pass: the strictest ones lose {lost:.4g} on average of {len(testing)} videos, which does "
+            f"not show that they lose at most {risk} on others. "
             + (
                 f"If it stays like that, about {math.ceil(enough * share)} calibration videos would do."
                 if enough
@@ -154,9 +151,8 @@ def _sizes(least: int) -> Iterator[int]:
         size += max(1, size // 50)
 
 
-def _against_full(replayed: Replay, rows: Tensor, loss: Loss) -> Replay:
-    """Return some of the videos; their accuracy is 1 minus the mean loss against the plain backbone."""
-    part = replayed.rows(rows)
+def against_full(part: Replay, loss: Loss) -> Replay:
+    """Make videos' accuracy 1 minus their mean loss against the plain backbone."""
     full = part.dense().probabilities
 
     def accuracy(probabilities: Tensor, targets: Tensor) -> float:
@@ -169,7 +165,7 @@ def _against_full(replayed: Replay, rows: Tensor, loss: Loss) -> Replay:
     return part
 
 
-def _line(learning: Replay, risk: float) -> Iterator[CurvePoint]:
+def line(learning: Replay, risk: float) -> Iterator[CurvePoint]:
     """Yield thresholds on a straight line from every frame used to what seems cheap and good enough, and no further."""
     rank = at_least(1 - 2 * risk)
     goal = max(search(learning, [rank], per_gate=True), key=rank)
@@ -182,14 +178,6 @@ def _line(learning: Replay, risk: float) -> Iterator[CurvePoint]:
         forward = tuple(sigmoid(cut.at(share * step / STEPS)) for cut, share in zip(gates, shares, strict=True))
         end = {name: ends[name].at(1 - share * step / STEPS) for name, share in unseen.items()}
         yield replace(goal, forward_threshold=forward, termination_threshold=as_termination(learning, end))
-
-
-def _sorted(path: Sequence[CurvePoint], model: Gated) -> list[CurvePoint]:
-    if not path:
-        raise DynskipError("The path has no points. Give a curve that was found on other videos, or leave it out.")
-    for point in path:
-        check_fits(point, model)
-    return sorted(path, key=lambda point: -point.macs)
 
 
 def _changed(probabilities: Tensor, full: Tensor, targets: Tensor) -> Tensor:
