@@ -215,26 +215,36 @@ class Replay:
 
     def run(self, point: CurvePoint) -> Outcome:
         """Gate all videos with a point's thresholds."""
-        return self.outcome(self.decide(point.forward_threshold), point.termination_threshold)
+        return self.outcomes(self.decide(point.forward_threshold), [point.termination_threshold])[0]
 
-    def outcome(self, decided: Sequence[tuple[SkipOutput, Tensor]], termination: Termination) -> Outcome:
-        """Return what becomes of the videos that `decide` gated if they end so; `None` reads them to their ends."""
-        outputs = [output for output, _ in decided]
-        if termination is not None:
-            terminator = copy.copy(self.model.terminator)
-            assert terminator is not None
-            set_termination(terminator, termination)
-            for i, ((encoded, _), (output, running)) in enumerate(zip(self.videos, decided, strict=True)):
-                assert output.gate_logits is not None
-                outputs[i] = masked_output(
-                    rules.end_videos(terminator, running, output.stopped_at, self.model.activation),
-                    output.gate_logits,
-                    encoded.frame_logits,
-                    self.model.lookup_for(encoded.image_size),
-                    self.model.repeats,
-                    activation=self.model.activation,
-                )
-        return self._joined([output.logits for output in outputs], [output.macs for output in outputs])
+    def outcomes(
+        self, decided: Sequence[tuple[SkipOutput, Tensor]], terminations: Sequence[Termination]
+    ) -> list[Outcome]:
+        """Return what becomes of the videos that `decide` gated for each way to end them; `None` reads them to the end.
+
+        All ways go through the rules as one batch.
+        """
+        model, terminator = self.model, copy.copy(self.model.terminator)
+        logits, macs = [], []
+        for (encoded, _), (output, running) in zip(self.videos, decided, strict=True):
+            stopped_at = []
+            for termination in terminations:
+                stopped_at.append(output.stopped_at)
+                if terminator is not None and termination is not None:
+                    set_termination(terminator, termination)
+                    stopped_at[-1] = rules.end_videos(terminator, running, output.stopped_at, model.activation)
+            assert output.gate_logits is not None
+            ended = masked_output(
+                torch.cat(stopped_at),
+                output.gate_logits.repeat(len(terminations), 1, 1, 1),
+                encoded.frame_logits.repeat(len(terminations), 1, 1),
+                model.lookup_for(encoded.image_size),
+                model.repeats,
+                activation=model.activation,
+            )
+            logits.append(ended.logits.chunk(len(terminations)))
+            macs.append(ended.macs.chunk(len(terminations)))
+        return [self._joined(*each) for each in zip(zip(*logits, strict=True), zip(*macs, strict=True), strict=True)]
 
     def frames(self, pick: Callable[[tuple[int, int]], Tensor]) -> Outcome:
         """Run the plain backbone on the frames that `pick((B, T))` marks."""
@@ -265,7 +275,7 @@ class Replay:
         point = CurvePoint(float(self.metric(answers, targets)), float(outcome.macs.mean()), *thresholds)
         return replace(point, band=edges)
 
-    def _joined(self, logits: list[Tensor], macs: list[Tensor]) -> Outcome:
+    def _joined(self, logits: Sequence[Tensor], macs: Sequence[Tensor]) -> Outcome:
         answers = [probabilities(part, self.model.activation) for part in logits]
         return Outcome(torch.cat(answers).cpu(), torch.cat(macs).cpu())
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
-from dynskip.calibrate._cuts import Cuts, as_parameters, as_termination, end_cuts, margin_cuts, sigmoid
+from dynskip.calibrate._cuts import Cuts, Decided, as_parameters, as_termination, end_cuts, margin_cuts, sigmoid
 from dynskip.calibrate._groups import folds, numbered
-from dynskip.calibrate._points import Calibration, CurvePoint, Gated
+from dynskip.calibrate._points import Calibration, CurvePoint, Gated, Termination
 from dynskip.calibrate._replay import Batches, Groups, Metric, Outcome, Replay
 from dynskip.errors import DynskipError
 from dynskip.gates import logit
@@ -176,8 +176,12 @@ def search(replayed: Replay, ranks: Sequence[Rank], per_gate: bool) -> list[Curv
         cuts = end_cuts(replayed, decided)
         tried = [{name: cut.at(level / _ENDS) for name, cut in cuts.items()} for level in range(_ENDS)]
         tried.append({name: getattr(terminator, name) for name in cuts})
-        ends = dict.fromkeys([None, *(as_termination(replayed, parameters) for parameters in tried)])
-        found[setting] = [replayed.point(replayed.outcome(decided, end), setting, end) for end in ends]
+        note(decided, setting, [*dict.fromkeys([None, *(as_termination(replayed, each) for each in tried)])])
+
+    def note(decided: Decided, setting: tuple[float, ...], ends: Sequence[Termination]) -> None:
+        outcomes = replayed.outcomes(decided, ends)
+        points = [replayed.point(each, setting, end) for each, end in zip(outcomes, ends, strict=True)]
+        found.setdefault(setting, []).extend(points)
 
     def leader(rank: Rank) -> CurvePoint:
         return max(itertools.chain(*found.values()), key=rank)
@@ -197,8 +201,8 @@ def search(replayed: Replay, ranks: Sequence[Rank], per_gate: bool) -> list[Curv
         for step, (name, cut), sign in itertools.product(_STEPS, end_cuts(replayed, decided).items(), (-1, 1)):
             parameters = as_parameters(max(found[setting], key=rank).termination_threshold)
             if parameters:
-                end = as_termination(replayed, {**parameters, name: cut.moved(parameters[name], sign * step)})
-                found[setting].append(replayed.point(replayed.outcome(decided, end), setting, end))
+                moved = {**parameters, name: cut.moved(parameters[name], sign * step)}
+                note(decided, setting, [as_termination(replayed, moved)])
 
     attempt(own)
     if math.isnan(found[own][0].macs):

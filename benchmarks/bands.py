@@ -1,0 +1,111 @@
+"""What does accuracy cost, and how sure is that? SoF-Net, FrameExit's order and gates, uniform and random frames.
+
+    python benchmarks/bands.py --data DIR --weights FILE --cache DIR    # measures, writes the results, draws them
+    python benchmarks/bands.py                                          # draws the results
+
+Data, features and training are those of `ablation.py` at 168 x 168 with seed 0. FrameExit's curve has `PairwiseGate`s,
+which are trained and run on frames from coarse to fine, and ends videos early as SoF-Net's does. Curves are those of
+`calibrate.curve` on the test part: thresholds are chosen on four fifths of the test videos and measured on the others.
+Videos whose actions were filmed in one session are never in both, and are drawn together for the bands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import ablation
+import common
+import torch
+from torch import Tensor
+
+from dynskip import EarlyTerminator, FixedGate, InnerClassifier, PairwiseGate, StopOrForward, calibrate, plot
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "bands.json"
+PICTURE = ROOT / "docs" / "images" / "bands.png"
+RUN = ablation.Run("gates")
+
+
+def coarse_to_fine(frames: int) -> list[int]:
+    """Return FrameExit's order: the middle, the ends, then what lies between, ever finer."""
+    found, parts = [frames // 2, 0, frames - 1], 4
+    while 2 * parts <= frames:
+        found += [frames * part // parts for part in outwards(parts)]
+        parts *= 2
+    return list(dict.fromkeys(found + outwards(frames)))
+
+
+def outwards(count: int) -> list[int]:
+    return sorted(range(count), key=lambda n: (abs(n - count // 2), n))
+
+
+def reordered(part: ablation.Part, order: Sequence[int]) -> ablation.Part:
+    """Return the same videos with their frames in another order."""
+    frames = torch.tensor(order)
+
+    def moved(features: Tensor) -> Tensor:
+        return features[:, frames]
+
+    features = replace(
+        part.features, pooled=tuple(map(moved, part.features.pooled)), embedding=moved(part.features.embedding)
+    )
+    return replace(part, features=features, relevant=moved(part.relevant))
+
+
+def measure(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Train both models and measure all curves."""
+    data, model = ablation.prepare(RUN, args)
+    test, order = data.parts["test"], coarse_to_fine(ablation.STEPS)
+    widths, classes = model.backbone.num_features, model.backbone.num_classes
+    pairwise = StopOrForward(
+        model.backbone,
+        [PairwiseGate(width, ablation.HIDDEN, forward_bias=0.0) for width in widths],
+        inner=[InnerClassifier(ablation.HIDDEN, classes) for _ in widths],
+    )
+    plain = StopOrForward(model.backbone, [FixedGate() for _ in widths]).eval()
+    batches = test.batches(plain)
+    curves = {
+        "uniform frames": calibrate.uniform_frames(plain, batches, groups=test.groups),
+        "random frames": calibrate.random_frames(plain, batches, groups=test.groups),
+        "dense": (calibrate.dense(plain, batches, groups=test.groups),),
+    }
+    for name, gated, moved in (("SoF-Net", model, None), ("FrameExit order, PairwiseGate", pairwise, order)):
+
+        def videos(part: ablation.Part, moved: Sequence[int] | None = moved) -> ablation.Part:
+            return part if moved is None else reordered(part, moved)
+
+        ablation.train_gates(RUN, lambda epoch: videos(data.training(epoch)), gated)
+        gated.eval().terminator = EarlyTerminator(ablation.THRESHOLD, ablation.MIN_FRAMES)
+        curves[name] = calibrate.curve(gated, videos(test).batches(gated), groups=test.groups)
+        common.progress(name)
+    return {name: [asdict(point) for point in points] for name, points in curves.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with labels.csv, see ablation.py")
+    parser.add_argument("--weights", type=Path, help="ImageNet weights of resnet50_v1")
+    parser.add_argument("--cache", type=Path, help="folder for encoded clips")
+    args = parser.parse_args(arguments)
+    if args.data is not None:
+        content = {"machine": common.machine("cpu"), "curves": measure(args)}
+        RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))["curves"]
+    curves = {name: [calibrate.CurvePoint(**point) for point in points] for name, points in found.items()}
+    for name, points in curves.items():
+        print(name)
+        for point in points:
+            edges = " to ".join(f"{100 * edge:.1f}" for edge in point.band or ())
+            print(f"  {point.macs / 1e9:5.1f} GMACs: {100 * point.accuracy:.1f} % ({edges})")
+    plot.accuracy_compute(curves, title="Test videos, with 90 % bands").savefig(PICTURE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
