@@ -168,17 +168,27 @@ class Clips(Dataset[Sample]):
         self._memory: list[np.ndarray | VideoError] | None = None
 
     @classmethod
-    def of(cls, model: Any, items: Sequence[Item], *args: Any, **options: Any) -> Clips:
-        """Make clips as a saved model needs them: with its class names, preprocessing and head activation.
+    def of(
+        cls,
+        model: Any,
+        items: Sequence[Item],
+        training: bool = False,
+        seed: int = 0,
+        cache: Path | None = None,
+        opener: Callable[[Path], FrameSource] = open_source,
+    ) -> Clips:
+        """Make clips as a model needs them: with its class names, preprocessing and head activation.
 
         Args:
             model: the model.
-            items: the videos.
-            *args: what else `Clips` takes, from `training` on.
-            **options: the same by name.
+            items: as in `Clips`, like the rest.
+            training: as in `Clips`.
+            seed: as in `Clips`.
+            cache: as in `Clips`.
+            opener: as in `Clips`.
         """
-        prep = Preprocessing.of(model)
-        return cls(items, model.class_names, prep, *args, activation=model.activation, **options)
+        names, prep = model.class_names, Preprocessing.of(model)
+        return cls(items, names, prep, training, seed, cache, opener, model.activation)
 
     def load_into_memory(self) -> Clips:
         """Decode everything once and keep it; for sets that fit."""
