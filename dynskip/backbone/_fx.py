@@ -27,7 +27,10 @@ from dynskip.errors import DynskipError
 DEVICE = "_device"  # the constant that stands for the device on which the model is when it runs
 BY_HAND = "or give the stages yourself: stage_model([stage_1, stage_2, ...], head=head)"
 # What makes tensors takes a traced size or device since torch 2.11. Before, torch.fx has to stand in for it.
-_MAKERS = "arange as_tensor empty eye full linspace logspace ones rand randint randn randperm tensor zeros".split()
+_MAKERS = (
+    *("arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "ones"),
+    *("rand", "randint", "randn", "randperm", "tensor", "zeros"),
+)
 _serial = itertools.count()
 _ALONE = threading.RLock()  # torch.fx replaces `nn.Module.__call__` of the whole process while it traces
 _Module = TypeVar("_Module", bound=nn.Module)
