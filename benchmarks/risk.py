@@ -154,7 +154,7 @@ def real(args: argparse.Namespace) -> tuple[StopOrForward, calibrate.Batches, li
     data, model = ablation.prepare(ablation.Run("gates"), args)
     ablation.train_gates(ablation.Run("gates"), data.training, model)
     model.eval().terminator = EarlyTerminator(ablation.THRESHOLD, ablation.MIN_FRAMES)
-    population = [data.compose("test", version).batches(model)[0][0] for version in range(1, 9)]
+    population = [data.compose("test", version).batches(model)[0][0] for version in range(1, 5)]
     return model, data.parts["val"].batches(model), population
 
 

@@ -9,14 +9,15 @@ from typing import Any
 from torch import Tensor
 
 from dynskip._check import Checked
+from dynskip.activation import Activation, check_activation, confidence
 from dynskip.errors import DynskipError
 
 
 class EarlyTerminator(Checked):
-    """End a video when the probability of its top class exceeds a threshold, after more than `min_frames` frames.
+    """End a video when its prediction is more certain than a threshold, after more than `min_frames` frames.
 
-    Classes are exclusive: probabilities are a softmax over at least two of them. Do not use a terminator where several
-    labels can hold at once: one certain label says nothing about the others.
+    With a softmax, the probability of the top class has to exceed the threshold. With a sigmoid, every class has to be
+    decided: its probability exceeds the threshold, or lies below 1 minus it.
 
     A rule of your own is a subclass with other `scores`, whose parameters `dynskip.calibrate` then chooses.
 
@@ -24,12 +25,17 @@ class EarlyTerminator(Checked):
         threshold: probability that the prediction has to exceed, in (0, 1].
         min_frames: frames that are always looked at; the next one is the first that can end the video.
 
+    Attributes:
+        activation: the model's head activation, which the model sets.
+
     Raises:
         DynskipError: if the threshold or the number of frames is out of range.
 
     Reference:
         Thesis Eq. 3.7 (`rho`, `T_min`).
     """
+
+    activation: Activation = "softmax"
 
     def __init__(self, threshold: float = 0.999, min_frames: int = 3) -> None:
         super().__init__()
@@ -44,6 +50,8 @@ class EarlyTerminator(Checked):
             raise DynskipError(
                 f"min_frames={value} is no whole number from 0 to 2**63 - 1; give a number of frames, such as 3."
             )
+        if name == "activation":
+            check_activation(value)
         return super().check_setting(name, value)
 
     def scores(self, probabilities: Tensor, frames_seen: Tensor) -> dict[str, Tensor]:
@@ -59,7 +67,7 @@ class EarlyTerminator(Checked):
         Returns:
             `(B,)` scores by the name of the attribute that holds the parameter. NaN where there is no prediction yet.
         """
-        return {"threshold": probabilities.amax(-1)}
+        return {"threshold": confidence(probabilities, self.activation)}
 
     def forward(self, probabilities: Tensor, frames_seen: Tensor) -> Tensor:
         """Say which videos are finished.
@@ -78,4 +86,5 @@ class EarlyTerminator(Checked):
 
     def extra_repr(self) -> str:
         """Show the rule."""
-        return f"probability > {self.threshold}, after more than {self.min_frames} frames"
+        what = "probability" if self.activation == "softmax" else "probability of what is decided of each class"
+        return f"{what} > {self.threshold}, after more than {self.min_frames} frames"

@@ -161,6 +161,21 @@ def test_sigmoids_answer_with_sets_of_classes() -> None:
     assert 1 - found.point.accuracy == pytest.approx(float(lost.double().mean()))
 
 
+@pytest.mark.parametrize("hot", [False, True])
+def test_sets_of_labels(hot: bool) -> None:
+    model = one_gate(activation="sigmoid")
+    encoded, labels = draw(400, noise=0.5)
+    several = nn.functional.one_hot(labels, CLASSES)
+    targets = several if hot else labels
+    found = calibrate.to_risk(model, [(encoded, targets)], 0.2, loss="labels", learning=[draw(200, 1, noise=0.5)])
+    found.apply(model)
+    full, now = (
+        ((x > 0) == several.bool()).all(-1) for x in (encoded.frame_logits.mean(1), model.decide(encoded).logits)
+    )
+    assert 0 < full.sum() < 400
+    assert 1 - found.point.accuracy == pytest.approx(float((full & ~now).double().mean()))
+
+
 @pytest.mark.parametrize(("risk", "delta", "least"), [(0.02, 0.1, 114), (0.1, 0.05, 29)])
 def test_too_few_videos_says_how_many_would_do(risk: float, delta: float, least: int) -> None:
     model = one_gate()

@@ -43,10 +43,11 @@ def encode(model: Gated, batches: Batches) -> list[tuple[EncodedVideo, Tensor]]:
     Raises:
         DynskipError: if there are no videos, videos or targets do not fit, or the model has one output.
     """
-    if model.backbone.num_classes == 1:
+    if model.backbone.num_classes == 1 and model.activation == "softmax":
         raise DynskipError(
             "The model has one output, and the softmax of a single logit is always 1, so that all thresholds would "
-            'seem right. Give the model two outputs, one of them for "no" (num_classes=2), and calibrate that.'
+            "seem right. Build the model with activation='sigmoid', or give it two outputs, one of them for \"no\" "
+            "(num_classes=2), and calibrate that."
         )
     device = next(model.backbone.parameters(), torch.empty(0)).device
     encoded = []

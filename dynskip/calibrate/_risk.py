@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dynskip.calibrate._cuts import as_parameters, as_termination, end_cuts, margin_cuts, sigmoid
@@ -59,8 +60,9 @@ def to_risk(
         delta: probability of exceeding it, in (0, 1).
         loss: `"full"`: 1 for a video whose answer differs from that of the plain backbone on every frame, where targets
             do not matter. The answer is the most probable class, or with sigmoids the set of classes above 0.5.
-            `"labels"`: 1 for a video whose most probable class is no label of it although that of the plain backbone is
-            one; the accuracy falls by no more than this. Or a function of `(V, K)` probabilities, those of the plain
+            `"labels"`: 1 for a video that the plain backbone gets right, and that is now wrong, so that the accuracy
+            falls by no more than the risk. Right is a most probable class that is a label of the video, and with
+            sigmoids the set of all its labels. Or a function of `(V, K)` probabilities, those of the plain
             backbone, and targets, that gives `(V,)` losses in [0, 1].
         learning: other videos, which choose the path, as `batches`. All of `batches` then test.
 
@@ -80,7 +82,11 @@ def to_risk(
     for name, value in (("risk", risk), ("delta", delta)):
         if not (isinstance(value, int | float) and 0 < value < 1):
             raise DynskipError(f"{name}={value} is out of range; give a number between 0 and 1.")
-    known = {"full": _changed if model.activation == "softmax" else _changed_labels, "labels": _lost}
+    one_class = model.activation == "softmax"
+    known: dict[str, Loss] = {
+        "full": _changed if one_class else _changed_set,
+        "labels": _lost if one_class else _lost_set,
+    }
     if loss not in known and not callable(loss):
         raise DynskipError(f"loss={loss!r} is unknown; use 'full', 'labels' or a function.")
     measure, exact = (loss, False) if callable(loss) else (known[loss], True)
@@ -184,14 +190,20 @@ def _changed(probabilities: Tensor, full: Tensor, targets: Tensor) -> Tensor:
     return probabilities.argmax(-1) != full.argmax(-1)
 
 
-def _changed_labels(probabilities: Tensor, full: Tensor, targets: Tensor) -> Tensor:
+def _changed_set(probabilities: Tensor, full: Tensor, targets: Tensor) -> Tensor:
     return ((probabilities > 0.5) != (full > 0.5)).any(-1)
 
 
 def _lost(probabilities: Tensor, full: Tensor, targets: Tensor) -> Tensor:
-    return _right(full, targets) & ~_right(probabilities, targets)
+    def right(answers: Tensor) -> Tensor:
+        top = answers.argmax(-1)
+        return top == targets if targets.ndim == 1 else targets.gather(1, top[:, None]).squeeze(1) > 0
+
+    return right(full) & ~right(probabilities)
 
 
-def _right(probabilities: Tensor, targets: Tensor) -> Tensor:
-    answers = probabilities.argmax(-1)
-    return answers == targets if targets.ndim == 1 else targets.gather(1, answers[:, None]).squeeze(1) > 0
+def _lost_set(probabilities: Tensor, full: Tensor, targets: Tensor) -> Tensor:
+    classes = full.shape[1]
+    hot = F.one_hot(targets.long(), classes) if targets.ndim == 1 and classes > 1 else targets
+    labels = hot.reshape(full.shape) > 0.5
+    return ~((full > 0.5) != labels).any(-1) & ((probabilities > 0.5) != labels).any(-1)
