@@ -30,6 +30,7 @@ from dynskip.losses import (
     TargetRateLoss,
     UsageUniformityLoss,
 )
+from dynskip.order import CoarseToFine, FrameOrder, RandomOrder
 from dynskip.output import EncodedVideo, FrameResult, SkipOutput, VideoResult
 from dynskip.rules import UNSEEN
 from dynskip.runtime.clip import LookAhead
@@ -45,6 +46,7 @@ __all__ = [
     "BudgetLoss",
     "Carry",
     "ClassificationLoss",
+    "CoarseToFine",
     "ConfidenceGate",
     "DistillationLoss",
     "DynskipError",
@@ -55,6 +57,7 @@ __all__ = [
     "EntropyGate",
     "FLOPsLookup",
     "FixedGate",
+    "FrameOrder",
     "FrameResult",
     "Gate",
     "InnerClassificationLoss",
@@ -66,6 +69,7 @@ __all__ = [
     "PolicyGate",
     "PolicyGuidanceLoss",
     "RandomGate",
+    "RandomOrder",
     "SelfSupervisionLoss",
     "Session",
     "SimilarityGate",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynskip._check import Checked, check_positive
+from dynskip._check import Checked, check_lengths, check_positive
 from dynskip._modes import in_mode
 from dynskip.activation import Activation, check_activation
 from dynskip.backbone import StagedBackbone
@@ -166,8 +166,11 @@ def _one_a_gate(value: float | Sequence[float], stages: int) -> tuple[float, ...
     return thresholds
 
 
-def check_encoded(encoded: EncodedVideo, backbone: StagedBackbone, frames: int | None = None) -> None:
-    """Refuse stored features of another backbone, or of videos with another number of frames."""
+def check_encoded(encoded: EncodedVideo, backbone: StagedBackbone, frames: int | None = None) -> Tensor | None:
+    """Refuse stored features of another backbone, or of videos with another number of frames.
+
+    Returns the videos' lengths on the host; `None` for all frames.
+    """
     expected, classes = backbone.num_features, encoded.frame_logits.shape[-1]
     shapes = tuple(tuple(pooled.shape) for pooled in encoded.pooled)
     batch, length = encoded.frame_logits.shape[:2]
@@ -178,6 +181,7 @@ def check_encoded(encoded: EncodedVideo, backbone: StagedBackbone, frames: int |
             f"{frames or 'T'}, C_n) with C_n = {expected} and {backbone.num_classes} classes. Encode again with this "
             "model."
         )
+    return check_lengths(encoded.lengths, batch, length)
 
 
 @torch.no_grad()

@@ -73,6 +73,7 @@ class EarlyExit(Pretrained, Wrapper):
     # Settings of videos, which images do not need.
     state_update = "used"
     terminator = None
+    order = None
 
     @property
     def deciders(self) -> Any:
