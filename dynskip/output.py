@@ -167,9 +167,10 @@ class SkipOutput:
     def weights(self) -> Tensor | None:
         """`(B, T)` what each frame weighs in means over videos and frames; `None` where all weigh the same.
 
-        Padding weighs nothing, and short videos as much as long ones.
+        Padding weighs nothing, and a short video in all as much as a long one.
         """
-        return None if self.lengths is None else present(self.lengths, self.used.shape[1]) / self.lengths[:, None]
+        frames = self.used.shape[1]
+        return None if self.lengths is None else present(self.lengths, frames) * (frames / self.lengths[:, None])
 
 
 @dataclass

@@ -365,7 +365,7 @@ class StopOrForward(Pretrained, Wrapper):
 
         Args:
             clips: `(B, T, C, H, W)` normalised calibration clips, at the frame size to optimise for.
-            **options: `compile`, `dtype`, `buckets`, `backend`.
+            **options: `lengths`, `compile`, `dtype`, `buckets`, `backend`.
 
         Returns:
             The faster model, and how its decisions on `clips` compare with this model's.
