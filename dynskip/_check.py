@@ -72,7 +72,7 @@ def check_video(video: Any, backbone: StagedBackbone, lengths: Any = None) -> tu
     """Return normalised videos `(B, T, C, H, W)` on the backbone's device, and their lengths on the host."""
     if isinstance(video, list | tuple):
         raise DynskipError(
-            f"Videos must be one tensor (B, T, C, H, W); got a {type(video).__name__}. Pad videos of different length, "
+            f"Videos must be one tensor (B, T, C, H, W); got {type(video).__name__}. Pad videos of different length, "
             "and say how long they are: `video = torch.nn.utils.rnn.pad_sequence(videos, batch_first=True)` and "
             "`lengths=[len(each) for each in videos]`."
         )

@@ -18,6 +18,7 @@ import dynskip
 from dynskip.backbone import Carry
 from dynskip.backbone.carry import count_samples, flatten, restore
 from dynskip.errors import DynskipError
+from dynskip.order import CoarseToFine, FrameOrder, RandomOrder
 from dynskip.terminate import EarlyTerminator
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def export(
         "num_classes": model.backbone.num_classes,
         "class_names": list(class_names) if class_names is not None else None,
         "state_update": model.state_update,
+        "order": _order(model.order),
         "termination": ends and {"threshold": float(ends.threshold), "min_frames": int(ends.min_frames)},
         "unit": model.lookup_for(size).unit,
         "stages": stages,
@@ -183,6 +185,15 @@ def _fill(state: Tensor, stage: int) -> dict[str, Any]:
             "Let `initial_state` return zeros and add what is learned inside the gate's forward."
         )
     return {"shape": list(state.shape[1:]), "value": value}
+
+
+def _order(order: FrameOrder | None) -> dict[str, Any] | None:
+    """Name a frame order. The runner knows dynskip's own, and is given others."""
+    if order is None:
+        return None
+    cls = type(order)
+    name = cls.__name__ if cls in (CoarseToFine, RandomOrder) else f"{cls.__module__}.{cls.__qualname__}"
+    return {"name": name, "seed": order.seed if isinstance(order, RandomOrder) else None}
 
 
 def _known(cost: float | Tensor) -> float | None:
