@@ -31,6 +31,9 @@ class FrameOrder(nn.Module):
     an attribute of the same name: saved models are rebuilt from them.
     """
 
+    def __init__(self) -> None:  # without the arguments that `nn.Module` takes, which no order keeps
+        super().__init__()
+
     def forward(self, num_frames: int) -> Tensor:
         """Order the frames of a video.
 

@@ -74,7 +74,7 @@ def export(
         "num_classes": model.backbone.num_classes,
         "class_names": list(class_names) if class_names is not None else None,
         "state_update": model.state_update,
-        "order": _order(model.order),
+        "order": named(model.order),
         "termination": ends and {"threshold": float(ends.threshold), "min_frames": int(ends.min_frames)},
         "unit": model.lookup_for(size).unit,
         "stages": stages,
@@ -187,7 +187,7 @@ def _fill(state: Tensor, stage: int) -> dict[str, Any]:
     return {"shape": list(state.shape[1:]), "value": value}
 
 
-def _order(order: FrameOrder | None) -> dict[str, Any] | None:
+def named(order: FrameOrder | None) -> dict[str, Any] | None:
     """Name a frame order. The runner knows dynskip's own, and is given others."""
     if order is None:
         return None
