@@ -100,6 +100,12 @@ def check_lengths(lengths: Any, batch: int, frames: int) -> Tensor | None:
     return found.long()
 
 
+def with_lengths(videos: Any) -> tuple[Any, Any]:
+    """Take what a loader gives for videos apart: them, and their lengths where it gives `(videos, lengths)`."""
+    pair = isinstance(videos, tuple | list) and len(videos) == 2 and getattr(videos[1], "ndim", 0) == 1
+    return tuple(videos) if pair else (videos, None)
+
+
 def present(lengths: Tensor, frames: int) -> Tensor:
     """Mark the frames of padded videos that are no padding: `(B, T)` boolean."""
     return torch.arange(frames, device=lengths.device) < lengths[:, None]

@@ -22,11 +22,14 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dynskip import calibrate, metrics
+from dynskip._check import Lengths, with_lengths
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
 from dynskip.output import EncodedVideo, SkipOutput
+from dynskip.rules import UNSEEN
 from dynskip.wrapper import StopOrForward
 
 MODES = ("dense", "gates", "gates + early termination")
@@ -148,9 +151,11 @@ def evaluate(
     Args:
         model: the model; it is set to eval mode.
         loader: batches of videos `(B, T, C, H, W)`, normalised and on the model's device, targets (`(B,)` class
-            indices or `(B, K)` with ones), and a key for each video. All videos have `T` frames of one size.
+            indices or `(B, K)` with ones), and a key for each video. All videos have frames of one size. Videos of
+            different length are padded, and are `(videos, lengths)` in the place of `videos`.
         modes: which of `MODES`: every frame without gates, with gates, and also ending videos early.
-        relevant: `(T,)` boolean, the frames that show the action, by the videos' keys.
+        relevant: `(T,)` boolean, the frames that show the action, by the videos' keys; for each video, as many as it
+            has frames.
 
     Returns:
         Results, records and tables.
@@ -162,15 +167,18 @@ def evaluate(
     outputs: dict[str, list[SkipOutput]] = {mode: [] for mode in modes}
     milliseconds: dict[str, list[float]] = {mode: [] for mode in modes}
     targets: list[Tensor] = []
+    lengths: list[Tensor] = []
     keys: list[str] = []
-    for video, labels, names in loader:
+    for videos, labels, names in loader:
+        video, ends = with_lengths(videos)
         for mode in modes:
             if not keys:
-                run(model, video, mode)  # first calls allocate and choose kernels: not timed
+                run(model, video, mode, ends)  # first calls allocate and choose kernels: not timed
             begin = _clock(video.device)
-            outputs[mode].append(run(model, video, mode))
+            outputs[mode].append(run(model, video, mode, ends))
             milliseconds[mode] += [1000 * (_clock(video.device) - begin) / len(video)] * len(video)
         targets.append(labels.cpu())
+        lengths.append(torch.full((len(video),), video.shape[1]) if ends is None else torch.as_tensor(ends).cpu())
         keys += names
     if not keys:
         raise DynskipError("There are no videos to evaluate, or none of them could be read.")
@@ -180,9 +188,12 @@ def evaluate(
     for mode in modes:
         joined = {
             name: torch.cat([getattr(output, name) for output in outputs[mode]]).cpu()
-            for name in ("probabilities", "stopped_at", "macs", "fallback_frame")
+            for name in ("probabilities", "macs", "fallback_frame")
         }
-        videos = _Videos(keys, torch.cat(targets), relevant or {}, milliseconds[mode], **joined)
+        rows = [row.cpu() for output in outputs[mode] for row in output.stopped_at]
+        joined["stopped_at"] = pad_sequence(rows, batch_first=True, padding_value=UNSEEN)
+        joined |= {"targets": torch.cat(targets), "lengths": torch.cat(lengths)}
+        videos = _Videos(keys, relevant or {}, milliseconds[mode], **joined)
         results.append(_result(mode, videos, lookup))
         records += _records(mode, videos, model.class_names)
     batch = len(targets[0])
@@ -191,12 +202,12 @@ def evaluate(
 
 
 @torch.no_grad()
-def run(model: StopOrForward, video: Tensor, mode: str) -> SkipOutput:
-    """Run a model in one of `MODES`; `video` is `(B, T, C, H, W)`."""
+def run(model: StopOrForward, video: Tensor, mode: str, lengths: Lengths | None = None) -> SkipOutput:
+    """Run a model in one of `MODES`; `video` is `(B, T, C, H, W)`, with `(B,)` lengths where it is padded."""
     terminator = model.terminator
     model.terminator = terminator if mode == MODES[2] else None
     try:
-        output: SkipOutput = model(video, dense=mode == MODES[0])
+        output: SkipOutput = model(video, lengths=lengths, dense=mode == MODES[0])
         return output
     finally:
         model.terminator = terminator
@@ -235,12 +246,13 @@ def machine(device: str | torch.device) -> str:
 
 @dataclass(frozen=True)
 class _Videos:
-    """What one way of running gave for `V` videos of `T` frames."""
+    """What one way of running gave for `V` videos of up to `T` frames."""
 
     keys: Sequence[str]
-    targets: Tensor  # (V,) or (V, K)
     relevant: Mapping[str, Tensor]  # (T,) by key
     milliseconds: Sequence[float]
+    targets: Tensor  # (V,) or (V, K)
+    lengths: Tensor  # (V,)
     probabilities: Tensor  # (V, K)
     stopped_at: Tensor  # (V, T)
     macs: Tensor  # (V,)
@@ -252,16 +264,19 @@ def _result(mode: str, videos: _Videos, lookup: FLOPsLookup) -> Result:
     marked = [row for row, key in enumerate(videos.keys) if key in videos.relevant]
     relevance = None
     if marked:
-        relevant = torch.stack([videos.relevant[videos.keys[row]] for row in marked])
-        relevance = metrics.frame_relevance(videos.stopped_at[marked] == stages, relevant)
+        used = videos.stopped_at[marked] == stages
+        relevant = torch.zeros_like(used)
+        for row, place in enumerate(marked):
+            relevant[row, : int(videos.lengths[place])] = videos.relevant[videos.keys[place]]
+        relevance = metrics.frame_relevance(used, relevant, videos.lengths[marked])
     return Result(
         mode=mode,
         top1=metrics.top_k_accuracy(scores, targets),
         top5=metrics.top_k_accuracy(scores, targets, min(5, scores.shape[1])),
         mean_ap=metrics.mean_average_precision(scores, targets),
         plain_ap=metrics.mean_average_precision(scores, targets, interpolated=False),
-        compute=metrics.executed_compute(videos.macs, videos.stopped_at.shape[1], lookup),
-        usage=metrics.frame_usage(videos.stopped_at, stages),
+        compute=metrics.executed_compute(videos.macs, videos.lengths, lookup),
+        usage=metrics.frame_usage(videos.stopped_at, stages, videos.lengths),
         relevance=relevance,
         milliseconds=sum(videos.milliseconds) / len(videos.keys),
         fallbacks=int((videos.fallback_frame >= 0).sum()),
@@ -283,7 +298,9 @@ def _records(mode: str, videos: _Videos, class_names: Sequence[str] | None) -> l
             "best": {names[i]: p for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)},
             "gmacs": float(videos.macs[row]) / 1e9,
             "milliseconds": videos.milliseconds[row],
-            "stopped_at": videos.stopped_at[row].tolist(),  # a stage; their number where used, -1 where unseen
+            "stopped_at": videos.stopped_at[
+                row, : int(videos.lengths[row])
+            ].tolist(),  # a stage; their number where used, -1 where unseen
             "fallback_frame": int(videos.fallback_frame[row]),  # -1 where frames were used
         }
         if key in videos.relevant:

@@ -65,8 +65,8 @@ class StoredFeatures:
 
     def means(self) -> Tensor:
         """Return the mean embedding of each video, `(V, D)`."""
-        total = self.embedding.sum(1)  # padding is zeros
-        return total / (self.embedding.shape[1] if self.lengths is None else self.lengths[:, None])
+        # Padding is zeros.
+        return self.embedding.mean(1) if self.lengths is None else self.embedding.sum(1) / self.lengths[:, None]
 
 
 def classifier(model: StopOrForward) -> nn.Module:
@@ -117,9 +117,9 @@ def encode_clips(model: StopOrForward, clips: Clips, folder: Path, workers: int 
     if not parts:
         raise DynskipError("None of the videos could be read, so there are no features.")
     # Files of earlier versions have no lengths: their videos are all of the same length.
-    lengths = torch.cat(
-        [part.get("lengths", torch.full_like(part["positions"], part["embedding"].shape[1])) for part in parts]
-    )
+    for part in parts:
+        part.setdefault("lengths", torch.full_like(part["positions"], part["embedding"].shape[1]))
+    lengths = torch.cat([part["lengths"] for part in parts])
     frames, size = int(lengths.max()), clips.prep.size
 
     def join(name: str) -> Tensor:
