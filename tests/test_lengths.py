@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,10 +22,12 @@ from helpers import (
     rows_of,
     toy_backbone,
     toy_model,
+    toy_video,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from dynskip import (
     BudgetLoss,
@@ -46,9 +49,12 @@ from dynskip import (
     TargetRateLoss,
     UsageUniformityLoss,
     VideoResult,
+    calibrate,
     metrics,
 )
+from dynskip.evaluation import evaluate
 from dynskip.runtime.optimize import compare
+from dynskip.video import collate_padded
 
 ORDERS: tuple[FrameOrder | None, ...] = (None, CoarseToFine(), RandomOrder(3))
 
@@ -301,3 +307,46 @@ def test_an_output_tells_lengths_in_words() -> None:
     assert "2 videos of 2 to 4 frames" in repr(output)
     assert "6 frames used, 0 stopped, 0 unseen" in repr(output)
     assert output.logits.shape[1] == CLASSES
+
+
+def batches_of(videos: Sequence[Tensor], size: int) -> Any:
+    """Load videos of different length in padded batches."""
+    samples = [(video, n % CLASSES, f"video {n}") for n, video in enumerate(videos)]
+    return DataLoader(samples, size, collate_fn=collate_padded)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_calibration_measures_what_single_videos_give(order: FrameOrder | None) -> None:
+    model = toy_model(3, share=0.8, terminator=EarlyTerminator(0.9, 1), order=order)
+    videos = [toy_video(1, length, seed=n)[0] for n, length in enumerate((2, 5, 3, 7, 1, 4))]
+    alone, together = (list(batches_of(videos, size)) for size in (1, 4))
+    for baseline in (calibrate.dense, calibrate.uniform_frames):
+        assert baseline(model, together) == baseline(model, alone)
+    random = calibrate.random_frames(model, together)
+    assert random[-1] == calibrate.dense(model, alone)
+    assert random[0].macs == pytest.approx(model.lookup_for((SIZE, SIZE)).dense)
+    for end in (0.3, None):
+        point = calibrate.CurvePoint(0.0, 0.0, (0.05, 0.1, 0.2), end)
+        found = calibrate.replay(model, calibrate.encode(model, together), point)
+        assert found == calibrate.replay(model, alone, point)
+        other = toy_model(3, share=0.8, terminator=end and EarlyTerminator(end, 1), order=order)
+        other.forward_threshold = point.forward_threshold
+        outputs = [other(video[None]) for video in videos]
+        assert found.macs == pytest.approx(float(torch.cat([output.macs for output in outputs]).mean()))
+        right = [int(output.logits.argmax()) == n % CLASSES for n, output in enumerate(outputs)]
+        assert found.accuracy == pytest.approx(sum(right) / len(right))
+        assert any((~output.seen).any() for output in outputs) == (end is not None)
+
+
+def test_evaluation_gives_what_single_videos_give() -> None:
+    model = toy_model(3, share=0.8, terminator=EarlyTerminator(0.9, 2), order=CoarseToFine())
+    videos = [toy_video(1, length, seed=n)[0] for n, length in enumerate((2, 5, 3, 7, 1, 4))]
+    relevant = {f"video {n}": torch.arange(len(video)) < 2 for n, video in enumerate(videos)}
+    alone, together = (evaluate(model, batches_of(videos, size), relevant=relevant) for size in (1, 4))
+    for one, other in zip(alone.results, together.results, strict=True):
+        assert dataclasses.replace(other, milliseconds=one.milliseconds) == one
+    for one, other in zip(alone.records, together.records, strict=True):
+        assert len(other["stopped_at"]) == len(videos[int(other["video"].split()[1])])
+        for name in ("stopped_at", "fallback_frame", "correct", "relevant"):
+            assert one[name] == other[name]
+        assert one["gmacs"] == pytest.approx(other["gmacs"])
