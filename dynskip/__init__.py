@@ -1,6 +1,14 @@
 """Dynamic inference for PyTorch vision models: spend less compute on frames that do not deserve it."""
 
 from dynskip.backbone import Carry, StagedBackbone, stage_model
+from dynskip.consensus import (
+    AttentionMean,
+    Consensus,
+    MaxOfLogits,
+    MeanOfLogits,
+    MeanOfProbabilities,
+    TopKMean,
+)
 from dynskip.early_exit import EarlyExit
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
@@ -42,10 +50,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "UNSEEN",
+    "AttentionMean",
     "BudgetLoss",
     "Carry",
     "ClassificationLoss",
     "ConfidenceGate",
+    "Consensus",
     "DistillationLoss",
     "DynskipError",
     "EarlyExit",
@@ -62,6 +72,9 @@ __all__ = [
     "LinearGate",
     "LookAhead",
     "LossParts",
+    "MaxOfLogits",
+    "MeanOfLogits",
+    "MeanOfProbabilities",
     "PairwiseGate",
     "PolicyGate",
     "PolicyGuidanceLoss",
@@ -74,6 +87,7 @@ __all__ = [
     "StagedBackbone",
     "StopOrForward",
     "TargetRateLoss",
+    "TopKMean",
     "UsageUniformityLoss",
     "VideoResult",
     "exponential_temperature",

@@ -15,6 +15,7 @@ from dynskip._fit import Wrapper, check_encoded, check_parts
 from dynskip._pretrained import Pretrained
 from dynskip.activation import Activation
 from dynskip.backbone import StagedBackbone, encode_images
+from dynskip.consensus import Consensus, MeanOfLogits
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
 from dynskip.gates import parts_of
@@ -46,6 +47,7 @@ class StopOrForward(Pretrained, Wrapper):
         forward_threshold: a frame goes forward where the gate's forward probability exceeds this; one number for all
             gates, or one a gate. 0.5 is the arg-max. No threshold overrules saturated logits (`dynskip.rules`).
         activation: how logits become probabilities: `"softmax"`, one class holds; `"sigmoid"`, each class holds or not.
+        consensus: how used frames make a video's answer; `None` is `MeanOfLogits()` (Eq. 3.6).
 
     Settings are checked whenever they are set.
 
@@ -75,12 +77,14 @@ class StopOrForward(Pretrained, Wrapper):
         state_update: Literal["used", "reached"] = "used",
         forward_threshold: float | Sequence[float] = 0.5,
         activation: Activation = "softmax",
+        consensus: Consensus | None = None,
     ) -> None:
         check_parts(backbone, gates, inner, lookup)
         super().__init__(backbone, forward_threshold, activation, lookup)
         self.gates = nn.ModuleList(gates)
         self.inner = nn.ModuleList(inner) if inner is not None else None
         self.terminator: EarlyTerminator | None = terminator
+        self.consensus: Consensus = consensus if consensus is not None else MeanOfLogits()
         self.state_update: Literal["used", "reached"] = state_update
         self.look_ahead: LookAhead | None = None
 
@@ -108,7 +112,7 @@ class StopOrForward(Pretrained, Wrapper):
         if dense:
             encoded = self.encode(video)
             lookup = self.lookup_for(encoded.image_size)
-            return dense_output(encoded.frame_logits, self.backbone.num_stages, lookup, self.activation)
+            return dense_output(encoded.frame_logits, lookup, self.readout)
         if self.training:
             return self.decide(self.encode(video), sample=sample)
         # A frame's draw must not depend on how far the clip looks ahead, so a sampled pass goes frame by frame.
@@ -207,6 +211,7 @@ class StopOrForward(Pretrained, Wrapper):
     def _rules(self) -> list[str]:
         return [
             f"Gates remember frames that were {self.state_update}.",
+            f"Used frames make the answer by {self.consensus!r}.",
             f"A video ends early: {self.terminator.extra_repr()}." if self.terminator else "Every frame is looked at.",
         ]
 
@@ -289,24 +294,23 @@ class StopOrForward(Pretrained, Wrapper):
         if not self.training:
             if self.terminator is not None:
                 # Frames after a video's end were decided in vain: no result depends on them.
-                running = rules.read(stopped_at, frame_logits, self.repeats)
+                running = rules.read(self.readout, stopped_at, frame_logits)
                 stopped_at = rules.end_videos(self.terminator, running, stopped_at, self.activation)
             return masked_output(
                 stopped_at,
                 gate_logits,
                 frame_logits,
                 lookup,
-                self.repeats,
+                self.readout,
                 inner_logits=inner_logits,
-                activation=self.activation,
             )
         fallback_frame = rules.fallback(stopped_at, gate_logits)
         used = stopped_at == stages
         # The product of the decisions carries the gates' gradients; a fallback frame counts with a constant 1.
         given = rules.answering(stopped_at, stages, fallback_frame) & ~used
-        weights = (forward.prod(-1) + given.to(forward.dtype)) * rules.times_counted(stopped_at, self.repeats)
+        weights = forward.prod(-1) + given.to(forward.dtype)
         return SkipOutput(
-            logits=(weights[..., None] * frame_logits).sum(1) / weights.sum(1, keepdim=True),
+            logits=rules.weighted(self.readout, stopped_at, frame_logits, weights),
             forward=forward,
             used=used,
             stopped_at=stopped_at,

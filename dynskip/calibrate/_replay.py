@@ -175,7 +175,7 @@ class Replay:
         finally:
             model.forward_threshold, model.terminator = own, terminator
         return [
-            (output, rules.read(output.stopped_at, encoded.frame_logits, model.repeats))
+            (output, rules.read(model.readout, output.stopped_at, encoded.frame_logits))
             for output, (encoded, _) in zip(outputs, self.videos, strict=True)
         ]
 
@@ -198,8 +198,7 @@ class Replay:
                     output.gate_logits,
                     encoded.frame_logits,
                     self.model.lookup_for(encoded.image_size),
-                    self.model.repeats,
-                    activation=self.model.activation,
+                    self.model.readout,
                 )
         logits, macs = [output.logits for output in outputs], [output.macs for output in outputs]
         return self._measure(logits, macs, forward_threshold, termination_threshold)
@@ -211,7 +210,8 @@ class Replay:
             batch, frames, _ = encoded.frame_logits.shape
             picked = pick((batch, frames)).to(encoded.frame_logits.device)
             # As a model of one gate that stops all frames except the picked ones.
-            logits.append(rules.read(picked.long(), encoded.frame_logits, (False,))[:, -1])
+            readout = self.model.readout._replace(repeats=(False,))
+            logits.append(rules.read(readout, picked.long(), encoded.frame_logits)[:, -1])
             macs.append(picked.sum(1).double() * self.model.lookup_for(encoded.image_size).dense)
         return self._measure(logits, macs)
 
