@@ -231,8 +231,8 @@ def running(readout: Readout, tally: Tally, dtype: torch.dtype) -> Tensor:
 
 def running_after(readout: Readout, tally: Tally, dtype: torch.dtype) -> Tensor:
     """Return the running prediction after each frame, `(B, T, K)` from what `count` returned."""
-    shape = tally[0].shape[:2]
-    return running(readout, tuple(part.flatten(0, 1) for part in tally), dtype).unflatten(0, shape)
+    rows = running(readout, tuple(part.flatten(0, 1) for part in tally), dtype)
+    return rows.view(*tally[0].shape[:2], -1)
 
 
 def weighted(readout: Readout, stopped_at: Tensor, frame_logits: Tensor, weights: Tensor | None = None) -> Tensor:
