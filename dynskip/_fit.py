@@ -120,12 +120,14 @@ class Wrapper(Checked):
                     + "and these are {}x{}. Measure one for this size, or leave `lookup` out.".format(*image_size)
                 )
             return given
-        if (layers := _layers([self.backbone, *self.deciders])) != self._counted:
+        if (layers := _layers([self.backbone, *self.deciders, self.consensus])) != self._counted:
             if self._counted:
                 self.backbone.channels_last = None  # new layers may not take it
             self._measured, self._counted = {}, layers
         if (lookup := self._measured.get(image_size)) is None:
-            lookup = self._measured[image_size] = FLOPsLookup.measure(self.backbone, image_size, self.deciders)
+            lookup = self._measured[image_size] = FLOPsLookup.measure(
+                self.backbone, image_size, self.deciders, self.consensus
+            )
         return lookup
 
     def summary(self, image_size: int | tuple[int, int] | None = None) -> str:
