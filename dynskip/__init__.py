@@ -1,6 +1,14 @@
 """Dynamic inference for PyTorch vision models: spend less compute on frames that do not deserve it."""
 
 from dynskip.backbone import Carry, StagedBackbone, stage_model
+from dynskip.consensus import (
+    AttentionMean,
+    Consensus,
+    MaxOfLogits,
+    MeanOfLogits,
+    MeanOfProbabilities,
+    TopKMean,
+)
 from dynskip.early_exit import EarlyExit
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
@@ -43,11 +51,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "UNSEEN",
+    "AttentionMean",
     "BudgetLoss",
     "Carry",
     "ClassificationLoss",
     "CoarseToFine",
     "ConfidenceGate",
+    "Consensus",
     "DistillationLoss",
     "DynskipError",
     "EarlyExit",
@@ -65,6 +75,9 @@ __all__ = [
     "LinearGate",
     "LookAhead",
     "LossParts",
+    "MaxOfLogits",
+    "MeanOfLogits",
+    "MeanOfProbabilities",
     "PairwiseGate",
     "PolicyGate",
     "PolicyGuidanceLoss",
@@ -78,6 +91,7 @@ __all__ = [
     "StagedBackbone",
     "StopOrForward",
     "TargetRateLoss",
+    "TopKMean",
     "UsageUniformityLoss",
     "VideoResult",
     "exponential_temperature",

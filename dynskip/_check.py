@@ -56,7 +56,7 @@ def check_eval(model: Any, what: str) -> None:
 
 def running_parts(model: Any) -> list[nn.Module]:
     """Return the parts of a model that run in evaluation."""
-    return [part for part in (model.backbone, *model.deciders, model.terminator) if part is not None]
+    return [part for part in (model.backbone, *model.deciders, model.terminator, model.consensus) if part is not None]
 
 
 def settings_of(part: nn.Module | None) -> str | None:

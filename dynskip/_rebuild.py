@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 # What building a model may make beyond the saved weights: masks and tables, layers that are replaced.
 SPARE_NUMBERS, SPARE_TENSORS = 2**26, 1000
 # What folders of earlier versions lack: such models have the default.
-LATER_SETTINGS = {"activation", "order"}
+LATER_SETTINGS = {"activation", "consensus", "order"}
 MOST_PIXELS = 2**24  # numbers in one image; the backbone is tried on a few
 
 

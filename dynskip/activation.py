@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeAlias, get_args
 
+import torch
 from torch import Tensor
 
 from dynskip.errors import DynskipError
@@ -29,5 +30,8 @@ def probabilities(logits: Tensor, activation: Activation) -> Tensor:
 
 
 def to_logits(values: Tensor, activation: Activation) -> Tensor:
-    """Return logits whose probabilities are these, both `(..., K)`: the inverse of `probabilities`."""
-    return values.logit() if activation == "sigmoid" else values.log()
+    """Return finite logits whose probabilities are these, both `(..., K)`: the inverse of `probabilities`."""
+    limits = torch.finfo(values.dtype)
+    if activation == "sigmoid":
+        return values.clamp(limits.tiny, 1 - limits.eps / 2).logit()
+    return values.clamp(min=limits.tiny).log()

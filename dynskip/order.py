@@ -129,16 +129,19 @@ def in_steps(values: Tensor, table: Tensor | None) -> Tensor:
     return torch.take_along_dim(values, index.view(index.shape + (1,) * (values.ndim - 2)), 1)
 
 
-def encoded_in_steps(encoded: EncodedVideo, table: Tensor | None, lengths: Tensor | None) -> EncodedVideo:
-    """Arrange stored features by the table that `steps` returned; `lengths` is on the host.
+def looked_at(order: FrameOrder | None, encoded: EncodedVideo) -> tuple[EncodedVideo, Tensor | None]:
+    """Arrange stored features by an order; return them, and the table that `steps` returned.
 
     Padding shows its video's first frame, so that all that is made of it, and left out, is finite.
     """
+    batch, frames, _ = encoded.frame_logits.shape
+    lengths = None if encoded.lengths is None else encoded.lengths.cpu()
+    table = steps(order, batch, frames, lengths)
+    shown = table
     if lengths is not None:
-        frames = encoded.frame_logits.shape[1]
-        table = torch.where(present(lengths, frames), torch.arange(frames) if table is None else table, 0)
-    pooled = tuple(in_steps(features, table) for features in encoded.pooled)
-    return replace(encoded, pooled=pooled, frame_logits=in_steps(encoded.frame_logits, table))
+        shown = torch.where(present(lengths, frames), torch.arange(frames) if table is None else table, 0)
+    pooled = tuple(in_steps(features, shown) for features in encoded.pooled)
+    return replace(encoded, pooled=pooled, frame_logits=in_steps(encoded.frame_logits, shown)), table
 
 
 def in_time(output: SkipOutput, table: Tensor | None) -> SkipOutput:

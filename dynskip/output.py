@@ -6,7 +6,7 @@ One quantity has one name everywhere. `used` is of a frame, `frames_used` of a v
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from dynskip import rules
 from dynskip._check import present
 from dynskip.activation import Activation, probabilities
+from dynskip.consensus import Readout
 from dynskip.flops import FLOPsLookup
 
 
@@ -63,7 +64,8 @@ class VideoResult:
     Shapes are those of a session. The result of a stream has no `B`, and numbers in place of `(B,)` tensors.
 
     Attributes:
-        logits: `(B, K)` mean over the used frames, or the fallback frame's; NaN where neither exists.
+        logits: `(B, K)` what the used frames make (their mean, or another consensus), or the fallback frame alone; NaN
+            where neither exists.
         frames_used: `(B,)` number of frames used.
         frames_seen: `(B,)` number of frames looked at.
         fallback_frame: `(B,)` where no frame was used, the stopped frame that was run to the end; else -1.
@@ -95,9 +97,9 @@ class SkipOutput:
     """What a pass over videos decided, predicted and cost. What was not evaluated is NaN or 0.
 
     Attributes:
-        logits: `(B, K)` logits of each video: the mean over its used frames (Eq. 3.6). A frame that a gate with
-            `repeats_last` stops counts the last used one once more. In eval, frames whose logits are not finite do not
-            count.
+        logits: `(B, K)` logits of each video: the mean over its used frames (Eq. 3.6), or what another consensus makes
+            of them. A frame that a gate with `repeats_last` stops counts the last used one once more. In eval, frames
+            whose logits are not finite do not count.
         forward: `(B, T, N)` decisions, 1 forward and 0 stop; straight-through in training, 0 where a gate was not
             evaluated.
         used: `(B, T)` boolean, frames that passed every gate.
@@ -215,12 +217,11 @@ def masked_output(
     gate_logits: Tensor,
     frame_logits: Tensor,
     lookup: FLOPsLookup,
-    repeats: Sequence[bool],
+    readout: Readout,
     *,
     fallback_frame: Tensor | None = None,
     inner_logits: Tensor | None = None,
     logits: Tensor | None = None,
-    activation: Activation = "softmax",
     lengths: Tensor | None = None,
 ) -> SkipOutput:
     """Make the output of a skipping pass: mask what the decisions did not ask for.
@@ -230,11 +231,10 @@ def masked_output(
         gate_logits: `(B, T, N, 2)`.
         frame_logits: `(B, T, K)`.
         lookup: costs at the frames' size.
-        repeats: for each gate, whether frames that it stops repeat the last used one.
+        readout: how the model's frames make answers.
         fallback_frame: `(B,)`; chosen here by default.
         inner_logits: `(B, T, N, K)`, if inner classifiers ran.
-        logits: `(B, K)` the videos' answers; by default the mean of the answering frames' logits.
-        activation: the model's head activation.
+        logits: `(B, K)` the videos' answers; by default what the answering frames make.
         lengths: `(B,)` frames of each video, where the batch is padded.
     """
     stages = gate_logits.shape[2]
@@ -243,7 +243,7 @@ def masked_output(
     answering = rules.answering(stopped_at, stages, fallback_frame)
     if logits is None:
         # A fallback frame counts as the one used frame of its video.
-        counted = rules.read(torch.where(answering, stages, stopped_at), frame_logits, repeats)
+        counted = rules.read(readout, torch.where(answering, stages, stopped_at), frame_logits)
         logits = counted[:, -1].to(frame_logits.dtype)
     depth = torch.arange(stages, device=stopped_at.device)
     evaluated = depth <= stopped_at[..., None]
@@ -258,37 +258,31 @@ def masked_output(
         macs=lookup.cost(stopped_at, fallback_frame),
         fallback_frame=fallback_frame,
         evaluated=evaluated,
-        activation=activation,
+        activation=readout.activation,
         lengths=lengths,
     )
 
 
 def dense_output(
-    frame_logits: Tensor,
-    stages: int,
-    lookup: FLOPsLookup,
-    activation: Activation = "softmax",
-    lengths: Tensor | None = None,
+    frame_logits: Tensor, lookup: FLOPsLookup, readout: Readout, lengths: Tensor | None = None
 ) -> SkipOutput:
-    """Make the output of a pass without gates, which uses every frame: `(B, T, K)` logits."""
+    """Make the output of a pass without gates, which uses every frame: `(B, T, K)` logits, finite in padding, too."""
     batch, frames, _ = frame_logits.shape
-    device = frame_logits.device
-    used, logits = torch.ones(batch, frames, dtype=torch.bool, device=device), frame_logits.mean(1)
-    if lengths is not None:
-        used = present(lengths, frames)
-        logits = frame_logits.masked_fill(~used[..., None], 0.0).sum(1) / lengths[:, None]
-        frame_logits = rules.known(frame_logits, used)
+    device, stages = frame_logits.device, len(readout.repeats)
+    used = torch.ones(batch, frames, dtype=torch.bool, device=device) if lengths is None else present(lengths, frames)
+    stopped_at = torch.where(used, stages, rules.UNSEEN)
+    weights = None if lengths is None else used.to(frame_logits.dtype)
     return SkipOutput(
-        logits=logits,
+        logits=rules.weighted(readout, stopped_at, frame_logits, weights),
         forward=used[..., None].to(frame_logits.dtype).repeat(1, 1, stages),
         used=used,
-        stopped_at=torch.where(used, stages, rules.UNSEEN),
-        frame_logits=frame_logits,
+        stopped_at=stopped_at,
+        frame_logits=frame_logits if lengths is None else rules.known(frame_logits, used),
         gate_logits=None,
         inner_logits=None,
         macs=used.sum(1).double() * lookup.dense,
         fallback_frame=torch.full((batch,), -1, device=device),
         evaluated=torch.zeros(batch, frames, stages, dtype=torch.bool, device=device),
-        activation=activation,
+        activation=readout.activation,
         lengths=lengths,
     )

@@ -15,10 +15,11 @@ from dynskip._fit import Wrapper, check_encoded, check_parts
 from dynskip._pretrained import Pretrained
 from dynskip.activation import Activation
 from dynskip.backbone import StagedBackbone, encode_images
+from dynskip.consensus import Consensus, MeanOfLogits
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
 from dynskip.gates import parts_of
-from dynskip.order import FrameOrder, check_order, encoded_in_steps, in_steps, in_time, steps
+from dynskip.order import FrameOrder, check_order, in_steps, in_time, looked_at
 from dynskip.output import EncodedVideo, FrameResult, SkipOutput, VideoResult, dense_output, masked_output
 from dynskip.runtime.clip import LookAhead, run_clip, tune
 from dynskip.runtime.online import Session
@@ -47,6 +48,7 @@ class StopOrForward(Pretrained, Wrapper):
         forward_threshold: a frame goes forward where the gate's forward probability exceeds this; one number for all
             gates, or one a gate. 0.5 is the arg-max. No threshold overrules saturated logits (`dynskip.rules`).
         activation: how logits become probabilities: `"softmax"`, one class holds; `"sigmoid"`, each class holds or not.
+        consensus: how used frames make a video's answer; `None` is `MeanOfLogits()` (Eq. 3.6).
         order: in which order the frames of stored videos are looked at, such as `CoarseToFine()`; `None` in time.
 
     Settings are checked whenever they are set.
@@ -77,6 +79,7 @@ class StopOrForward(Pretrained, Wrapper):
         state_update: Literal["used", "reached"] = "used",
         forward_threshold: float | Sequence[float] = 0.5,
         activation: Activation = "softmax",
+        consensus: Consensus | None = None,
         order: FrameOrder | None = None,
     ) -> None:
         check_parts(backbone, gates, inner, lookup)
@@ -84,6 +87,7 @@ class StopOrForward(Pretrained, Wrapper):
         self.gates = nn.ModuleList(gates)
         self.inner = nn.ModuleList(inner) if inner is not None else None
         self.terminator: EarlyTerminator | None = terminator
+        self.consensus: Consensus = consensus if consensus is not None else MeanOfLogits()
         self.state_update: Literal["used", "reached"] = state_update
         self.look_ahead: LookAhead | None = None
         self._trained_in: str | None = "unknown"  # the order of frames that gates have seen in training
@@ -120,9 +124,8 @@ class StopOrForward(Pretrained, Wrapper):
         if dense:
             encoded = self.encode(video, lengths)
             lookup = self.lookup_for(encoded.image_size)
-            return dense_output(
-                encoded.frame_logits, self.backbone.num_stages, lookup, self.activation, encoded.lengths
-            )
+            encoded, table = looked_at(self.order, encoded)
+            return in_time(dense_output(encoded.frame_logits, lookup, self.readout, encoded.lengths), table)
         if self.training:
             return self.decide(self.encode(video, lengths), sample=sample)
         # A frame's draw must not depend on how far the clip looks ahead, so a sampled pass goes frame by frame.
@@ -223,6 +226,7 @@ class StopOrForward(Pretrained, Wrapper):
     def _rules(self) -> list[str]:
         return [
             f"Gates remember frames that were {self.state_update}.",
+            f"Used frames make the answer by {self.consensus!r}.",
             f"A video ends early: {self.terminator.extra_repr()}." if self.terminator else "Every frame is looked at.",
             *([f"Frames of stored videos are looked at in the order {settings_of(self.order)}."] if self.order else []),
         ]
@@ -275,7 +279,7 @@ class StopOrForward(Pretrained, Wrapper):
         Raises:
             DynskipError: if the features are not this backbone's, or the noise does not fit them.
         """
-        lengths = check_encoded(encoded, self.backbone)
+        check_encoded(encoded, self.backbone)
         sample = self.training if sample is None else sample
         stages, (batch, frames, _) = self.backbone.num_stages, encoded.frame_logits.shape
         if noise is not None and noise.shape != (wanted := (batch, frames, stages, 2)):
@@ -284,8 +288,7 @@ class StopOrForward(Pretrained, Wrapper):
             check_eval(self, "`decide`")
         if self.training:
             self._trained_in = settings_of(self.order)
-        table = steps(self.order, batch, frames, lengths)
-        encoded = encoded_in_steps(encoded, table, lengths)
+        encoded, table = looked_at(self.order, encoded)
         noise = None if noise is None else in_steps(noise, table)
         frame_logits = encoded.frame_logits
         real = None if encoded.lengths is None else present(encoded.lengths, frames)
@@ -321,16 +324,15 @@ class StopOrForward(Pretrained, Wrapper):
         if not self.training:
             if self.terminator is not None:
                 # Frames after a video's end were decided in vain: no result depends on them.
-                running = rules.read(stopped_at, frame_logits, self.repeats)
+                running = rules.read(self.readout, stopped_at, frame_logits)
                 stopped_at = rules.end_videos(self.terminator, running, stopped_at, self.activation)
             output = masked_output(
                 stopped_at,
                 gate_logits,
                 frame_logits,
                 lookup,
-                self.repeats,
+                self.readout,
                 inner_logits=inner_logits,
-                activation=self.activation,
                 lengths=encoded.lengths,
             )
             return in_time(output, table)
@@ -343,9 +345,9 @@ class StopOrForward(Pretrained, Wrapper):
         used = stopped_at == stages
         # The product of the decisions carries the gates' gradients; a fallback frame counts with a constant 1.
         given = rules.answering(stopped_at, stages, fallback_frame) & ~used
-        weights = (forward.prod(-1) + given.to(forward.dtype)) * rules.times_counted(stopped_at, self.repeats)
+        weights = forward.prod(-1) + given.to(forward.dtype)
         output = SkipOutput(
-            logits=(weights[..., None] * frame_logits).sum(1) / weights.sum(1, keepdim=True),
+            logits=rules.weighted(self.readout, stopped_at, frame_logits, weights),
             forward=forward,
             used=used,
             stopped_at=stopped_at,

@@ -15,7 +15,7 @@ FLOORS = (
     ("errors",),
     ("_modes", "_check", "activation"),
     ("backbone",),
-    ("inner",),
+    ("inner", "consensus"),
     ("gates", "terminate"),
     ("flops", "rules"),
     ("output",),

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import dynskip_onnx
-from dynskip import EarlyTerminator, rules
+from dynskip import Consensus, EarlyTerminator, MeanOfLogits, rules
+from dynskip.activation import Activation
+from dynskip.consensus import Readout
 
 NAN, INF = math.nan, math.inf
 WIDE = (NAN, INF, -INF, 0.0, 50.0, -50.0, 99.0, 100.0, -100.0, 3e38, -3e38, 1e-8)
@@ -61,6 +63,10 @@ def assert_equal(actual: Any, expected: Any) -> None:
 
 def assert_close(actual: Any, expected: Any) -> None:
     np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=1e-12, atol=1e-12)
+
+
+def readout(repeats: Sequence[bool], activation: Activation = "softmax", consensus: Consensus | None = None) -> Readout:
+    return Readout(consensus or MeanOfLogits(), activation, tuple(repeats))
 
 
 # The copy without torch
@@ -301,22 +307,23 @@ def test_means_are_of_the_used_frames_and_those_that_repeat_them(
         stopped_at = stopped_at.clone()
         stopped_at[:, -1] = rules.UNSEEN
     videos, frames, classes = frame_logits.shape
-    sums = start = rules.nothing_counted(videos, classes, torch.device("cpu"))
-    assert rules.running(start, torch.float64).isnan().all()
+    how = readout(repeats)
+    tally = start = rules.nothing_counted(how, torch.zeros(videos, classes, dtype=torch.float64))
+    assert rules.running(how, start, torch.float64).isnan().all()
     slow = [slow_count(*pair, repeats) for pair in zip(stopped_at.tolist(), frame_logits.tolist(), strict=True)]
     means, counted = torch.tensor([s[0] for s in slow], dtype=torch.float64), torch.tensor([s[1] for s in slow])
     places = [0, *(place for place in itertools.accumulate(cuts) if place < frames), frames]
     parts = []
     for first, last in itertools.pairwise(places):  # the sums go from call to call
-        after = rules.count(stopped_at[:, first:last], frame_logits[:, first:last], repeats, sums)
-        sums = rules.Sums(*(table[:, -1] for table in after))
+        after = rules.count(how, stopped_at[:, first:last], frame_logits[:, first:last], tally)
+        tally = tuple(table[:, -1] for table in after)
         parts.append(after)
-    whole = rules.count(stopped_at, frame_logits, repeats, start)
-    for after in (whole, rules.Sums(*(torch.cat(tables, 1) for tables in zip(*parts, strict=True)))):
-        assert_equal(after.counted, counted)
+    whole = rules.count(how, stopped_at, frame_logits, start)
+    for after in (whole, tuple(torch.cat(tables, 1) for tables in zip(*parts, strict=True))):
+        assert_equal(after[1], counted)
         scale = torch.where(frame_logits.isfinite(), frame_logits, 0.0).abs().max().double() + 1
-        assert_close(rules.running(after, torch.float64) / scale, means / scale)
-    assert_equal(rules.read(stopped_at, frame_logits, repeats).isnan(), means.isnan())
+        assert_close(rules.running_after(how, after, torch.float64) / scale, means / scale)
+    assert_equal(rules.read(how, stopped_at, frame_logits).isnan(), means.isnan())
 
 
 @given(histories())

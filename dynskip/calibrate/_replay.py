@@ -191,7 +191,7 @@ class Replay:
         for output, (encoded, _), table in zip(outputs, self.videos, self.tables, strict=True):
             looked = in_time(output, None if table is None else table.argsort(1))
             logits = in_steps(encoded.frame_logits, table)
-            decided.append((looked, rules.read(looked.stopped_at, logits, model.repeats)))
+            decided.append((looked, rules.read(model.readout, looked.stopped_at, logits)))
         return decided
 
     def end(
@@ -213,8 +213,7 @@ class Replay:
                     output.gate_logits,
                     in_steps(encoded.frame_logits, self.tables[i]),
                     self.model.lookup_for(encoded.image_size),
-                    self.model.repeats,
-                    activation=self.model.activation,
+                    self.model.readout,
                 )
         logits, macs = [output.logits for output in outputs], [output.macs for output in outputs]
         return self._measure(logits, macs, forward_threshold, termination_threshold)
@@ -227,7 +226,8 @@ class Replay:
             lengths = torch.full((batch,), frames) if encoded.lengths is None else encoded.lengths.cpu()
             picked = in_steps(pick(lengths, frames).to(encoded.frame_logits.device), table)
             # As a model of one gate that stops all frames except the picked ones.
-            logits.append(rules.read(picked.long(), in_steps(encoded.frame_logits, table), (False,))[:, -1])
+            readout = self.model.readout._replace(repeats=(False,))
+            logits.append(rules.read(readout, picked.long(), in_steps(encoded.frame_logits, table))[:, -1])
             macs.append(picked.sum(1).double() * self.model.lookup_for(encoded.image_size).dense)
         return self._measure(logits, macs)
 

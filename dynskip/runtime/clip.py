@@ -205,9 +205,8 @@ def _output(
         gate_logits.to(engine.dtype),
         frame_logits,
         lookup,
-        engine.model.repeats,
+        engine.readout,
         fallback_frame=engine.upload(fallback),
-        activation=engine.model.activation,
     )
     # Costs are computed on the host, where the decisions are known.
     output.speculative_macs = engine.upload((executed - lookup.cost(stopped_at, fallback)).clamp(min=0.0))

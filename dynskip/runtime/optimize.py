@@ -131,6 +131,7 @@ def optimize(
     # A copy of the whole model keeps its class and its settings; the memo puts the folded backbone in.
     fast = copy.deepcopy(model, {id(model.backbone): backbone})
     fast.gates.to(dtype=dtype)
+    fast.consensus.to(dtype=dtype)
     fast.inner = None
     fast._given_lookup = model.lookup_for((clips.shape[3], clips.shape[4]))
     fast.eval().requires_grad_(False)
