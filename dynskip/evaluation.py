@@ -169,8 +169,8 @@ def evaluate(
     targets: list[Tensor] = []
     lengths: list[Tensor] = []
     keys: list[str] = []
-    for videos, labels, names in loader:
-        video, ends = with_lengths(videos)
+    for given, labels, names in loader:
+        video, ends = with_lengths(given)
         for mode in modes:
             if not keys:
                 run(model, video, mode, ends)  # first calls allocate and choose kernels: not timed

@@ -343,8 +343,8 @@ def test_evaluation_gives_what_single_videos_give() -> None:
     videos = [toy_video(1, length, seed=n)[0] for n, length in enumerate((2, 5, 3, 7, 1, 4))]
     relevant = {f"video {n}": torch.arange(len(video)) < 2 for n, video in enumerate(videos)}
     alone, together = (evaluate(model, batches_of(videos, size), relevant=relevant) for size in (1, 4))
-    for one, other in zip(alone.results, together.results, strict=True):
-        assert dataclasses.replace(other, milliseconds=one.milliseconds) == one
+    for result, same in zip(alone.results, together.results, strict=True):
+        assert dataclasses.replace(same, milliseconds=result.milliseconds) == result
     for one, other in zip(alone.records, together.records, strict=True):
         assert len(other["stopped_at"]) == len(videos[int(other["video"].split()[1])])
         for name in ("stopped_at", "fallback_frame", "correct", "relevant"):
