@@ -75,7 +75,7 @@ def export(
         "num_classes": model.backbone.num_classes,
         "class_names": list(class_names) if class_names is not None else None,
         "activation": model.activation,
-        "consensus": _describe_consensus(model.consensus),
+        "consensus": describe_consensus(model.consensus),
         "state_update": model.state_update,
         "termination": ends and {"threshold": float(ends.threshold), "min_frames": int(ends.min_frames)},
         "unit": model.lookup_for(size).unit,
@@ -193,7 +193,7 @@ def _fill(state: Tensor, stage: int) -> dict[str, Any]:
     return {"shape": list(state.shape[1:]), "value": value}
 
 
-def _describe_consensus(consensus: Consensus) -> dict[str, Any]:
+def describe_consensus(consensus: Consensus) -> dict[str, Any]:
     """Name a consensus. The runner knows dynskip's own, and is given others."""
     cls = type(consensus)
     own = cls.__module__ == Consensus.__module__
