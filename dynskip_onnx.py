@@ -18,6 +18,7 @@ import os
 import random
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -1019,11 +1020,9 @@ def _order_of(entry: Any, own: Callable[[int], Iterable[int]] | None) -> Callabl
                 f"The model looks at frames in the order {name or 'of time'}. Leave `order` out, or set `model.order` "
                 "and export it again."
             )
-        return {
-            None: range,
-            "CoarseToFine": coarse_to_fine,
-            "RandomOrder": lambda num_frames: random_order(num_frames, entry["seed"]),
-        }[name]
+        if name == "RandomOrder":
+            return partial(random_order, seed=entry["seed"])
+        return coarse_to_fine if name else range
     if own is None:
         raise DynskipOnnxError(
             f"The model looks at frames in an order of its own, {name}. Give the function that makes it: "

@@ -23,7 +23,7 @@ class Consensus(Checked):
     too. So it has to treat each row alone, and must not write into the state that it was given.
 
     In training, a frame counts with a weight, which is 0 or 1 and has gradients: the state moves by this share towards
-    what `add` returns.
+    what `add` returns. So the gradient of a frame that stops is what it would have changed at its time.
 
     A subclass writes these three. The others are optional.
 

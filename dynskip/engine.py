@@ -115,7 +115,7 @@ class Engine:
 
     def running(self) -> Tensor:
         """Return the running prediction of every video, `(V, K)`."""
-        return rules.running(self.readout, self.tally, self.dtype)
+        return rules.running(self.readout, self.tally, self.wide).to(self.dtype)
 
     # Features
 

@@ -150,7 +150,7 @@ def in_time(output: SkipOutput, table: Tensor | None) -> SkipOutput:
         return output
     back, step = table.argsort(1), output.fallback_frame
     values = {name: getattr(output, name) for name in _OF_FRAMES}
-    moved = {name: in_steps(value, back) for name, value in values.items() if value is not None}
+    moved: dict[str, Any] = {name: in_steps(value, back) for name, value in values.items() if value is not None}
     frame = table.to(step.device, non_blocking=True).gather(1, step.clamp(min=0)[:, None]).squeeze(1)
     return replace(output, **moved, fallback_frame=torch.where(step < 0, -1, frame))
 

@@ -29,7 +29,7 @@ from dynskip import (
     StopOrForward,
     stage_model,
 )
-from dynskip.runtime.export import named
+from dynskip.runtime.export import describe_order
 from dynskip_onnx import DynskipOnnxError
 
 
@@ -212,7 +212,7 @@ def test_the_runner_without_torch_looks_at_frames_in_the_models_order(tmp_path: 
     assert dynskip_onnx.load(folder).order(3) == [0, 1, 2]
     for order in (CoarseToFine(), RandomOrder(3), Backwards()):
         model.order = order
-        manifest["order"] = named(order)
+        manifest["order"] = describe_order(order)
         (folder / "manifest.json").write_text(json.dumps(manifest))
         if isinstance(order, Backwards):
             with pytest.raises(DynskipOnnxError, match=r"an order of its own, .*Backwards.*order=\.\.\."):

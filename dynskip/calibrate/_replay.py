@@ -60,7 +60,8 @@ def encode(model: Gated, batches: Batches) -> list[tuple[EncodedVideo, Tensor]]:
             videos, targets = batch[0], torch.as_tensor(batch[1])
             if not isinstance(videos, EncodedVideo):
                 videos, lengths = with_lengths(videos)
-                videos = model.encode(videos) if lengths is None else model.encode(videos, lengths)
+                run: Any = model.encode
+                videos = run(videos) if lengths is None else run(videos, lengths)
             pooled, logits = tuple(part.to(device) for part in videos.pooled), videos.frame_logits.to(device)
             if targets.ndim not in (1, 2) or len(targets) != len(logits):
                 raise DynskipError(

@@ -192,6 +192,7 @@ def _output(
 ) -> SkipOutput:
     """Answer for videos without a used frame, and put everything together."""
     fallback = torch.full((engine.videos,), -1)
+    answers = engine.running()
     left = {row: furthest for row, furthest in enumerate(engine.furthest) if furthest is not None}
     executed = torch.tensor([engine.executed(row, lookup) for row in range(engine.videos)], dtype=torch.float64)
     if left:
@@ -199,6 +200,7 @@ def _output(
         fallback[rows] = at
         logits = run_to_end(engine.backbone, list(left.values()))
         frame_logits[engine.upload(rows), engine.upload(at)] = logits.to(frame_logits.dtype)
+        answers[engine.upload(rows)] = rules.answer(engine.readout, logits).to(engine.dtype)
         executed[rows] += lookup.completion[[furthest.depth - 1 for furthest in left.values()]]
     output = masked_output(
         engine.upload(stopped_at),
@@ -207,6 +209,7 @@ def _output(
         lookup,
         engine.readout,
         fallback_frame=engine.upload(fallback),
+        logits=answers,
     )
     # Costs are computed on the host, where the decisions are known.
     output.speculative_macs = engine.upload((executed - lookup.cost(stopped_at, fallback)).clamp(min=0.0))

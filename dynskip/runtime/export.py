@@ -76,9 +76,9 @@ def export(
         "num_classes": model.backbone.num_classes,
         "class_names": list(class_names) if class_names is not None else None,
         "activation": model.activation,
-        "consensus": _describe_consensus(model.consensus),
+        "consensus": describe_consensus(model.consensus),
         "state_update": model.state_update,
-        "order": named(model.order),
+        "order": describe_order(model.order),
         "termination": ends and {"threshold": float(ends.threshold), "min_frames": int(ends.min_frames)},
         "unit": model.lookup_for(size).unit,
         "stages": stages,
@@ -195,12 +195,14 @@ def _fill(state: Tensor, stage: int) -> dict[str, Any]:
     return {"shape": list(state.shape[1:]), "value": value}
 
 
-def named(order: FrameOrder | None) -> dict[str, Any] | None:
+def describe_order(order: FrameOrder | None) -> dict[str, Any] | None:
     """Name a frame order. The runner knows dynskip's own, and is given others."""
-    return order and {"name": _name(order), "seed": order.seed if isinstance(order, RandomOrder) else None}
+    if order is None:
+        return None
+    return {"name": _name(order), "seed": order.seed if isinstance(order, RandomOrder) else None}
 
 
-def _describe_consensus(consensus: Consensus) -> dict[str, Any]:
+def describe_consensus(consensus: Consensus) -> dict[str, Any]:
     """Name a consensus. The runner knows dynskip's own, and is given others."""
     return {
         "name": _name(consensus),

@@ -374,7 +374,7 @@ class EvaluationLoader:
     def __len__(self) -> int:
         return -(-len(self.clips) // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor | tuple[Tensor, Tensor], Tensor, list[str]]]:
+    def __iter__(self) -> Iterator[tuple[Any, Tensor, list[str]]]:
         self.unreadable = []
         keys = [(0, position) for position in range(len(self.clips))]
         for batch in DataLoader(

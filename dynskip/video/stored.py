@@ -21,6 +21,7 @@ from typing import Any
 
 import safetensors
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -127,9 +128,9 @@ def encode_clips(model: StopOrForward, clips: Clips, folder: Path, workers: int 
         return torch.cat([F.pad(part[name], (0, 0, 0, frames - part[name].shape[1])) for part in parts])
 
     pooled = tuple(join(f"pooled_{n}") for n in range(model.backbone.num_stages))
-    positions = torch.cat([part["positions"] for part in parts])
+    places = torch.cat([part["positions"] for part in parts])
     different = lengths if int(lengths.min()) < frames else None
-    return StoredFeatures(pooled, join("embedding"), positions, (size, size), different)
+    return StoredFeatures(pooled, join("embedding"), places, (size, size), different)
 
 
 def fit_classifier(model: StopOrForward, features: StoredFeatures, targets: Tensor, weight_decay: float = 0.03) -> None:
