@@ -16,16 +16,22 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ablation
 import common
-import torch
-from torch import Tensor
-
-from dynskip import EarlyTerminator, FixedGate, InnerClassifier, PairwiseGate, StopOrForward, calibrate, plot
+from dynskip import (
+    CoarseToFine,
+    EarlyTerminator,
+    FixedGate,
+    InnerClassifier,
+    PairwiseGate,
+    StopOrForward,
+    calibrate,
+    plot,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "bands.json"
@@ -33,41 +39,16 @@ PICTURE = ROOT / "docs" / "images" / "bands.png"
 RUN = ablation.Run("gates")
 
 
-def coarse_to_fine(frames: int) -> list[int]:
-    """Return FrameExit's order: the middle, the ends, then what lies between, ever finer."""
-    found, parts = [frames // 2, 0, frames - 1], 4
-    while 2 * parts <= frames:
-        found += [frames * part // parts for part in outwards(parts)]
-        parts *= 2
-    return list(dict.fromkeys(found + outwards(frames)))
-
-
-def outwards(count: int) -> list[int]:
-    return sorted(range(count), key=lambda n: (abs(n - count // 2), n))
-
-
-def reordered(part: ablation.Part, order: Sequence[int]) -> ablation.Part:
-    """Return the same videos with their frames in another order."""
-    frames = torch.tensor(order)
-
-    def moved(features: Tensor) -> Tensor:
-        return features[:, frames]
-
-    features = replace(
-        part.features, pooled=tuple(map(moved, part.features.pooled)), embedding=moved(part.features.embedding)
-    )
-    return replace(part, features=features, relevant=moved(part.relevant))
-
-
 def measure(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Train both models and measure all curves."""
     data, model = ablation.prepare(RUN, args)
-    test, order = data.parts["test"], coarse_to_fine(ablation.STEPS)
+    test = data.parts["test"]
     widths, classes = model.backbone.num_features, model.backbone.num_classes
     pairwise = StopOrForward(
         model.backbone,
         [PairwiseGate(width, ablation.HIDDEN, forward_bias=0.0) for width in widths],
         inner=[InnerClassifier(ablation.HIDDEN, classes) for _ in widths],
+        order=CoarseToFine(),
     )
     plain = StopOrForward(model.backbone, [FixedGate() for _ in widths]).eval()
     batches = test.batches(plain)
@@ -76,14 +57,10 @@ def measure(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
         "random frames": calibrate.random_frames(plain, batches, groups=test.groups),
         "dense": (calibrate.dense(plain, batches, groups=test.groups),),
     }
-    for name, gated, moved in (("SoF-Net", model, None), ("FrameExit order, PairwiseGate", pairwise, order)):
-
-        def videos(part: ablation.Part, moved: Sequence[int] | None = moved) -> ablation.Part:
-            return part if moved is None else reordered(part, moved)
-
-        ablation.train_gates(RUN, lambda epoch: videos(data.training(epoch)), gated)
+    for name, gated in (("SoF-Net", model), ("FrameExit order, PairwiseGate", pairwise)):
+        ablation.train_gates(RUN, data.training, gated)
         gated.eval().terminator = EarlyTerminator(ablation.THRESHOLD, ablation.MIN_FRAMES)
-        curves[name] = calibrate.curve(gated, videos(test).batches(gated), points=6, per_gate=False, groups=test.groups)
+        curves[name] = calibrate.curve(gated, test.batches(gated), points=6, per_gate=False, groups=test.groups)
         common.progress(name)
     return {name: [asdict(point) for point in points] for name, points in curves.items()}
 

@@ -57,7 +57,7 @@ class EfficiencyLoss(nn.Module):
     def forward(self, output: SkipOutput) -> Tensor:
         """Return the scalar loss of an output."""
         _check_table(len(self.remaining), output)
-        return functional.efficiency_loss(output.forward, self.remaining)
+        return functional.efficiency_loss(output.forward, self.remaining, output.weights)
 
     def extra_repr(self) -> str:
         """Show what forwarding at each gate may cost."""
@@ -97,7 +97,7 @@ class SelfSupervisionLoss(nn.Module):
         margins = output.gate_logits[..., FORWARD] - output.gate_logits[..., STOP]
         ran = torch.cat([output.evaluated, ~output.frame_logits.isnan().any(-1, keepdim=True)], -1)
         mask = ran[..., :-1] & ran[..., 1:]
-        return functional.self_supervision_loss(margins[..., :taught], labels, mask[..., :taught])
+        return functional.self_supervision_loss(margins[..., :taught], labels, mask[..., :taught], output.weights)
 
     def extra_repr(self) -> str:
         """Show the option."""
@@ -171,7 +171,7 @@ class TargetRateLoss(Checked):
             raise DynskipError(
                 f"Got {len(self.target)} target rates for {output.num_stages} gates; give one number or one a gate."
             )
-        return functional.target_rate_loss(output.forward, self.target)
+        return functional.target_rate_loss(output.forward, self.target, output.weights)
 
     def extra_repr(self) -> str:
         """Show the targets."""
@@ -187,7 +187,7 @@ class UsageUniformityLoss(nn.Module):
 
     def forward(self, output: SkipOutput) -> Tensor:
         """Return the scalar loss of an output."""
-        return functional.usage_uniformity_loss(output.forward)
+        return functional.usage_uniformity_loss(output.forward, output.weights)
 
 
 class BudgetLoss(Checked):
@@ -222,7 +222,7 @@ class BudgetLoss(Checked):
     def forward(self, output: SkipOutput) -> Tensor:
         """Return the scalar loss of an output: the share of the plain backbone's cost above the budget."""
         _check_table(len(self.costs), output)
-        return functional.budget_loss(output.forward, self.costs, self.head, self.budget)
+        return functional.budget_loss(output.forward, self.costs, self.head, self.budget, output.weights)
 
     def extra_repr(self) -> str:
         """Show the budget."""
@@ -254,7 +254,7 @@ class DistillationLoss(Checked):
         """Return the scalar loss of an output."""
         inner, final = _inner(output), output.frame_logits
         ran = ~(inner.isnan().any(-1) | final.isnan().any(-1)[..., None])
-        return functional.distillation_loss(inner, final, self.temperature, ran, output.activation)
+        return functional.distillation_loss(inner, final, self.temperature, ran, output.activation, output.weights)
 
     def extra_repr(self) -> str:
         """Show the temperature."""
