@@ -22,6 +22,7 @@ from typing import Any
 
 import ablation
 import common
+
 from dynskip import (
     CoarseToFine,
     EarlyTerminator,

@@ -1,7 +1,7 @@
 """How often do thresholds from `calibrate.to_risk` lose more than they may?
 
     python benchmarks/risk.py synthetic
-    python benchmarks/risk.py real --data DIR --weights FILE --cache DIR      # features of `ablation.py`
+    python benchmarks/risk.py termination real --data DIR --weights FILE --cache DIR      # features of `ablation.py`
     python benchmarks/risk.py quarter
     python benchmarks/risk.py                                                 # prints the results that there are
 
@@ -30,13 +30,27 @@ import common
 import torch
 from torch import Tensor, nn
 
-from dynskip import DynskipError, EarlyTerminator, EncodedVideo, LinearGate, StopOrForward, calibrate, stage_model
+from dynskip import (
+    DynskipError,
+    EarlyTerminator,
+    EncodedVideo,
+    FixedGate,
+    LinearGate,
+    StopOrForward,
+    calibrate,
+    stage_model,
+)
 from dynskip.calibrate._replay import Replay
 from dynskip.calibrate._risk import against_full, line, p_value
 from dynskip.metrics import top_k_accuracy
 
 RESULTS = Path(__file__).resolve().parent / "results" / "risk.json"
-NAMES = {"synthetic": "synthetic", "real": "real features", "quarter": "synthetic, path from a quarter"}
+NAMES = {
+    "synthetic": "synthetic",
+    "quarter": "synthetic, path from a quarter",
+    "termination": "real features, early termination",
+    "real": "real features, SoF-Net",
+}
 SPLITS = 500
 SETTINGS = ((0.02, 0.1, 200), (0.02, 0.1, 500), (0.05, 0.1, 200), (0.05, 0.05, 500), (0.1, 0.2, 200))
 WHOLE = ((0.05, 0.1, 200),)
@@ -149,10 +163,16 @@ def whole(model: StopOrForward, population: EncodedVideo, risk: float, delta: fl
     return {"violations": violations / SPLITS, "nothing passes": nothing / SPLITS, "cost": sum(costs) / SPLITS}
 
 
-def real(args: argparse.Namespace) -> tuple[StopOrForward, calibrate.Batches, list[EncodedVideo]]:
-    """Return SoF-Net trained on stored features, other videos, and a population: test videos composed anew."""
+def real(args: argparse.Namespace, gates: bool) -> tuple[StopOrForward, calibrate.Batches, list[EncodedVideo]]:
+    """Return SoF-Net trained on stored features, other videos, and a population: test videos composed anew.
+
+    Without gates, the plain backbone reads frames until the terminator ends the video.
+    """
     data, model = ablation.prepare(ablation.Run("gates"), args)
-    ablation.train_gates(ablation.Run("gates"), data.training, model)
+    if gates:
+        ablation.train_gates(ablation.Run("gates"), data.training, model)
+    else:
+        model = StopOrForward(model.backbone, [FixedGate() for _ in model.gates])
     model.eval().terminator = EarlyTerminator(ablation.THRESHOLD, ablation.MIN_FRAMES)
     population = [data.compose("test", version).batches(model)[0][0] for version in range(1, 5)]
     return model, data.parts["val"].batches(model), population
@@ -185,8 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for part in args.parts:
         if part == "synthetic":
             found[part] = on_a_path(synthetic(), [draw(1000, seed=0)], [draw(10_000, seed=1)[0]])
-        elif part == "real":
-            found[part] = on_a_path(*real(args))
+        elif part in ("termination", "real"):
+            found[part] = on_a_path(*real(args, gates=part == "real"))
         else:
             model, (population, _) = synthetic(), draw(10_000, seed=1)
             found[part] = {

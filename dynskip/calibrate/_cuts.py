@@ -35,6 +35,7 @@ class Cuts:
         self._places = torch.cat([ends[:1], (numbers[1:] + numbers[:-1]) / 2, ends[1:]])
         shares = counts.cumsum(0) / counts.sum() if len(numbers) else torch.ones(1)
         self._shares = torch.cat([torch.zeros(1), shares])
+        self.empty = len(numbers) == 0  # then no threshold changes anything
 
     def at(self, share: float) -> float:
         """Return the place below which the share of the numbers is nearest to this one."""

@@ -211,9 +211,10 @@ def search(replayed: Replay, ranks: Sequence[Rank], per_gate: bool) -> list[Curv
             "model a table: lookup=FLOPsLookup([...])."
         )
     together, single = margin_cuts(replayed)
-    gates = range(len(own))
-    explore([together] * len(own), [gates])
-    if per_gate:
+    gates = [n for n, cut in enumerate(single) if not cut.empty]
+    if gates:
+        explore([together] * len(own), [gates])
+    if len(gates) > 1 and per_gate:
         explore(single, [gates, *([n] for n in gates)])
     for rank in ranks:
         end_better(rank)
