@@ -545,7 +545,9 @@ def test_other_losses_say_what_they_want() -> None:
 )
 def test_targets_follow_the_output_to_its_device(criterion: nn.Module) -> None:
     output = random_output(2, 3, 3, 0)
-    moved: dict[str, Any] = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in fields_of(output).items()}
+    moved: dict[str, Any] = {
+        name: x.to("meta") if isinstance(x, Tensor) else x for name, x in fields_of(output).items()
+    }
     for activation, targets in (("softmax", torch.tensor([0, 3])), ("sigmoid", torch.eye(CLASSES)[:2])):
         loss = criterion.to("meta")(SkipOutput(**{**moved, "activation": activation}), targets)
         assert getattr(loss, "total", loss).device.type == "meta"
