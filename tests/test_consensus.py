@@ -7,7 +7,6 @@ import json
 import math
 import pickle
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -359,7 +358,7 @@ def test_attention_learns_which_frames_to_trust() -> None:
     model = toy_model(stages=1, forward_threshold=0.0).float()
     attention = AttentionMean(CLASSES, hidden=8)
     torch.manual_seed(0)
-    nn.init.normal_(attention.score[0].weight)
+    nn.init.normal_(next(attention.parameters()))
     model.consensus = attention
     targets = torch.randint(CLASSES, (128,))
     logits = 2.0 * torch.randn(128, 8, CLASSES)
@@ -455,8 +454,8 @@ def test_a_session_goes_on_elsewhere(kind: str) -> None:
         model.stream(2).load_state_dict(state)
 
 
-def changed(**methods: Callable[..., Any]) -> Consensus:
-    return type("Mine", (MeanOfLogits,), methods)()  # type: ignore[no-any-return]
+def changed(**members: Any) -> Consensus:
+    return type("Mine", (MeanOfLogits,), members)()  # type: ignore[no-any-return]
 
 
 WRONG: dict[str, tuple[Any, str]] = {
