@@ -15,8 +15,10 @@ import hashlib
 import json
 import math
 import os
+import random
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -135,6 +137,26 @@ def ends(termination: dict[str, Any], running_logits: Array, seen: int, activati
     # A NaN compares false: a video without a prediction goes on.
     confident = confidence(probabilities(running_logits, activation), activation) > np.float32(termination["threshold"])
     return bool(confident) and seen > int(termination["min_frames"])
+
+
+def coarse_to_fine(num_frames: int) -> list[int]:
+    """Return which frame each step looks at in FrameExit's order; see `dynskip.CoarseToFine`."""
+    found, parts = [num_frames // 2, 0, num_frames - 1], 4
+    while 2 * parts <= num_frames:
+        found += [num_frames * part // parts for part in _outwards(parts)]
+        parts *= 2
+    return list(dict.fromkeys(found + _outwards(num_frames)))
+
+
+def random_order(num_frames: int, seed: int) -> list[int]:
+    """Return which frame each step looks at in a random order; see `dynskip.RandomOrder`."""
+    source = random.Random(str(seed))
+    keys = [source.random() for _ in range(num_frames)]
+    return sorted(range(num_frames), key=keys.__getitem__)
+
+
+def _outwards(count: int) -> list[int]:
+    return sorted(range(count), key=lambda n: (abs(n - count // 2), n))
 
 
 def _logit(probability: float) -> float:
@@ -354,6 +376,7 @@ def load(
     threads: int = 0,
     providers: Sequence[str] = ("CPUExecutionProvider",),
     consensus: Any = None,
+    order: Callable[[int], Iterable[int]] | None = None,
 ) -> Runner:
     """Load what `model.export(folder, ...)` wrote, after checking every file against the manifest.
 
@@ -365,6 +388,7 @@ def load(
             `initial(zeros)` gets `(K,)` float64 zeros and returns a state. `add(state, values)` returns the state after
             a used frame, `values` being a float64 row of what the class gets. `answer(state)` returns `(K,)` float64,
             NaN before the first frame.
+        order: for a model with a frame order of your own: which frame each step looks at, from the number of frames.
 
     Returns:
         The runner.
@@ -398,7 +422,7 @@ def load(
                 f"onnxruntime {onnxruntime.__version__} cannot load {name!r}: {error}. Update onnxruntime, or export "
                 "the model again. A file that you converted must have its weights inside, not in another file."
             ) from error
-    return Runner(manifest, graphs, consensus)
+    return Runner(manifest, graphs, consensus, order)
 
 
 def rehash(folder: str | Path) -> None:
@@ -427,9 +451,14 @@ class Runner:
     """
 
     def __init__(
-        self, manifest: dict[str, Any], graphs: dict[str, onnxruntime.InferenceSession], consensus: Any = None
+        self,
+        manifest: dict[str, Any],
+        graphs: dict[str, onnxruntime.InferenceSession],
+        consensus: Any = None,
+        order: Callable[[int], Iterable[int]] | None = None,
     ) -> None:
         self.manifest = manifest
+        self._order = _order_of(manifest["order"], order)
         self.class_names: list[str] | None = manifest["class_names"]
         self._graphs = graphs
         self._stages, self._head = manifest["stages"], manifest["head"]
@@ -495,11 +524,21 @@ class Runner:
         """Open a session for frames that arrive one by one, of one video or of `batch` videos in lock-step."""
         return Session(self, batch)
 
+    def order(self, num_frames: int) -> list[int]:
+        """Return which frame each step looks at in a stored video. Sources of streams give frames in this order."""
+        found = [int(number) for number in self._order(num_frames)]
+        if sorted(found) != list(range(num_frames)):
+            raise DynskipOnnxError(
+                f"The frame order gives {found} for {num_frames} frames. Return every number from 0 to "
+                f"{num_frames - 1} once."
+            )
+        return found
+
     def clip(self, video: Array, window: int = 16) -> ClipResult:
         """Run a stored video. Stages take up to `window` frames at once; decisions are those of the online run.
 
         Args:
-            video: `(T, C, H, W)` normalised frames.
+            video: `(T, C, H, W)` normalised frames in time, without padding. They are looked at in the model's order.
             window: frames that may run ahead of the decisions before them.
 
         Returns:
@@ -510,21 +549,24 @@ class Runner:
         """
         if len(video) == 0 or window < 1:
             raise DynskipOnnxError(f"A clip needs frames and a positive window; got {len(video)} frames, {window=}.")
-        state, images = self._begin(), [self._image(frame) for frame in video]
+        numbers = self.order(len(video))
+        state, images = self._begin(), [self._image(video[number]) for number in numbers]
         stages, stopped_at = len(self._stages), np.full(len(images), UNSEEN)
         frame_logits = np.full((len(images), self._classes), np.nan, np.float32)
         gate_logits = np.full((len(images), stages, 2), np.nan, np.float32)
         for start in range(0, len(images), window):
             for frame in self._decide([_Frame(state, [image]) for image in images[start : start + window]]):
-                stopped_at[frame.number], gate_logits[frame.number] = frame.stopped_at, frame.gate_logits
+                number = numbers[frame.number]
+                stopped_at[number], gate_logits[number] = frame.stopped_at, frame.gate_logits
                 if frame.stopped_at == stages:
-                    frame_logits[frame.number] = frame.logits
+                    frame_logits[number] = frame.logits
             if state.ended:
                 break
-        answer = self._finish(state)
+        answer = vars(self._finish(state))
         if state.furthest is not None:
-            frame_logits[answer.fallback_frame] = state.furthest.logits
-        return ClipResult(**vars(answer), stopped_at=stopped_at, frame_logits=frame_logits, gate_logits=gate_logits)
+            answer["fallback_frame"] = numbers[answer["fallback_frame"]]
+            frame_logits[answer["fallback_frame"]] = state.furthest.logits
+        return ClipResult(**answer, stopped_at=stopped_at, frame_logits=frame_logits, gate_logits=gate_logits)
 
     def serve(self, sources: Iterable[Iterable[Array]], capacity: int = 16) -> Iterator[VideoResult]:
         """Run many streams together, one frame of each at a time. When a stream ends, the next one takes its place.
@@ -839,6 +881,7 @@ COST = _number("a number of at least 0", 0, HIGHEST)
 # What folders of version 1 lack.
 EARLIER = {
     "activation": "softmax",
+    "order": None,
     "consensus": {"name": "MeanOfLogits", "k": None, "of_probabilities": False, "embedded_features": 0},
 }
 # What each entry has to be. A "?" after its name means: or null. A list may hold any number of what is in it.
@@ -853,6 +896,7 @@ MANIFEST: dict[str, Any] = {
     "activation": ("'softmax' or 'sigmoid'", lambda value: value in ("softmax", "sigmoid")),
     "consensus": {"name": TEXT, "k?": _whole(1), "of_probabilities": BOOLEAN, "embedded_features": _whole(0)},
     "state_update": ("'used' or 'reached'", lambda value: value in ("used", "reached")),
+    "order?": {"name": TEXT, "seed?": _whole(-(2**63))},
     "termination?": {"threshold": _number("a number above 0, at most 1", math.ulp(0.0), 1), "min_frames": _whole(0)},
     "unit": TEXT,
     "stages": [
@@ -965,6 +1009,26 @@ def _fits(entry: Any, value: dict[str, Any]) -> bool:
         and not (value["rows"] and isinstance(entry.shape[0], int))
         and all(w is None or g == w for g, w in zip(entry.shape, wanted, strict=True))
     )
+
+
+def _order_of(entry: Any, own: Callable[[int], Iterable[int]] | None) -> Callable[[int], Iterable[int]]:
+    """Return the frame order that a manifest names."""
+    name = None if entry is None else entry["name"]
+    if name in (None, "CoarseToFine", "RandomOrder"):
+        if own is not None:
+            raise DynskipOnnxError(
+                f"The model looks at frames in the order {name or 'of time'}. Leave `order` out, or set `model.order` "
+                "and export it again."
+            )
+        if name == "RandomOrder":
+            return partial(random_order, seed=entry["seed"])
+        return coarse_to_fine if name else range
+    if own is None:
+        raise DynskipOnnxError(
+            f"The model looks at frames in an order of its own, {name}. Give the function that makes it: "
+            "load(folder, order=...)."
+        )
+    return own
 
 
 def _consensus_of(entry: dict[str, Any], classes: int, own: Any) -> Any:

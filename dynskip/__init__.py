@@ -38,6 +38,7 @@ from dynskip.losses import (
     TargetRateLoss,
     UsageUniformityLoss,
 )
+from dynskip.order import CoarseToFine, FrameOrder, RandomOrder
 from dynskip.output import EncodedVideo, FrameResult, SkipOutput, VideoResult
 from dynskip.rules import UNSEEN
 from dynskip.runtime.clip import LookAhead
@@ -54,6 +55,7 @@ __all__ = [
     "BudgetLoss",
     "Carry",
     "ClassificationLoss",
+    "CoarseToFine",
     "ConfidenceGate",
     "Consensus",
     "DistillationLoss",
@@ -65,6 +67,7 @@ __all__ = [
     "EntropyGate",
     "FLOPsLookup",
     "FixedGate",
+    "FrameOrder",
     "FrameResult",
     "Gate",
     "InnerClassificationLoss",
@@ -79,6 +82,7 @@ __all__ = [
     "PolicyGate",
     "PolicyGuidanceLoss",
     "RandomGate",
+    "RandomOrder",
     "SelfSupervisionLoss",
     "Session",
     "SimilarityGate",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynskip._check import Checked, check_positive
+from dynskip._check import Checked, check_lengths, check_positive
 from dynskip._modes import in_mode
 from dynskip.activation import Activation, check_activation
 from dynskip.backbone import StagedBackbone
@@ -197,6 +197,7 @@ def check_encoded(encoded: EncodedVideo, backbone: StagedBackbone, frames: int |
             f"{frames or 'T'}, C_n) with C_n = {expected} and {backbone.num_classes} classes. Encode again with this "
             "model."
         )
+    check_lengths(encoded.lengths, batch, length)
 
 
 @torch.no_grad()

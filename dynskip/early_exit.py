@@ -69,6 +69,7 @@ class EarlyExit(Pretrained, Wrapper):
     # Settings of videos, which images do not need.
     state_update = "used"
     terminator = None
+    order = None
     consensus = MeanOfLogits().eval()
 
     def check_setting(self, name: str, value: Any) -> Any:

@@ -19,7 +19,7 @@ FLOORS = (
     ("gates", "terminate"),
     ("flops", "rules"),
     ("output",),
-    ("features", "scan", "_tables"),
+    ("features", "scan", "_tables", "order"),
     ("engine", "summary"),
     ("_fit",),
     ("runtime", "metrics", "losses", "_card", "_config"),

@@ -20,6 +20,7 @@ from dynskip.backbone import Carry
 from dynskip.backbone.carry import count_samples, flatten, restore
 from dynskip.consensus import Consensus, Readout, TopKMean
 from dynskip.errors import DynskipError
+from dynskip.order import FrameOrder, RandomOrder
 from dynskip.terminate import EarlyTerminator
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def export(
         "activation": model.activation,
         "consensus": describe_consensus(model.consensus),
         "state_update": model.state_update,
+        "order": describe_order(model.order),
         "termination": ends and {"threshold": float(ends.threshold), "min_frames": int(ends.min_frames)},
         "unit": model.lookup_for(size).unit,
         "stages": stages,
@@ -193,16 +195,27 @@ def _fill(state: Tensor, stage: int) -> dict[str, Any]:
     return {"shape": list(state.shape[1:]), "value": value}
 
 
+def describe_order(order: FrameOrder | None) -> dict[str, Any] | None:
+    """Name a frame order. The runner knows dynskip's own, and is given others."""
+    if order is None:
+        return None
+    return {"name": _name(order), "seed": order.seed if isinstance(order, RandomOrder) else None}
+
+
 def describe_consensus(consensus: Consensus) -> dict[str, Any]:
     """Name a consensus. The runner knows dynskip's own, and is given others."""
-    cls = type(consensus)
-    own = cls.__module__ == Consensus.__module__
     return {
-        "name": cls.__name__ if own else f"{cls.__module__}.{cls.__qualname__}",
+        "name": _name(consensus),
         "k": consensus.k if isinstance(consensus, TopKMean) else None,
         "of_probabilities": consensus.of_probabilities,
         "embedded_features": consensus.embedded_features,
     }
+
+
+def _name(part: nn.Module) -> str:
+    cls = type(part)
+    own = cls.__module__ in (Consensus.__module__, FrameOrder.__module__)
+    return cls.__name__ if own else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _known(cost: float | Tensor) -> float | None:

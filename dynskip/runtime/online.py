@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynskip import rules
-from dynskip._check import check_eval, check_frames, refuse_not_finite, running_parts
+from dynskip._check import check_eval, check_frames, refuse_not_finite, running_parts, settings_of
 from dynskip.backbone import Carry
 from dynskip.engine import Engine
 from dynskip.errors import DynskipError
@@ -254,19 +253,13 @@ def _identity(model: StopOrForward) -> dict[str, Any]:
         "stage_names": list(model.backbone.stage_names),
         "state_update": model.state_update,
         "activation": model.activation,
-        "consensus": _settings(model.consensus),
+        "consensus": settings_of(model.consensus),
         "forward_threshold": list(model.forward_threshold),
-        "gates": [_settings(gate) for gate in model.gates],
-        "terminator": None if model.terminator is None else _settings(model.terminator),
+        "gates": [settings_of(gate) for gate in model.gates],
+        "terminator": settings_of(model.terminator),
+        "order": settings_of(model.order),
         "weights": _hash(torch.cat(samples) if samples else None),
     }
-
-
-def _settings(part: nn.Module) -> str:
-    """Name a part's class and the numbers and strings among its arguments, which parts keep under their own names."""
-    values = ((name, getattr(part, name, None)) for name in inspect.signature(type(part)).parameters)
-    shown = [f"{name}={value!r}" for name, value in values if isinstance(value, int | float | str)]
-    return f"{type(part).__name__}({', '.join(shown)})"
 
 
 def _hash(value: Any) -> str:
