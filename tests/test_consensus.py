@@ -423,7 +423,7 @@ def test_it_is_saved_copied_and_pickled(kind: str, tmp_path: Path) -> None:
     backbone = stage_model("test_resnet", num_classes=CLASSES, input_size=(3, 32, 32))
     gates = [LinearGate(channels) for channels in backbone.num_features]
     model = StopOrForward(backbone, gates, consensus=make(kind, torch.float32)).eval()
-    assert repr(model.consensus) in model.summary()
+    assert f"make the answer by {kind}(" in model.summary()
     folder = model.save_pretrained(tmp_path / "model")
     assert kind in (folder / "README.md").read_text()
     video, again = torch.randn(2, 3, 3, 32, 32), StopOrForward.from_pretrained(folder)
