@@ -244,9 +244,11 @@ def test_stored_features_keep_lengths_and_ignore_what_is_stored_of_padding() -> 
     assert encoded.lengths.tolist() == lengths
     pooled = tuple(padded(x, lengths) for x in encoded.pooled)
     dirty = EncodedVideo(pooled, padded(encoded.frame_logits, lengths), (SIZE, SIZE), encoded.lengths)
+    listed = dataclasses.replace(dirty, lengths=lengths)  # type: ignore[arg-type]
     for training in (False, True):
         model.train(training)
-        outputs = [model.decide(each, sample=False) for each in (encoded, dirty)]
+        outputs = [model.decide(each, sample=False) for each in (encoded, dirty, listed)]
+        assert_same(outputs[2], outputs[0], exact=True)
         assert_same(outputs[1], outputs[0], exact=True)
     loss = SoFLoss(model.lookup_for((SIZE, SIZE)))(outputs[1], torch.tensor([0, 1])).total
     loss.backward()
