@@ -73,7 +73,9 @@ class EarlyExit(Pretrained, Wrapper):
     consensus = MeanOfLogits().eval()
 
     def check_setting(self, name: str, value: Any) -> Any:
-        """Refuse settings that make no sense; return thresholds as one a gate."""
+        """Refuse settings that make no sense, and those of videos; return thresholds as one a gate."""
+        if name in ("state_update", "terminator") and value != getattr(self, name):
+            raise DynskipError(f"An EarlyExit takes still images, which have no {name}. Use StopOrForward for videos.")
         value = super().check_setting(name, value)
         if name in ("activation", "exits"):
             activation = value if name == "activation" else self.activation

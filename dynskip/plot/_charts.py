@@ -115,11 +115,11 @@ def accuracy_compute(
     title: str | None = None,
     dark: bool = False,
 ) -> Figure:
-    """Draw accuracy against executed compute, one line a curve.
+    """Draw accuracy against executed compute, one line a curve, with confidence bands where points have them.
 
     Args:
         curves: Points by the name of their curve, such as those of `dynskip.calibrate`; a single point, such as the
-            dense backbone, becomes a mark.
+            dense backbone, becomes a mark. Bands are drawn for curves whose points all have one.
         chosen: A point to mark with a ring, such as `Calibration.point`.
         metric: Name of the accuracy, for the axis.
         title: Text above the picture; may have several lines.
@@ -147,6 +147,13 @@ def accuracy_compute(
         ordered = sorted(points, key=lambda point: point.macs)
         x, y = [point.macs / 1e9 for point in ordered], [100 * point.accuracy for point in ordered]
         axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.6, label=name, clip_on=False, zorder=3)
+        bands = [point.band for point in ordered if point.band is not None]
+        if len(bands) == len(ordered):
+            lowest, highest = ([100 * edge for edge in edges] for edges in zip(*bands, strict=True))
+            if len(ordered) == 1:
+                axes.vlines(x, lowest, highest, color=colour, alpha=0.4, linewidth=4, zorder=2)
+            else:
+                axes.fill_between(x, lowest, highest, color=colour, alpha=0.18, linewidth=0, zorder=2)
     if chosen is not None:
         ring: dict[str, Any] = {"facecolors": "none", "edgecolors": theme.ink, "linewidths": 1.8, "clip_on": False}
         axes.scatter([chosen.macs / 1e9], [100 * chosen.accuracy], s=130, label="chosen", zorder=4, **ring)
