@@ -111,8 +111,6 @@ class Wrapper(Checked):
                 )
             return given
         if (layers := _layers([self.backbone, *self.deciders])) != self._counted:
-            if self._counted:
-                self.backbone.channels_last = None  # new layers may not take it
             self._measured, self._counted = {}, layers
         if (lookup := self._measured.get(image_size)) is None:
             lookup = self._measured[image_size] = FLOPsLookup.measure(self.backbone, image_size, self.deciders)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynskip._modes import in_mode
+from dynskip._modes import DrawingApart, in_mode
 from dynskip.backbone import StagedBackbone
 from dynskip.errors import DynskipError
 from dynskip.gates import parts_of
@@ -118,13 +118,10 @@ class FLOPsLookup:
         if gates and len(gates) != backbone.num_stages:
             raise DynskipError(f"Got {len(gates)} gates for {backbone.num_stages} stages; give one for each stage.")
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        takes_channels_last(backbone)  # tried now, so that nobody who counts a run counts the trial
         try:
             return cls._measured(_on_meta(backbone), size, [_on_meta(gate) for gate in gates])
         except Exception:  # the meta device lacks an operator, or has no values to look at
-            parts = nn.ModuleList([backbone, *gates])
-            devices = {tensor.device for tensor in parts.parameters() if tensor.is_cuda}
-            with in_mode(parts, False), torch.random.fork_rng(devices):
+            with in_mode(nn.ModuleList([backbone, *gates]), False), DrawingApart():
                 return cls._measured(backbone, size, gates)
 
     @classmethod
@@ -221,22 +218,6 @@ class FLOPsLookup:
             f"FLOPsLookup({unit} a frame{size}: {', '.join(parts)}, head {self.head / scale:.3f}, "
             f"gates {float(self.gates.sum()) / scale:.4f}, total {self.total / scale:.3f})"
         )
-
-
-@torch.no_grad()
-def takes_channels_last(backbone: StagedBackbone) -> bool:
-    """Say whether a backbone takes images in channels-last memory. Tried once, on the meta device, and remembered.
-
-    Some modules take views that need the other layout, and raise.
-    """
-    if getattr(backbone, "channels_last", None) is None:
-        try:
-            ghost = _on_meta(backbone)
-            ghost(_images(ghost, 2, ghost.input_size[1:]).contiguous(memory_format=torch.channels_last))
-            backbone.channels_last = True
-        except Exception:  # also where the meta device lacks an operation
-            backbone.channels_last = False
-    return bool(backbone.channels_last)
 
 
 def _column(values: Sequence[float]) -> Tensor:
