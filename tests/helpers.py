@@ -238,7 +238,8 @@ def fields_of(output: SkipOutput) -> dict[str, Any]:
 
 def rows_of(output: SkipOutput, index: Any) -> SkipOutput:
     """Take some videos out of an output."""
-    return SkipOutput(**{name: x[index] if isinstance(x, Tensor) else x for name, x in fields_of(output).items()})
+    chosen: dict[str, Any] = {n: x[index] if isinstance(x, Tensor) else x for n, x in fields_of(output).items()}
+    return SkipOutput(**chosen)
 
 
 def assert_same(actual: SkipOutput, expected: SkipOutput, exact: bool = False, skip: Sequence[str] = ()) -> None:
