@@ -116,6 +116,9 @@ class Wrapper(Checked):
             lookup = self._measured[image_size] = FLOPsLookup.measure(self.backbone, image_size, self.deciders)
         return lookup
 
+    def __prepare_scriptable__(self) -> None:
+        self.backbone.__prepare_scriptable__()
+
     def summary(self, image_size: int | tuple[int, int] | None = None) -> str:
         """Describe the model stage by stage: channels, costs, gates and their rules.
 

@@ -6,11 +6,9 @@ import collections
 import copy
 import functools
 import io
-import multiprocessing
 import pickle
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,18 +82,6 @@ def test_a_pickled_session_goes_on(gate: str) -> None:
         torch.manual_seed(0)
         each(video[0, 1])
     assert torch.equal(again.result().logits, session.result().logits)
-
-
-def answer_to(path: Path, model: StopOrForward, video: Tensor) -> None:
-    torch.save(model(video).logits, path)
-
-
-def test_a_model_goes_to_a_spawned_process(tmp_path: Path) -> None:
-    model, video = toy_model(), toy_video()
-    process = multiprocessing.get_context("spawn").Process(target=answer_to, args=(tmp_path / "a", model, video))
-    process.start()
-    process.join()
-    assert torch.equal(torch.load(tmp_path / "a"), model(video).logits)
 
 
 # Beside other threads

@@ -94,6 +94,11 @@ def trace(model: nn.Module, boundaries: Sequence[str], training: bool, images: T
         if node.op == "get_attr" and node.target.startswith("_tensor_constant"):  # torch.fx's own name for them
             name = node.meta["constant"] = f"{'train' if training else 'eval'}{node.target}"
             constants[name] = getattr(traced, node.target)
+            if constants[name].is_meta:
+                raise DynskipError(
+                    f"{type(model).__name__} makes a table between its stages, which has no values on the meta device. "
+                    "Give the model its weights before it is cut."
+                )
     # `device=self.table.device` is read while tracing, and the model may move later.
     with graph.inserting_before(next(iter(graph.nodes))):
         device = graph.create_node("get_attr", DEVICE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -64,11 +64,24 @@ class StagedBackbone(nn.Module):
         self._segments = segments
         self._taken = taken
         self._kinds: dict[bool, list[tuple[Any, ...]]] = {}
+        self._constants = constants
         for name, tensor in constants.items():
             # Not parameters of the model, so not in its checkpoints; but they have to follow `.to(device)`.
             self.register_buffer(name, tensor, persistent=False)
         self.channels_last = False  # while it is inspected
         self._inspect(expected)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> StagedBackbone:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in self._constants.items():  # no checkpoint has what `to_empty` has emptied
+            setattr(self, name, value.to(getattr(self, name)))
+        return self
+
+    def __prepare_scriptable__(self) -> None:
+        raise DynskipError(
+            "torch.jit.script cannot read the stages of a cut model. Use torch.jit.trace or torch.export on the "
+            "backbone, `optimize`, or `export`, which writes ONNX files."
+        )
 
     @property
     def num_stages(self) -> int:
