@@ -121,7 +121,43 @@ def test_models_are_cut_beside_one_another_and_beside_one_that_serves() -> None:
     assert nn.Linear(2, 2)(torch.zeros(1, 2)).shape == (1, 2)
 
 
-def test_a_cut_in_another_thread_repeats_no_random_numbers() -> None:
+class Drawing(nn.Module):
+    """Draws numbers in training, where it cannot run on the meta device and is traced beside a real run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = (
+            nn.Conv2d(3, 4, 3),
+            nn.Sequential(nn.Conv2d(4, 4, 3), nn.Dropout()),
+            nn.Linear(4, 4),
+        )
+        self.shift = torch.ones(4, 1, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.dropout(self.one(x + 1 if x.shape[-1] % 2 == 0 else x), 0.5, self.training) + self.shift
+        x = x * torch.rand_like(x) if self.training else x
+        return self.head(self.two(x).mean((2, 3)))
+
+
+@pytest.fixture
+def drawing() -> Callable[[], Any]:
+    model = Drawing()
+
+    def cut() -> None:
+        backbone = stage_model(model, ["one", "two"], input_size=SHAPE)
+        StopOrForward(backbone, [FixedGate(), FixedGate()]).lookup_for(SHAPE[1:])
+
+    return cut
+
+
+def test_a_cut_touches_no_random_state(drawing: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    state = torch.get_rng_state()
+    monkeypatch.setattr(torch.random, "fork_rng", pytest.fail)
+    drawing()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_cut_in_another_thread_repeats_no_random_numbers(drawing: Callable[[], Any]) -> None:
     drawn: list[float] = []
     stop = threading.Event()
 
@@ -129,11 +165,10 @@ def test_a_cut_in_another_thread_repeats_no_random_numbers() -> None:
         while not stop.is_set():
             drawn.append(float(torch.rand((), dtype=torch.float64)))
 
-    model = copy.deepcopy(timm_network("test_resnet", 64))
     thread = threading.Thread(target=draw)
     thread.start()
     for _ in range(3):
-        stage_model(model, input_size=SHAPE)
+        drawing()
     stop.set()
     thread.join()
     assert len(set(drawn)) == len(drawn) > 0
