@@ -14,6 +14,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
+from torch.overrides import TorchFunctionMode
 
 import dynskip
 from dynskip._config import (
@@ -103,12 +104,20 @@ def _try_without_memory(
         return timm.create_model(name, **timm_kwargs)
 
     try:
-        with torch.device("meta"), _at_most(tensors):
+        with torch.device("meta"), _ReadableRates(), _at_most(tensors):
             _Parts(classes, unstaged).arguments(wrapper, config)
     except DynskipError:
         raise
     except Exception:
         return
+
+
+class _ReadableRates(TorchFunctionMode):
+    """Keep `torch.linspace` off the meta device: timm 1.0.15 reads drop path rates from it while it builds a model."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        on_cpu = {"device": "cpu"} if func is torch.linspace else {}
+        return func(*args, **on_cpu | (kwargs or {}))
 
 
 @contextmanager

@@ -17,6 +17,11 @@ from typing import Any, Literal, TypeAlias
 
 import pytest
 import torch
+from torch.utils import backend_registration
+
+if not hasattr(backend_registration, "_DummyBackendModule"):
+    pytest.skip(f"torch {torch.__version__} takes no device written in Python", allow_module_level=True)
+
 from helpers import CLASSES, SIZE, assert_same, fields_of, toy_backbone, toy_model, toy_video
 from pretended import DEVICE, Counts, Pretended, on_host, pretended
 from torch import Tensor, nn
