@@ -97,6 +97,8 @@ class Wrapper(Checked):
     def lookup_for(self, image_size: tuple[int, int]) -> FLOPsLookup:
         """Return the cost table for frames of a size. An exit's cost is its gate's and its classifier's.
 
+        Where a cost depends on the data, as in a mixture of experts, it is that of one frame of random numbers.
+
         A table is measured again once a module of the backbone or of a gate has been replaced, or a parameter has
         another shape or dtype. What was made from an earlier table stays as it is: a loss, a session, a stream in
         flight.
@@ -134,7 +136,7 @@ class Wrapper(Checked):
                 cut, or that of the given cost table.
 
         Returns:
-            A table to print; costs are multiply-adds of one frame.
+            A table to print; costs are multiply-adds of one frame, as `lookup_for` counts them.
         """
         given = self._given_lookup.image_size if self._given_lookup is not None else None
         lookup = self.lookup_for(as_size(image_size) or given or self.backbone.input_size[1:])
