@@ -149,8 +149,8 @@ class FLOPsLookup:
         if count.unknown:
             warnings.warn(
                 f"The cost of {', '.join(count.unknown)} is unknown, so it is NaN: torch cannot count "
-                f"{', '.join(count.causes.values())}. Register a formula (torch.utils.flop_counter.register_flop_formula), "
-                "or give the model a table: lookup=FLOPsLookup(...).",
+                f"{', '.join(count.causes.values())}. Register a formula "
+                "(torch.utils.flop_counter.register_flop_formula), or give the model a table: lookup=FLOPsLookup(...).",
                 stacklevel=4,
             )
         return table
