@@ -82,7 +82,7 @@ def _check_batch(
     """Refuse all but `(*leading, C, H, W)` pixels in the model's dtype; where `dims` names dimensions, finite ones."""
     weight = next(backbone.parameters(), value)
     _refuse_transforms(backbone, value, weight)
-    if weight.is_meta and not getattr(value, "is_meta", False):
+    if getattr(weight, "is_meta", False) and not getattr(value, "is_meta", False):
         raise DynskipError("The model is on the meta device and has no values: give it its weights first.")
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__

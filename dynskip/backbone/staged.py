@@ -179,7 +179,8 @@ class StagedBackbone(nn.Module):
         return answer  # type: ignore[no-any-return]
 
     def _call(self, segment: int, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not self.channels_last or all(x.is_contiguous() for x in tree_leaves(values) if isinstance(x, Tensor)):
+        usual = not self.channels_last or torch.compiler.is_compiling()
+        if usual or all(x.is_contiguous() for x in tree_leaves(values) if isinstance(x, Tensor)):
             return self._call_as_is(segment, values)
         try:
             return self._call_as_is(segment, values)
