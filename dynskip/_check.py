@@ -109,7 +109,7 @@ def _check_batch(
 
 def _refuse_transforms(backbone: StagedBackbone, *tensors: Any) -> None:
     """Refuse to run in a transform that cannot follow decisions about frames."""
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]
         raise DynskipError(
             "Which stages run depends on what is in the frames, so one graph cannot hold the model. `model.export` "
             "writes it as ONNX files, one a stage; torch.export and torch.jit.trace take `model.backbone`."

@@ -100,7 +100,7 @@ class Adapted(nn.Module):
         super().__init__()
         self.base = layer.requires_grad_(False)
         if isinstance(layer, nn.Conv2d):
-            self.down: nn.Module = nn.Conv2d(layer.in_channels, 2, 1, layer.stride)
+            self.down: nn.Module = nn.Conv2d(layer.in_channels, 2, 1, layer.stride)  # type: ignore[arg-type]
             self.up: nn.Module = nn.Conv2d(2, layer.out_channels, 1)
         else:
             self.down, self.up = nn.Linear(layer.in_features, 2), nn.Linear(2, layer.out_features)
@@ -287,7 +287,7 @@ def elsewhere() -> None:
 
 def cam(model: Any, layer: nn.Module) -> Tensor:
     """Compute a Grad-CAM of the first class at a layer."""
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, Any] = {}
     handles = [
         layer.register_forward_hook(lambda module, inputs, output: seen.update(features=output)),
         layer.register_full_backward_hook(lambda module, inputs, outputs: seen.update(gradient=outputs[0])),
@@ -297,7 +297,8 @@ def cam(model: Any, layer: nn.Module) -> Tensor:
     finally:
         for handle in handles:
             handle.remove()
-    return (seen["gradient"].mean((2, 3), keepdim=True) * seen["features"]).sum(1).relu()
+    weighted: Tensor = seen["gradient"].mean((2, 3), keepdim=True) * seen["features"]
+    return weighted.sum(1).relu()
 
 
 @row("hooks, such as Grad-CAM, on stages and on what is inside them", "works")
@@ -322,7 +323,7 @@ def hooks_on_opened() -> None:
 @row("`copy.deepcopy`", "works")
 def copied() -> None:
     model = wrapped(cut(network()))
-    again = copy.deepcopy(model)
+    again: Any = copy.deepcopy(model)
     assert torch.equal(run(again).logits, run(model).logits)
     with torch.no_grad():
         again.backbone.model.fc.bias.add_(1.0)

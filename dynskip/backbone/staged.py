@@ -72,7 +72,7 @@ class StagedBackbone(nn.Module):
         self._inspect(expected)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> StagedBackbone:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for name, value in self._constants.items():  # no checkpoint has what `to_empty` has emptied
             setattr(self, name, value.to(getattr(self, name)))
         return self
