@@ -85,7 +85,7 @@ def assign() -> None:
 def tied() -> None:
     model = network()
     model.layer3[0].conv2.weight = model.layer2[0].conv2.weight
-    grads = []
+    grads: list[Any] = []
     for each in (model, cut(model)):
         model.zero_grad()
         each(images()).sum().backward()
@@ -288,9 +288,13 @@ def elsewhere() -> None:
 def cam(model: Any, layer: nn.Module) -> Tensor:
     """Compute a Grad-CAM of the first class at a layer."""
     seen: dict[str, Any] = {}
+
+    def keep(module: Any, inputs: Any, outputs: Any) -> None:
+        seen["gradient"] = outputs[0]
+
     handles = [
         layer.register_forward_hook(lambda module, inputs, output: seen.update(features=output)),
-        layer.register_full_backward_hook(lambda module, inputs, outputs: seen.update(gradient=outputs[0])),
+        layer.register_full_backward_hook(keep),
     ]
     try:
         model(images())[:, 0].sum().backward()
