@@ -487,7 +487,7 @@ BAD_BATCHES: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
     "one video": (lambda v, t: [(v[0], t[:1])], "must have shape"),
     "too few targets": (lambda v, t: [(v, t[:-1])], r"Got targets \(13,\) for 14 videos"),
     "no video": (lambda v, t: [(v[:0], t[:0])], "empty"),
-    "class too large": (lambda v, t: [(v, t + CLASSES)], "targets holds"),
+    "class too large": (lambda v, t: [(v, t + CLASSES)], "Targets range from"),
     "two kinds": (
         lambda v, t: [(v, t), (v, torch.nn.functional.one_hot(t, CLASSES))],
         "some batches are class indices and of others multi-hot",

@@ -318,6 +318,9 @@ def test_stage_macs_shows_how_much_was_executed() -> None:
     stopped_at = torch.tensor([[USED, USED, 0, UNSEEN], [1, UNSEEN, UNSEEN, UNSEEN]])
     shown = set(texts(plot.stage_macs(cost_table(), stopped_at)))
     assert {"0.5 of 1", "1.5 of 4", "0.75 of 2", "0.188 of 0.5"} < shown
+    # The same where two frames of the second video are padding: six frames in all.
+    shown = set(texts(plot.stage_macs(cost_table(), stopped_at, lengths=torch.tensor([4, 2]))))
+    assert {"0.667 of 1", "2 of 4", "1 of 2", "0.25 of 0.5"} < shown
 
 
 def test_stage_macs_in_another_unit() -> None:

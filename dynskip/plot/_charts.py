@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import dynskip.plot._style as _style
+from dynskip._check import check_lengths
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
 from dynskip.metrics import FrameUsage, check_stopped_at
@@ -60,7 +61,12 @@ def frame_usage(
 
 
 def stage_macs(
-    lookup: FLOPsLookup, stopped_at: Tensor | None = None, *, title: str | None = None, dark: bool = False
+    lookup: FLOPsLookup,
+    stopped_at: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    title: str | None = None,
+    dark: bool = False,
 ) -> Figure:
     """Draw what each stage costs a frame as horizontal bars, and how much of that was executed.
 
@@ -71,6 +77,7 @@ def stage_macs(
         lookup: The cost table, e.g. `model.lookup_for((224, 224))`. MACs (multiply-adds) are written in GMACs, of small
             models in MMACs; another unit as it is.
         stopped_at: `(B, T)` or `(T,)`, as in `SkipOutput.stopped_at`; `None` draws the costs alone.
+        lengths: `(B,)` frames of each video where they are padded (`SkipOutput.lengths`); `None` for all.
         title: Text above the picture; may have several lines.
         dark: Light text on a dark background.
 
@@ -85,7 +92,7 @@ def stage_macs(
     colours = [*(theme.shade(n, stages) for n in range(stages)), GATES, USED]
     scale, unit = lookup.display_unit
     full = torch.cat([lookup.per_stage, lookup.gates.sum()[None], lookup.per_stage.new_tensor([lookup.head])])
-    executed = full if stopped_at is None else _executed(lookup, stopped_at)
+    executed = full if stopped_at is None else _executed(lookup, stopped_at, lengths)
     longest = float(full.nan_to_num().max()) or 1.0
     bars = []
     for name, cost, part, colour in zip(
@@ -161,7 +168,7 @@ def accuracy_compute(
     return canvas.figure
 
 
-def _executed(lookup: FLOPsLookup, stopped_at: Tensor) -> Tensor:
+def _executed(lookup: FLOPsLookup, stopped_at: Tensor, lengths: Tensor | None) -> Tensor:
     """Mean cost executed a frame in each stage, in the gates and in the head, `(N + 2,)`."""
     stages = len(lookup.per_stage)
     check_stopped_at(stopped_at, stages)
@@ -173,7 +180,8 @@ def _executed(lookup: FLOPsLookup, stopped_at: Tensor) -> Tensor:
     runs = (gated + ((furthest >= 0) & (depth > furthest))).sum(0)
     gates = gated[:, :stages].sum(0) @ lookup.gates
     costs = [runs[:stages] * lookup.per_stage, gates[None], runs[stages:] * lookup.head]
-    executed: Tensor = torch.cat(costs) / decisions.numel()
+    lengths = None if lengths is None else check_lengths(lengths, *decisions.shape)
+    executed: Tensor = torch.cat(costs) / (decisions.numel() if lengths is None else lengths.sum())
     return executed
 
 
