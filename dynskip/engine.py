@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dynskip import rules
 from dynskip._tables import at_column, is_range, put, take
+from dynskip.backbone import lay_out
 from dynskip.features import Features, Furthest
 from dynskip.gates import GateState, parts_of
 from dynskip.scan import Group, scan
@@ -129,6 +130,8 @@ class Engine:
         """Run stages `first` to `last`, where the head is stage `N`, on `(M,)` frames that are in front of `first`."""
         carry, frames = self.features.gather(frames, self.device)
         index = self._index(frames, self.videos * self.window)
+        if first == 0 and len(self.features.pending) > 1:
+            carry = lay_out(self.backbone, carry)
         for n in range(first, min(last + 1, self.stages)):
             carry = self.backbone.run(n, carry)
             embedded = self.parts[n].embed(self.backbone.pool(n, carry))

@@ -6,8 +6,10 @@ import contextlib
 import copy
 import math
 import re
+import sys
 import warnings
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynskip._modes import in_mode
+from dynskip._modes import DrawingApart, in_mode
 from dynskip.backbone import StagedBackbone
 from dynskip.consensus import Consensus
 from dynskip.errors import DynskipError
@@ -124,21 +126,19 @@ class FLOPsLookup:
         if gates and len(gates) != backbone.num_stages:
             raise DynskipError(f"Got {len(gates)} gates for {backbone.num_stages} stages; give one for each stage.")
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        takes_channels_last(backbone)  # tried now, so that nobody who counts a run counts the trial
         try:
             ghosts = [_on_meta(gate) for gate in gates]
             return cls._measured(_on_meta(backbone), size, ghosts, consensus and _on_meta(consensus))
         except Exception:  # the meta device lacks an operator, or has no values to look at
             parts = nn.ModuleList([backbone, *gates, *([] if consensus is None else [consensus])])
-            devices = {tensor.device for tensor in parts.parameters() if tensor.is_cuda}
-            with in_mode(parts, False), torch.random.fork_rng(devices):
+            with in_mode(parts, False), DrawingApart():
                 return cls._measured(backbone, size, gates, consensus)
 
     @classmethod
     def _measured(
         cls, backbone: StagedBackbone, size: tuple[int, int], gates: Sequence[Any], consensus: Consensus | None
     ) -> FLOPsLookup:
-        count, names = _Count(), backbone.stage_names
+        count, names = _Count(backbone), backbone.stage_names
         carry = backbone.start(_images(backbone, 1, size))
         stage_macs, gate_macs = [], []
         for n, name in enumerate(names):
@@ -162,8 +162,8 @@ class FLOPsLookup:
         if count.unknown:
             warnings.warn(
                 f"The cost of {', '.join(count.unknown)} is unknown, so it is NaN: torch cannot count "
-                f"{', '.join(count.causes)}. Register a formula (torch.utils.flop_counter.register_flop_formula), or "
-                "give the model a table: lookup=FLOPsLookup(...).",
+                f"{', '.join(count.causes.values())}. Register a formula "
+                "(torch.utils.flop_counter.register_flop_formula), or give the model a table: lookup=FLOPsLookup(...).",
                 stacklevel=4,
             )
         return table
@@ -235,22 +235,6 @@ class FLOPsLookup:
         )
 
 
-@torch.no_grad()
-def takes_channels_last(backbone: StagedBackbone) -> bool:
-    """Say whether a backbone takes images in channels-last memory. Tried once, on the meta device, and remembered.
-
-    Some modules take views that need the other layout, and raise.
-    """
-    if getattr(backbone, "channels_last", None) is None:
-        try:
-            ghost = _on_meta(backbone)
-            ghost(_images(ghost, 2, ghost.input_size[1:]).contiguous(memory_format=torch.channels_last))
-            backbone.channels_last = True
-        except Exception:  # also where the meta device lacks an operation
-            backbone.channels_last = False
-    return bool(backbone.channels_last)
-
-
 def _column(values: Sequence[float]) -> Tensor:
     return torch.tensor(list(values), dtype=torch.float64)
 
@@ -258,9 +242,10 @@ def _column(values: Sequence[float]) -> Tensor:
 class _Count:
     """Counts the MACs of calls. Costs of the parts in `unknown` are not known, since torch cannot count `causes`."""
 
-    def __init__(self) -> None:
+    def __init__(self, backbone: StagedBackbone) -> None:
+        self.names = {id(module): name for name, module in backbone.model.named_modules() if name}
         self.unknown: dict[str, None] = {}
-        self.causes: dict[str, None] = {}
+        self.causes: dict[str, str] = {}
 
     def __call__(self, part: str, function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
         """Return the MACs of a call, NaN where they are not known, and its result."""
@@ -268,34 +253,43 @@ class _Count:
         # Its tracker of modules hooks those of all threads, and fails where a module is given a parameter.
         counter.mod_tracker = contextlib.nullcontext()
         counter.mod_tracker.parents = ("Global",)
-        uncounted = _Uncounted(counter.flop_registry)
+        uncounted = _Uncounted(counter.flop_registry, self.names)
         try:
             with uncounted, counter:  # the counter comes first, and takes operators apart
                 result = function(*args)
         except Exception as error:
             result = function(*args)  # raises as well, unless it was the counter that failed
-            uncounted.found[f"a call ({error})"] = None
+            uncounted.found[str(error)] = f"a call ({error})"
         if uncounted.found:
             self.unknown[part] = None
-            self.causes |= uncounted.found
+            self.causes = uncounted.found | self.causes
             return math.nan, result
         return counter.get_total_flops() // 2, result  # torch counts a multiply-add as two
 
 
 class _Uncounted(TorchDispatchMode):
-    """Notes the operators that may multiply and have no formula."""
+    """Notes the operators that may multiply and have no formula, and the first module that calls each."""
 
     supports_higher_order_operators = True
 
-    def __init__(self, formulas: Container[Any]) -> None:
+    def __init__(self, formulas: Container[Any], names: Mapping[int, str]) -> None:
         super().__init__()
-        self.formulas, self.found = formulas, dict[str, None]()
+        self.formulas, self.names, self.found = formulas, names, dict[str, str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = getattr(func, "_overloadpacket", func)
         if packet not in self.formulas and (func.namespace not in _FREE or _MULTIPLIES.search(func.name())):
-            self.found[str(packet)] = None
+            self.found.setdefault(str(packet), f"{packet}{self._where()}")
         return func(*args, **(kwargs or {}))
+
+    def _where(self) -> str:
+        """Name the innermost module of the backbone that is being called."""
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            if (name := self.names.get(id(frame.f_locals.get("self")))) is not None:
+                return f" in {name!r}"
+            frame = frame.f_back
+        return ""
 
 
 def _count_gate(count: _Count, this: str, gate: Any, pooled: Tensor) -> tuple[float, float, float]:
