@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dynskip._check import Checked, check_positive
 from dynskip._modes import in_mode
+from dynskip.activation import Activation, check_activation
 from dynskip.backbone import StagedBackbone
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
@@ -26,11 +27,16 @@ class Wrapper(Checked):
     state_update: str
 
     def __init__(
-        self, backbone: StagedBackbone, forward_threshold: float | Sequence[float], lookup: FLOPsLookup | None = None
+        self,
+        backbone: StagedBackbone,
+        forward_threshold: float | Sequence[float],
+        activation: Activation = "softmax",
+        lookup: FLOPsLookup | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.temperature = 1.0
+        self.activation: Activation = activation
         self.forward_threshold: Any = forward_threshold  # kept as a tuple, one a gate
         self.class_names: Sequence[str] | None = None
         self.preprocessing: Mapping[str, Any] | None = None
@@ -55,6 +61,8 @@ class Wrapper(Checked):
         """Refuse settings that make no sense; return thresholds as one a gate."""
         if name == "forward_threshold":
             return _one_a_gate(value, self.backbone.num_stages)
+        if name == "activation":
+            return check_activation(value)
         if name == "temperature":
             return check_positive(value, name)
         if name == "state_update" and value not in ("used", "reached"):
@@ -64,10 +72,10 @@ class Wrapper(Checked):
                 raise DynskipError(
                     f"The terminator is a {type(value).__name__}; give an EarlyTerminator, or a rule derived from it."
                 )
-            if self.backbone.num_classes < 2:
+            if self.backbone.num_classes < 2 and self.activation == "softmax":
                 raise DynskipError(
                     "The model has one output. The softmax of one logit is always 1, so every video would end at once. "
-                    "Give the model two outputs, or leave the terminator out (`threshold=None`)."
+                    "Take `activation='sigmoid'`, give the model two outputs, or leave the terminator out."
                 )
             value.train(self.training)  # a new part takes the model's mode
         if name == "class_names" and value is not None:

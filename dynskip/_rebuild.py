@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 # What building a model may make beyond the saved weights: masks and tables, layers that are replaced.
 SPARE_NUMBERS, SPARE_TENSORS = 2**26, 1000
+# What folders of earlier versions lack: such models have the default.
+LATER_SETTINGS = {"activation"}
 MOST_PIXELS = 2**24  # numbers in one image; the backbone is tried on a few
 
 
@@ -180,6 +182,8 @@ class _Parts:
     def arguments(self, wrapper: type[Wrapped], config: dict[str, Any]) -> dict[str, Any]:
         arguments = {}
         for name in inspect.signature(wrapper).parameters:
+            if name in LATER_SETTINGS and name not in config:
+                continue
             value = config[name]
             if name == "backbone":
                 value = self.backbone(value)

@@ -14,6 +14,7 @@ from dynskip import rules
 from dynskip._check import check_eval, check_images
 from dynskip._fit import Wrapper, check_encoded, check_parts
 from dynskip._pretrained import Pretrained
+from dynskip.activation import Activation
 from dynskip.backbone import StagedBackbone, encode_images
 from dynskip.engine import Engine
 from dynskip.errors import DynskipError
@@ -33,6 +34,7 @@ class EarlyExit(Pretrained, Wrapper):
         inner: `N` inner classifiers over the gates' hidden states, which answer. Leave them out where gates have their
             own (`ConfidenceGate`).
         forward_threshold: as in `StopOrForward`.
+        activation: as in `StopOrForward`.
 
     Attributes:
         temperature: as in `StopOrForward`.
@@ -55,15 +57,16 @@ class EarlyExit(Pretrained, Wrapper):
         gates: Sequence[nn.Module],
         inner: Sequence[nn.Module] | None = None,
         forward_threshold: float | Sequence[float] = 0.5,
+        activation: Activation = "softmax",
     ) -> None:
-        if backbone.num_classes < 2:
+        if backbone.num_classes < 2 and activation == "softmax":
             raise DynskipError(
-                "The model has one output. The softmax of one logit is always 1; give the model two outputs, one for "
-                "each answer."
+                'The model has one output. The softmax of one logit is always 1; take `activation="sigmoid"`, or give '
+                "the model two outputs, one for each answer."
             )
         classifiers = list(inner) if inner is not None else [nn.Identity() for _ in gates]
         check_parts(backbone, gates, classifiers, never_asked=[_never_stops(gate) for gate in gates])
-        super().__init__(backbone, forward_threshold)
+        super().__init__(backbone, forward_threshold, activation)
         parts = zip(gates, classifiers, strict=True)
         self.exits: Any = nn.ModuleList(_Exit(*pair, backbone.num_classes) for pair in parts)
 
@@ -193,6 +196,7 @@ class EarlyExit(Pretrained, Wrapper):
             fallback_frame=torch.full_like(stopped_at, -1),
             inner_logits=inner_logits[:, None],
             logits=answers.gather(1, stopped_at[:, None, None].expand(-1, 1, answers.shape[-1])).squeeze(1),
+            activation=self.activation,
         )
 
 

@@ -258,7 +258,7 @@ class Engine:
         running, ended = rules.running(after, self.wide), take(self.ended, rows)
         ends, last = None, self.window - 1
         if self.model.terminator is not None:
-            ends = rules.ends(self.model.terminator, running, seen)
+            ends = rules.ends(self.model.terminator, running, seen, self.model.activation)
             ends = ends if new is None else ends & new
             ended = ended | ends.any(1)
         if ends is not None and new is not None:

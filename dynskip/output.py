@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dynskip import rules
+from dynskip.activation import Activation, probabilities
 from dynskip.flops import FLOPsLookup
 
 
@@ -34,6 +35,7 @@ class FrameResult:
         frame_macs: `(B,)` float64 executed for this frame, in the cost table's unit.
         key: name of the stream; `None` in sessions.
         frame: the frame's number in its stream; `None` in sessions.
+        activation: the model's head activation, which makes probabilities of logits.
     """
 
     stopped_at: Any
@@ -45,11 +47,12 @@ class FrameResult:
     frame_macs: Any
     key: Hashable = None
     frame: int | None = None
+    activation: Activation = "softmax"
 
     @property
     def running_probabilities(self) -> Tensor:
         """`(B, K)` running class probabilities, NaN before the first used frame."""
-        return self.running_logits.softmax(-1)
+        return probabilities(self.running_logits, self.activation)
 
 
 @dataclass
@@ -67,6 +70,7 @@ class VideoResult:
         speculative_macs: `(B,)` float64 cost of what ran ahead of the decisions, in vain; not in `macs`.
         key: name of the stream; `None` in sessions.
         error: why the stream failed, else `None`. The other fields then tell how far it had got.
+        activation: the model's head activation, which makes probabilities of logits.
     """
 
     logits: Tensor
@@ -77,18 +81,17 @@ class VideoResult:
     speculative_macs: Any
     key: Hashable = None
     error: Exception | None = None
+    activation: Activation = "softmax"
 
     @property
     def probabilities(self) -> Tensor:
         """`(B, K)` class probabilities."""
-        return self.logits.softmax(-1)
+        return probabilities(self.logits, self.activation)
 
 
 @dataclass
 class SkipOutput:
     """What a pass over videos decided, predicted and cost. What was not evaluated is NaN or 0.
-
-    Classes are exclusive: `probabilities` are a softmax, and so are those that end videos.
 
     Attributes:
         logits: `(B, K)` logits of each video: the mean over its used frames (Eq. 3.6). A frame that a gate with
@@ -107,6 +110,7 @@ class SkipOutput:
         evaluated: `(B, T, N)` boolean, gates that ran: all of them in training, those a frame reached in eval.
         speculative_macs: `(B,)` float64 cost of what ran ahead of the decisions, in vain; not in `macs`. Zero unless
             stored videos are really skipped.
+        activation: the model's head activation, which makes probabilities of logits.
     """
 
     logits: Tensor
@@ -120,6 +124,7 @@ class SkipOutput:
     fallback_frame: Tensor
     evaluated: Tensor
     speculative_macs: Tensor = None  # type: ignore[assignment]  # zeros like `macs`
+    activation: Activation = "softmax"
 
     def __repr__(self) -> str:
         """Say what happened, in counts."""
@@ -143,7 +148,7 @@ class SkipOutput:
     @property
     def probabilities(self) -> Tensor:
         """`(B, K)` class probabilities of each video."""
-        return self.logits.softmax(-1)
+        return probabilities(self.logits, self.activation)
 
     @property
     def fallback(self) -> Tensor:
@@ -196,6 +201,7 @@ def masked_output(
     fallback_frame: Tensor | None = None,
     inner_logits: Tensor | None = None,
     logits: Tensor | None = None,
+    activation: Activation = "softmax",
 ) -> SkipOutput:
     """Make the output of a skipping pass: mask what the decisions did not ask for.
 
@@ -208,6 +214,7 @@ def masked_output(
         fallback_frame: `(B,)`; chosen here by default.
         inner_logits: `(B, T, N, K)`, if inner classifiers ran.
         logits: `(B, K)` the videos' answers; by default the mean of the answering frames' logits.
+        activation: the model's head activation.
     """
     stages = gate_logits.shape[2]
     if fallback_frame is None:
@@ -230,10 +237,13 @@ def masked_output(
         macs=lookup.cost(stopped_at, fallback_frame),
         fallback_frame=fallback_frame,
         evaluated=evaluated,
+        activation=activation,
     )
 
 
-def dense_output(frame_logits: Tensor, stages: int, lookup: FLOPsLookup) -> SkipOutput:
+def dense_output(
+    frame_logits: Tensor, stages: int, lookup: FLOPsLookup, activation: Activation = "softmax"
+) -> SkipOutput:
     """Make the output of a pass without gates, which uses every frame: `(B, T, K)` logits."""
     batch, frames, _ = frame_logits.shape
     device = frame_logits.device
@@ -248,4 +258,5 @@ def dense_output(frame_logits: Tensor, stages: int, lookup: FLOPsLookup) -> Skip
         macs=torch.full((batch,), frames * lookup.dense, dtype=torch.float64, device=device),
         fallback_frame=torch.full((batch,), -1, device=device),
         evaluated=torch.zeros(batch, frames, stages, dtype=torch.bool, device=device),
+        activation=activation,
     )

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dynskip.activation import Activation, probabilities
 from dynskip.gates import FORWARD, STOP, GateState, logit
 
 UNSEEN = -1  # `stopped_at` of a frame that was never looked at, because the video had ended
@@ -232,32 +233,34 @@ def running(sums: Sums, dtype: torch.dtype) -> Tensor:
     return (sums.total / sums.counted[..., None]).to(dtype)
 
 
-def ends(terminator: nn.Module, running_logits: Tensor, seen: Tensor) -> Tensor:
+def ends(terminator: nn.Module, running_logits: Tensor, seen: Tensor, activation: Activation) -> Tensor:
     """Say after which frames a terminator ends their video.
 
     Args:
         terminator: the terminator.
         running_logits: `(B, T, K)` running predictions.
         seen: `(B, T)` frames looked at so far.
+        activation: the model's head activation.
 
     Returns:
         `(B, T)` boolean.
     """
     wide = running_logits.to(torch.promote_types(running_logits.dtype, torch.float32))
-    ended: Tensor = terminator(wide.softmax(-1).flatten(0, 1), seen.flatten())
+    ended: Tensor = terminator(probabilities(wide, activation).flatten(0, 1), seen.flatten())
     return ended.view(seen.shape)
 
 
-def end_videos(terminator: nn.Module, running_logits: Tensor, stopped_at: Tensor) -> Tensor:
+def end_videos(terminator: nn.Module, running_logits: Tensor, stopped_at: Tensor, activation: Activation) -> Tensor:
     """Return what becomes of the frames of whole videos when the terminator ends them: `(B, T)`.
 
     Args:
         terminator: the terminator.
         running_logits: `(B, T, K)` running predictions after each frame.
         stopped_at: `(B, T)` what became of each frame.
+        activation: the model's head activation.
     """
     seen = torch.arange(1, stopped_at.shape[1] + 1, device=stopped_at.device).expand_as(stopped_at)
-    return unseen_after(ends(terminator, running_logits, seen), stopped_at)
+    return unseen_after(ends(terminator, running_logits, seen, activation), stopped_at)
 
 
 def unseen_after(ended: Tensor, stopped_at: Tensor) -> Tensor:

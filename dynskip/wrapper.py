@@ -13,6 +13,7 @@ from dynskip import rules
 from dynskip._check import check_eval, check_video
 from dynskip._fit import Wrapper, check_encoded, check_parts
 from dynskip._pretrained import Pretrained
+from dynskip.activation import Activation
 from dynskip.backbone import StagedBackbone, encode_images
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
@@ -44,6 +45,7 @@ class StopOrForward(Pretrained, Wrapper):
             every gate. `"reached"`: each gate on every frame that reaches it.
         forward_threshold: a frame goes forward where the gate's forward probability exceeds this; one number for all
             gates, or one a gate. 0.5 is the arg-max. No threshold overrules saturated logits (`dynskip.rules`).
+        activation: how logits become probabilities: `"softmax"`, one class holds; `"sigmoid"`, each class holds or not.
 
     Settings are checked whenever they are set.
 
@@ -72,9 +74,10 @@ class StopOrForward(Pretrained, Wrapper):
         lookup: FLOPsLookup | None = None,
         state_update: Literal["used", "reached"] = "used",
         forward_threshold: float | Sequence[float] = 0.5,
+        activation: Activation = "softmax",
     ) -> None:
         check_parts(backbone, gates, inner, lookup)
-        super().__init__(backbone, forward_threshold, lookup)
+        super().__init__(backbone, forward_threshold, activation, lookup)
         self.gates = nn.ModuleList(gates)
         self.inner = nn.ModuleList(inner) if inner is not None else None
         self.terminator: EarlyTerminator | None = terminator
@@ -104,7 +107,8 @@ class StopOrForward(Pretrained, Wrapper):
         """
         if dense:
             encoded = self.encode(video)
-            return dense_output(encoded.frame_logits, self.backbone.num_stages, self.lookup_for(encoded.image_size))
+            lookup = self.lookup_for(encoded.image_size)
+            return dense_output(encoded.frame_logits, self.backbone.num_stages, lookup, self.activation)
         if self.training:
             return self.decide(self.encode(video), sample=sample)
         # A frame's draw must not depend on how far the clip looks ahead, so a sampled pass goes frame by frame.
@@ -286,8 +290,16 @@ class StopOrForward(Pretrained, Wrapper):
             if self.terminator is not None:
                 # Frames after a video's end were decided in vain: no result depends on them.
                 running = rules.read(stopped_at, frame_logits, self.repeats)
-                stopped_at = rules.end_videos(self.terminator, running, stopped_at)
-            return masked_output(stopped_at, gate_logits, frame_logits, lookup, self.repeats, inner_logits=inner_logits)
+                stopped_at = rules.end_videos(self.terminator, running, stopped_at, self.activation)
+            return masked_output(
+                stopped_at,
+                gate_logits,
+                frame_logits,
+                lookup,
+                self.repeats,
+                inner_logits=inner_logits,
+                activation=self.activation,
+            )
         fallback_frame = rules.fallback(stopped_at, gate_logits)
         used = stopped_at == stages
         # The product of the decisions carries the gates' gradients; a fallback frame counts with a constant 1.
@@ -304,6 +316,7 @@ class StopOrForward(Pretrained, Wrapper):
             macs=lookup.cost(stopped_at, fallback_frame),
             fallback_frame=fallback_frame,
             evaluated=torch.ones_like(forward, dtype=torch.bool),
+            activation=self.activation,
         )
 
     def optimize(self, clips: Tensor, **options: Any) -> tuple[StopOrForward, Agreement]:

@@ -521,7 +521,7 @@ def one_class(output: SkipOutput) -> SkipOutput:
     """Keep only the first class, as a model with one output gives it."""
     narrow = {"logits", "frame_logits", "inner_logits"}
     fields = {name: x[..., :1] if name in narrow and x is not None else x for name, x in fields_of(output).items()}
-    return SkipOutput(**fields)  # type: ignore[arg-type]
+    return SkipOutput(**fields)
 
 
 ONE_CLASS = (
@@ -530,7 +530,7 @@ ONE_CLASS = (
 
 
 def without_inner(output: SkipOutput) -> SkipOutput:
-    return SkipOutput(**{**fields_of(output), "inner_logits": None})  # type: ignore[arg-type]
+    return SkipOutput(**{**fields_of(output), "inner_logits": None})
 
 
 OUTPUT = random_output(2, 3, 3, 0)

@@ -96,7 +96,7 @@ def assert_close(actual: SkipOutput, expected: SkipOutput) -> None:
     actual = on_host(actual)
     for name, wanted in fields_of(expected).items():
         got = getattr(actual, name)
-        if wanted is None or name == "speculative_macs":
+        if not isinstance(wanted, Tensor) or name == "speculative_macs":
             continue
         assert got.dtype == wanted.dtype, name
         tolerance = 1e-3 if got.is_floating_point() else 0

@@ -158,7 +158,7 @@ def test_the_copy_ends_videos_alike(values: list[float], threshold: float, min_f
     sure = float(mean.softmax(-1).amax())
     # Exponentials may differ in their last digit.
     assume(not 0 < abs(sure - single(threshold)) < 1e-6)
-    wanted = rules.ends(EarlyTerminator(threshold, min_frames), mean[None], torch.tensor([[seen]]))
+    wanted = rules.ends(EarlyTerminator(threshold, min_frames), mean[None], torch.tensor([[seen]]), "softmax")
     rule = {"threshold": threshold, "min_frames": min_frames}
     assert dynskip_onnx.ends(rule, mean[0].numpy(), seen) == bool(wanted)
 
@@ -351,7 +351,7 @@ def test_a_video_ends_after_the_first_frame_that_makes_it_sure(
             assume(not abs(sure - 0.7) < 1e-6)
             over = over or (sure > 0.7 and t + 1 > min_frames)
         wanted.append(fates)
-    assert rules.end_videos(terminator, running, stopped_at).tolist() == wanted
+    assert rules.end_videos(terminator, running, stopped_at, "softmax").tolist() == wanted
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=5), st.sampled_from([torch.float32, torch.float16]))

@@ -194,11 +194,12 @@ class Replay:
             for i, ((encoded, _), (output, running)) in enumerate(zip(self.videos, decided, strict=True)):
                 assert output.gate_logits is not None
                 outputs[i] = masked_output(
-                    rules.end_videos(terminator, running, output.stopped_at),
+                    rules.end_videos(terminator, running, output.stopped_at, self.model.activation),
                     output.gate_logits,
                     encoded.frame_logits,
                     self.model.lookup_for(encoded.image_size),
                     self.model.repeats,
+                    activation=self.model.activation,
                 )
         logits, macs = [output.logits for output in outputs], [output.macs for output in outputs]
         return self._measure(logits, macs, forward_threshold, termination_threshold)

@@ -174,6 +174,7 @@ def _output(
         lookup,
         engine.model.repeats,
         fallback_frame=engine.upload(fallback),
+        activation=engine.model.activation,
     )
     # Costs are computed on the host, where the decisions are known.
     output.speculative_macs = engine.upload((executed - lookup.cost(stopped_at, fallback)).clamp(min=0.0))

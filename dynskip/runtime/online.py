@@ -103,6 +103,7 @@ class Session:
             running_logits=running,
             ended=engine.ended.clone(),
             frame_macs=macs,
+            activation=self.model.activation,
         )
 
     def _set_size(self, size: tuple[int, int]) -> None:
@@ -162,6 +163,7 @@ class Session:
             fallback_frame=fallback_frame,
             macs=macs,
             speculative_macs=torch.zeros_like(macs),
+            activation=self.model.activation,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -250,6 +252,7 @@ def _identity(model: StopOrForward) -> dict[str, Any]:
     return {
         "stage_names": list(model.backbone.stage_names),
         "state_update": model.state_update,
+        "activation": model.activation,
         "forward_threshold": list(model.forward_threshold),
         "gates": [_settings(gate) for gate in model.gates],
         "terminator": None if model.terminator is None else _settings(model.terminator),

@@ -233,7 +233,8 @@ class Scheduler:
                 used, macs = gate == self.stages, stream.costs[gate + 1]
                 last = bool(ended[i]) and column == columns[-1]
                 logits = gate_logits[i, column], frame_logits[i, column], running
-                events.append(FrameResult(gate, used, *logits, last, macs, stream.key, stream.seen))
+                result = FrameResult(gate, used, *logits, last, macs, stream.key, stream.seen, self.model.activation)
+                events.append(result)
                 stream.seen, stream.used, stream.macs = stream.seen + 1, stream.used + used, stream.macs + macs
                 stream.logits = running
             if self.look_ahead > 1:
@@ -296,9 +297,8 @@ class Scheduler:
                 assert stream.lookup is not None
                 frame, macs = furthest.frame, macs + float(stream.lookup.completion[furthest.stopped_at])
             error = errors.get(stream, stream.error)
-            events.append(
-                VideoResult(logits, stream.used, stream.seen, frame, macs, speculative, key=stream.key, error=error)
-            )
+            numbers = stream.used, stream.seen, frame, macs, speculative
+            events.append(VideoResult(logits, *numbers, stream.key, error, self.model.activation))
             self.streams.remove(stream)
             self.finished.append(stream)
             self._free.append(stream.row)
