@@ -131,6 +131,15 @@ def test_the_shorter_side_is_the_size_and_smaller_frames_are_taken_as_they_are(f
     assert glanced("test_resnet")(images).shape == (2, 1000)
 
 
+@torch.no_grad()
+def test_frames_in_half_precision_are_resized_too() -> None:
+    plain, images = glanced("test_resnet"), photos()
+    half = copy.deepcopy(plain).bfloat16()
+    small = half.glance.shrink(images.bfloat16())
+    torch.testing.assert_close(small.float(), plain.glance.shrink(images), rtol=0.02, atol=0.02)
+    assert half.pool(0, half.run(0, half.start(images.bfloat16()))).dtype == torch.bfloat16
+
+
 def test_by_name_and_in_the_backbones_dtype_and_mode() -> None:
     backbone = glance(behind("test_resnet").double().train(), LIGHT, SMALL, drop_rate=0.1)
     assert backbone.stage_names[0] == "glance"
@@ -317,7 +326,7 @@ class Fixed(nn.Module):
         (lambda: timm.create_model(LIGHT), SMALL, "EfficientNet ends in 1000 class logits.*num_classes=0"),
         (lambda: stage_model(LIGHT, num_stages=2, num_classes=7), SMALL, "ends in 7 class logits"),
         (lambda: stage_model(LIGHT, num_stages=1, num_classes=0, head=nn.Linear(256, 3)), SMALL, "3 class logits"),
-        (nn.Flatten(0), SMALL, "at 3x16x16"),
+        (nn.Flatten(0), SMALL, "Flatten for a glance at 3x16x16"),
         (LIGHT, PIXELS, r"at 3x64x64 costs 9\.133 MMACs .* 5\.186 of the backbone's first 2 stages at 3x64x64"),
         ("test_efficientnett", SMALL, "no model named 'test_efficientnett'"),
         (lambda: timm.create_model("test_vit", num_classes=0, dynamic_img_size=False), SMALL, "at 3x16x16, .*img_size"),

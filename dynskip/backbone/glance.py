@@ -61,8 +61,8 @@ def glance(backbone: StagedBackbone, light: str | nn.Module, size: int, **timm_k
             "such as stage_model('efficientnet_lite0', num_stages=2, num_classes=0)."
         )
     network = light.model if isinstance(light, StagedBackbone) else light
-    classes = getattr(network, "num_classes", 0) or (light.num_classes if getattr(light, "classifier", None) else 0)
-    if classes:
+    with_head = isinstance(light, StagedBackbone) and light.classifier is not None
+    if classes := getattr(light if with_head else network, "num_classes", 0):
         raise DynskipError(
             f"{type(network).__name__} ends in {classes} class logits, and a glance needs the pooled features before "
             "them. Build it without a classifier (timm: num_classes=0)."
@@ -117,7 +117,8 @@ class Glance(nn.Module):
         height, width = images.shape[-2:]
         small = small_size(height, width, self.size)
         if small != (height, width):
-            images = F.interpolate(images, small, mode="bilinear", antialias=True)
+            wide = images.to(torch.promote_types(images.dtype, torch.float32))  # CPUs resize no half precision
+            images = F.interpolate(wide, small, mode="bilinear", antialias=True).to(images.dtype)
         return images * self.scale + self.shift
 
     def forward(self, stage: int, images: Tensor, *values: Any) -> tuple[Any, ...]:
