@@ -2,6 +2,14 @@
 
 from dynskip.backbone import Carry, StagedBackbone, stage_model
 from dynskip.backbone.glance import glance
+from dynskip.consensus import (
+    AttentionMean,
+    Consensus,
+    MaxOfLogits,
+    MeanOfLogits,
+    MeanOfProbabilities,
+    TopKMean,
+)
 from dynskip.early_exit import EarlyExit
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
@@ -31,6 +39,7 @@ from dynskip.losses import (
     TargetRateLoss,
     UsageUniformityLoss,
 )
+from dynskip.order import CoarseToFine, FrameOrder, RandomOrder
 from dynskip.output import EncodedVideo, FrameResult, SkipOutput, VideoResult
 from dynskip.rules import UNSEEN
 from dynskip.runtime.clip import LookAhead
@@ -43,10 +52,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "UNSEEN",
+    "AttentionMean",
     "BudgetLoss",
     "Carry",
     "ClassificationLoss",
+    "CoarseToFine",
     "ConfidenceGate",
+    "Consensus",
     "DistillationLoss",
     "DynskipError",
     "EarlyExit",
@@ -56,6 +68,7 @@ __all__ = [
     "EntropyGate",
     "FLOPsLookup",
     "FixedGate",
+    "FrameOrder",
     "FrameResult",
     "Gate",
     "InnerClassificationLoss",
@@ -63,10 +76,14 @@ __all__ = [
     "LinearGate",
     "LookAhead",
     "LossParts",
+    "MaxOfLogits",
+    "MeanOfLogits",
+    "MeanOfProbabilities",
     "PairwiseGate",
     "PolicyGate",
     "PolicyGuidanceLoss",
     "RandomGate",
+    "RandomOrder",
     "SelfSupervisionLoss",
     "Session",
     "SimilarityGate",
@@ -75,6 +92,7 @@ __all__ = [
     "StagedBackbone",
     "StopOrForward",
     "TargetRateLoss",
+    "TopKMean",
     "UsageUniformityLoss",
     "VideoResult",
     "exponential_temperature",
