@@ -202,7 +202,7 @@ def _in_front(looking: Glance, backbone: StagedBackbone) -> StagedBackbone:
         backbone.origin,
         looking,
     )
-    whole._opened = backbone._opened
+    whole._opened, whole.channels_last = backbone._opened, backbone.channels_last
     return whole
 
 
