@@ -14,8 +14,10 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
+from torch.overrides import TorchFunctionMode
 
 import dynskip
+from dynskip._check import settings_of
 from dynskip._config import (
     CONFIG,
     DTYPES,
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 
 # What building a model may make beyond the saved weights: masks and tables, layers that are replaced.
 SPARE_NUMBERS, SPARE_TENSORS = 2**26, 1000
+# What folders of earlier versions lack: such models have the default.
+LATER_SETTINGS = {"activation", "consensus", "order"}
 MOST_PIXELS = 2**24  # numbers in one image; the backbone is tried on a few
 
 
@@ -100,12 +104,20 @@ def _try_without_memory(
         return timm.create_model(name, **timm_kwargs)
 
     try:
-        with torch.device("meta"), _at_most(tensors):
+        with torch.device("meta"), _ReadableRates(), _at_most(tensors):
             _Parts(classes, unstaged).arguments(wrapper, config)
     except DynskipError:
         raise
     except Exception:
         return
+
+
+class _ReadableRates(TorchFunctionMode):
+    """Keep `torch.linspace` off the meta device: timm 1.0.15 reads drop path rates from it while it builds a model."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        on_cpu = {"device": "cpu"} if func is torch.linspace else {}
+        return func(*args, **on_cpu | (kwargs or {}))
 
 
 @contextmanager
@@ -140,6 +152,7 @@ def _build(wrapper: type[Wrapped], config: dict[str, Any], classes: dict[str, ty
     model = wrapper(**arguments).to(DTYPES[config["dtype"]])
     names, preprocessing = config["class_names"], checked_preprocessing(config["preprocessing"])
     model.temperature = config["temperature"]
+    model._trained_in = settings_of(model.order)
     model.class_names = tuple(names) if isinstance(names, list) else names
     model.preprocessing = preprocessing and _with_tuples(preprocessing)
     return model
@@ -179,6 +192,8 @@ class _Parts:
     def arguments(self, wrapper: type[Wrapped], config: dict[str, Any]) -> dict[str, Any]:
         arguments = {}
         for name in inspect.signature(wrapper).parameters:
+            if name in LATER_SETTINGS and name not in config:
+                continue
             value = config[name]
             if name == "backbone":
                 value = self.backbone(value)

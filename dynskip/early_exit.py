@@ -14,7 +14,9 @@ from dynskip import rules
 from dynskip._check import check_eval, check_images
 from dynskip._fit import Wrapper, check_encoded, check_parts
 from dynskip._pretrained import Pretrained
+from dynskip.activation import Activation
 from dynskip.backbone import StagedBackbone, encode_images
+from dynskip.consensus import MeanOfLogits
 from dynskip.engine import Engine
 from dynskip.errors import DynskipError
 from dynskip.gates import FixedGate, Gate, GateState
@@ -33,6 +35,7 @@ class EarlyExit(Pretrained, Wrapper):
         inner: `N` inner classifiers over the gates' hidden states, which answer. Leave them out where gates have their
             own (`ConfidenceGate`).
         forward_threshold: as in `StopOrForward`.
+        activation: as in `StopOrForward`.
 
     Attributes:
         temperature: as in `StopOrForward`.
@@ -55,21 +58,37 @@ class EarlyExit(Pretrained, Wrapper):
         gates: Sequence[nn.Module],
         inner: Sequence[nn.Module] | None = None,
         forward_threshold: float | Sequence[float] = 0.5,
+        activation: Activation = "softmax",
     ) -> None:
-        if backbone.num_classes < 2:
-            raise DynskipError(
-                "The model has one output. The softmax of one logit is always 1; give the model two outputs, one for "
-                "each answer."
-            )
         classifiers = list(inner) if inner is not None else [nn.Identity() for _ in gates]
         check_parts(backbone, gates, classifiers, never_asked=[_never_stops(gate) for gate in gates])
-        super().__init__(backbone, forward_threshold)
+        super().__init__(backbone, forward_threshold, activation)
         parts = zip(gates, classifiers, strict=True)
         self.exits: Any = nn.ModuleList(_Exit(*pair, backbone.num_classes) for pair in parts)
 
     # Settings of videos, which images do not need.
     state_update = "used"
     terminator = None
+    order = None
+    consensus = MeanOfLogits().eval()
+
+    def check_setting(self, name: str, value: Any) -> Any:
+        """Refuse settings that make no sense; return thresholds as one a gate."""
+        value = super().check_setting(name, value)
+        if name in ("activation", "exits"):
+            activation = value if name == "activation" else self.activation
+            if self.backbone.num_classes < 2 and activation == "softmax":
+                raise DynskipError(
+                    'The model has one output. The softmax of one logit is always 1; take `activation="sigmoid"`, or '
+                    "give the model two outputs, one for each answer."
+                )
+            for n, part in enumerate(value if name == "exits" else getattr(self, "exits", ())):
+                if getattr(part.gate, "activation", activation) != activation:
+                    raise DynskipError(
+                        f"Gate {n} measures how sure it is by a {part.gate.activation}, and the model answers by a "
+                        f"{activation}. Give both the same `activation`."
+                    )
+        return value
 
     @property
     def deciders(self) -> Any:
@@ -189,7 +208,7 @@ class EarlyExit(Pretrained, Wrapper):
             gate_logits[:, None],
             final[:, None],
             self.lookup_for(size),
-            self.repeats,
+            self.readout,
             fallback_frame=torch.full_like(stopped_at, -1),
             inner_logits=inner_logits[:, None],
             logits=answers.gather(1, stopped_at[:, None, None].expand(-1, 1, answers.shape[-1])).squeeze(1),

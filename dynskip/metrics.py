@@ -3,7 +3,7 @@
 Which number is which in the literature:
 
 - ActivityNet's official mAP is `mean_average_precision(probabilities, multi_hot)`; its Hit@k is `top_k_accuracy`, its
-  Avg Hit@k `top_k_recall`.
+  Avg Hit@k `top_k_recall`. All of them take several labels a video.
 - AR-Net's `cal_map`, which SoF-Net's code also uses, is `mean_average_precision(..., interpolated=False)` over softmax
   probabilities. It is called mAP there when only a video's first label is the target, and mmAP with all labels. If a
   class does not occur in the test set, that code compares scores with the wrong classes; here the class is left out.
@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dynskip._check import check_lengths, present
+from dynskip._targets import as_rows
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
 from dynskip.rules import UNSEEN
@@ -113,6 +115,26 @@ def top_k_recall(scores: Tensor, targets: Tensor, k: int = 1) -> float:
     return (hits / labels).mean().item()
 
 
+def label_accuracy(probabilities: Tensor, targets: Tensor) -> float:
+    """Share of right decisions over all videos and classes, where a class is said to hold above a probability of 0.5.
+
+    For models with a sigmoid. Of a single class it is the accuracy; of several, 1 minus the Hamming loss. Where few
+    labels hold, a model that names none is right most of the time: compare with the share of zeros in the targets.
+
+    Args:
+        probabilities: `(B, K)`.
+        targets: `(B, K)` multi-hot, or `(B,)` class indices; of a single class, `(B,)` zeros and ones.
+
+    Returns:
+        A number from 0 to 1.
+
+    Raises:
+        DynskipError: On wrong shapes or values, or NaN.
+    """
+    probabilities, positives = _checked(probabilities, targets, labelled=False)
+    return ((probabilities > 0.5) == positives).double().mean().item()
+
+
 def mean_average_precision(scores: Tensor, targets: Tensor, interpolated: bool = True) -> float:
     """Average precision of ranking the videos by each class's score, averaged over classes.
 
@@ -120,9 +142,9 @@ def mean_average_precision(scores: Tensor, targets: Tensor, interpolated: bool =
     so the result does not depend on the order of the rows.
 
     Args:
-        scores: `(B, K)`, higher is better. Videos are compared with each other, so give softmax
-            probabilities: logits have no common scale across videos and rank differently.
-        targets: `(B,)` class indices, or `(B, K)` multi-hot.
+        scores: `(B, K)`, higher is better. Videos are compared with each other, so give probabilities: with a
+            softmax, logits have no common scale across videos and rank differently.
+        targets: `(B,)` class indices, or `(B, K)` multi-hot; of a single class, `(B,)` zeros and ones.
         interpolated: True makes precision monotone in recall first, as ActivityNet's evaluation does (the
             area of VOC 2011); False is plain average precision, as AR-Net's and scikit-learn's, usually somewhat
             lower.
@@ -143,36 +165,38 @@ def mean_average_precision(scores: Tensor, targets: Tensor, interpolated: bool =
     return sum(precisions) / len(precisions)
 
 
-def frame_usage(stopped_at: Tensor, num_stages: int) -> FrameUsage:
+def frame_usage(stopped_at: Tensor, num_stages: int, lengths: Tensor | None = None) -> FrameUsage:
     """Count what happened to the frames of one or many videos.
 
     Args:
         stopped_at: `(B, T)` or `(T,)`: the stage a frame stopped after, `num_stages` if it was used,
             `UNSEEN` if it was never looked at.
         num_stages: Number of stages N of the model.
+        lengths: `(B,)` frames of each video where they are padded (`SkipOutput.lengths`); `None` for all.
 
     Returns:
-        The shares of all frames given.
+        The shares of all frames given, padding left out.
 
     Raises:
-        DynskipError: if `stopped_at` is empty, has another shape, or has values outside -1 to N.
+        DynskipError: if `stopped_at` is empty, has another shape, or has values outside -1 to N, or the lengths do not
+            fit it.
 
     Reference:
         Thesis Fig. 4.1.
     """
     check_stopped_at(stopped_at, num_stages)
     # Shifted by one, because bincount cannot count UNSEEN = -1.
-    counts = torch.bincount(stopped_at.flatten().cpu() - UNSEEN, minlength=num_stages + 2).double()
+    counts = torch.bincount(_real(stopped_at, lengths) - UNSEEN, minlength=num_stages + 2).double()
     unseen, *stopped, used = (counts / counts.sum()).tolist()
     return FrameUsage(used=used, stopped=tuple(stopped), unseen=unseen)
 
 
-def executed_compute(macs: Tensor, num_frames: int, lookup: FLOPsLookup) -> ExecutedCompute:
+def executed_compute(macs: Tensor, num_frames: int | Tensor, lookup: FLOPsLookup) -> ExecutedCompute:
     """Compare what videos executed with the dense backbone.
 
     Args:
         macs: `(B,)` executed MACs of each video, `SkipOutput.macs`.
-        num_frames: Frames T of a video.
+        num_frames: Frames T of a video, or `(B,)` lengths of the videos.
         lookup: The cost table they were counted by, `model.lookup_for(image_size)`.
 
     Returns:
@@ -181,7 +205,8 @@ def executed_compute(macs: Tensor, num_frames: int, lookup: FLOPsLookup) -> Exec
     Raises:
         DynskipError: if there are no videos or frames, or the table does not count MACs.
     """
-    if macs.dim() != 1 or len(macs) == 0 or num_frames < 1:
+    frames = torch.as_tensor(num_frames).double().cpu()
+    if macs.dim() != 1 or len(macs) == 0 or frames.shape not in ((), macs.shape) or frames.min() < 1:
         raise DynskipError(
             f"macs has shape {tuple(macs.shape)} for videos of {num_frames} frames; expected (B,), not empty, and at "
             "least one frame. Give the macs of a SkipOutput, and the number of frames of each video."
@@ -189,7 +214,8 @@ def executed_compute(macs: Tensor, num_frames: int, lookup: FLOPsLookup) -> Exec
     if lookup.unit != "MACs":
         raise DynskipError(f"The cost table counts {lookup.unit}, which are not MACs; average them yourself.")
     per_video = macs.double().mean().item() / 1e9
-    return ExecutedCompute(per_video, per_video / num_frames, num_frames * lookup.dense / 1e9)
+    mean = frames.mean().item()
+    return ExecutedCompute(per_video, per_video / mean, mean * lookup.dense / 1e9)
 
 
 def sample_times(num_frames: int, duration: float) -> Tensor:
@@ -231,12 +257,13 @@ def relevant_frames(times: Tensor, segments: Iterable[tuple[float, float]]) -> T
     return marks
 
 
-def frame_relevance(used: Tensor, relevant: Tensor) -> FrameRelevance:
+def frame_relevance(used: Tensor, relevant: Tensor, lengths: Tensor | None = None) -> FrameRelevance:
     """Compare the used frames with the relevant ones: how many of the used frames show the action.
 
     Args:
         used: `(B, T)` or `(T,)` boolean, `SkipOutput.used`.
         relevant: Boolean of the same shape (`relevant_frames`).
+        lengths: As in `frame_usage`.
 
     Returns:
         Precision, recall, and the share of relevant frames to compare the precision with.
@@ -252,7 +279,7 @@ def frame_relevance(used: Tensor, relevant: Tensor) -> FrameRelevance:
             f"used is {used.dtype} of shape {tuple(used.shape)} and relevant {relevant.dtype} of shape "
             f"{tuple(relevant.shape)}; expected bool of the same shape (B, T) or (T,), not empty, for both."
         )
-    used, relevant = used.cpu(), relevant.cpu()
+    used, relevant = _real(used, lengths), _real(relevant, lengths)
     both = (used & relevant).sum().double()
     return FrameRelevance(
         precision=(both / used.sum()).item(),
@@ -288,6 +315,13 @@ def relevant_share(frame_logits: Tensor, targets: Tensor) -> float:
     return max(0.0, torch.stack(gaps).mean().item())
 
 
+def _real(values: Tensor, lengths: Tensor | None) -> Tensor:
+    """Return the values of all frames that are no padding, `(M,)` on the CPU."""
+    values = values.cpu()
+    lengths = None if lengths is None else check_lengths(lengths, *torch.atleast_2d(values).shape)
+    return values.flatten() if lengths is None else values[present(lengths, values.shape[1])]
+
+
 def check_stopped_at(stopped_at: Tensor, num_stages: int) -> None:
     """Raise DynskipError unless the shape is `(B, T)` or `(T,)`, with whole numbers from UNSEEN to `num_stages`."""
     if stopped_at.dim() not in (1, 2) or stopped_at.numel() == 0:
@@ -308,13 +342,13 @@ def check_stopped_at(stopped_at: Tensor, num_stages: int) -> None:
 
 def _hits(scores: Tensor, targets: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Count the labels among the `k` best classes, and all labels, of each video that has any."""
+    if scores.ndim == 2 and scores.shape[1] == 1:
+        raise DynskipError(
+            "scores has one column, and a single class is always the best one. Measure a model with one output by "
+            'label_accuracy or mean_average_precision, or give it two outputs, one of them for "no" (num_classes=2).'
+        )
     scores, positives = _checked(scores, targets)
     num_classes = scores.shape[1]
-    if num_classes == 1:
-        raise DynskipError(
-            "scores has one column, and a single class is always the best one. Give the model two outputs, one of them "
-            'for "no" (num_classes=2), or rank the videos with mean_average_precision.'
-        )
     if not 1 <= k <= num_classes:
         raise DynskipError(f"k={k} is out of range; expected 1 to the number of classes, {num_classes}.")
     best = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
@@ -336,7 +370,7 @@ def _average_precision(scores: Tensor, positive: Tensor, interpolated: bool) -> 
     return (gained_recall * precision).sum().item()
 
 
-def _checked(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _checked(scores: Tensor, targets: Tensor, labelled: bool = True) -> tuple[Tensor, Tensor]:
     """Scores and multi-hot targets, both `(B, K)`, on the CPU."""
     if scores.dim() != 2 or scores.numel() == 0 or not scores.is_floating_point():
         raise DynskipError(
@@ -347,28 +381,12 @@ def _checked(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     if scores.isnan().any():
         row = int(scores.isnan().any(dim=1).nonzero()[0])
         raise DynskipError(f"scores of row {row} contain NaN, which cannot be ranked. Repair or leave out that video.")
-    batch, num_classes = scores.shape
-    if targets.shape not in ((batch,), (batch, num_classes)):
-        raise DynskipError(
-            f"targets has shape {tuple(targets.shape)}; expected class indices ({batch},) or multi-hot "
-            f"({batch}, {num_classes}) for scores of shape {tuple(scores.shape)}."
-        )
-    if targets.dim() == 1:
-        if not _is_integer(targets):
-            raise DynskipError(f"targets is {targets.dtype}; expected int64 class indices.")
-        wrong = targets[(targets < 0) | (targets >= num_classes)]
-        if wrong.numel():
-            raise DynskipError(
-                f"targets holds {wrong[0].item()}; expected 0 to {num_classes - 1} with {num_classes} classes. "
-                "Leave out videos without a label."
-            )
-        positives = torch.nn.functional.one_hot(targets.long(), num_classes).bool()
-    else:
-        wrong = targets[(targets != 0) & (targets != 1)]
-        if wrong.numel():
-            raise DynskipError(f"Multi-hot targets hold {wrong[0].item()}; expected 0 or 1. Round soft labels.")
-        positives = targets.bool()
-    if not positives.any():
+    rows = as_rows(targets, *scores.shape)
+    if not ((rows == 0) | (rows == 1)).all():
+        wrong = rows[(rows != 0) & (rows != 1)][0].item()
+        raise DynskipError(f"Multi-hot targets hold {wrong:g}; expected 0 or 1. Round soft labels.")
+    positives = rows.bool()
+    if labelled and not positives.any():
         raise DynskipError("No video has a label, so nothing can be measured. Check the multi-hot targets.")
     return scores, positives
 

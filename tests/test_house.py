@@ -13,13 +13,13 @@ PACKAGE = Path(dynskip.__file__).parent
 # From the ground up. A module imports only from floors below its own, and from those beside it without a circle.
 FLOORS = (
     ("errors",),
-    ("_modes", "_check"),
+    ("_modes", "_check", "_targets", "activation"),
     ("backbone",),
-    ("inner",),
+    ("inner", "consensus"),
     ("gates", "terminate"),
     ("flops", "rules"),
     ("output",),
-    ("features", "scan", "_tables"),
+    ("features", "scan", "_tables", "order"),
     ("engine", "summary"),
     ("_fit",),
     ("runtime", "metrics", "losses", "_card", "_config"),

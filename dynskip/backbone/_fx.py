@@ -26,6 +26,11 @@ from dynskip.errors import DynskipError
 
 DEVICE = "_device"  # the constant that stands for the device on which the model is when it runs
 BY_HAND = "or give the stages yourself: stage_model([stage_1, stage_2, ...], head=head)"
+# What makes tensors takes a traced size or device since torch 2.11. Before, torch.fx has to stand in for it.
+_MAKERS = (
+    *("arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "ones"),
+    *("rand", "randint", "randn", "randperm", "tensor", "zeros"),
+)
 _serial = itertools.count()
 _ALONE = threading.RLock()  # torch.fx replaces `nn.Module.__call__` of the whole process while it traces
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -127,6 +132,9 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_functions=tuple(f for f in get_notrace_functions() if callable(f)))
         self._inside = inside
         self._thread = threading.get_ident()
+        if torch.__version__ < (2, 11):
+            self._autowrap_search.append(torch)
+            self._autowrap_function_ids |= {id(getattr(torch, name)) for name in _MAKERS}
 
     def trace(self, root: nn.Module, concrete_args: Any = None) -> fx.Graph:  # type: ignore[override]
         with _ALONE:
@@ -308,6 +316,7 @@ def _segment(nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[Any]) ->
     env |= {node: graph.node_copy(node) for node in fetched if node not in env}
     for node in body:
         env[node] = graph.node_copy(node, env.__getitem__)
+        env[node].meta.pop("is_wrapped", None)  # else torch.fx keeps every segment, to trace it again
     graph.output(map_arg(tuple(outputs), env.__getitem__))
     # Not `graph.eliminate_dead_code()`: timm's drop_path scales its mask in place and ignores the result, which looks
     # dead and is not.

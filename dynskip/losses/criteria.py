@@ -1,4 +1,7 @@
-"""Criteria over a model's output: thin modules over the functions of `functional`."""
+"""Criteria over a model's output: thin modules over the functions of `functional`.
+
+Targets are `(B,)` class indices or `(B, K)` rows, see `functional`. The output tells the head activation.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,11 @@ from dynskip.output import SkipOutput
 
 
 class ClassificationLoss(nn.Module):
-    """Cross-entropy of the videos' predictions (Eq. 3.9)."""
+    """Cross-entropy of the videos' predictions (Eq. 3.9); with a sigmoid, the mean over classes of each one's."""
 
     def forward(self, output: SkipOutput, targets: Tensor) -> Tensor:
-        """Return the scalar loss of an output against `(B,)` class indices."""
-        return functional.classification_loss(output.logits, targets)
+        """Return the scalar loss of an output against `(B,)` class indices or `(B, K)` rows."""
+        return functional.classification_loss(output.logits, targets, output.activation)
 
 
 class EfficiencyLoss(nn.Module):
@@ -52,7 +55,7 @@ class EfficiencyLoss(nn.Module):
     def forward(self, output: SkipOutput) -> Tensor:
         """Return the scalar loss of an output."""
         _check_table(len(self.remaining), output)
-        return functional.efficiency_loss(output.forward, self.remaining)
+        return functional.efficiency_loss(output.forward, self.remaining, output.weights)
 
     def extra_repr(self) -> str:
         """Show what forwarding at each gate may cost."""
@@ -63,14 +66,14 @@ class InnerClassificationLoss(nn.Module):
     """Cross-entropy of the inner classifiers where their gate forwarded (Eq. 3.13)."""
 
     def forward(self, output: SkipOutput, targets: Tensor) -> Tensor:
-        """Return the scalar loss of an output against `(B,)` class indices."""
+        """Return the scalar loss of an output against `(B,)` class indices or `(B, K)` rows."""
         inner = _inner(output)
         answered = ~inner.isnan().any(-1)  # a stage of an `EarlyExit` without an exit has no answer
-        return functional.inner_classification_loss(inner, output.forward * answered, targets)
+        return functional.inner_classification_loss(inner, output.forward * answered, targets, output.activation)
 
 
 class SelfSupervisionLoss(nn.Module):
-    """Teach gates to forward where the next inner classifier is more confident of the true class (Eq. 3.14-3.15).
+    """Teach gates to forward where the next inner classifier is more confident of the truth (Eq. 3.14-3.15).
 
     Args:
         supervise_last: also teach the last gate, by comparing its inner classifier with the network's head (the thesis
@@ -82,9 +85,9 @@ class SelfSupervisionLoss(nn.Module):
         self.supervise_last = supervise_last
 
     def forward(self, output: SkipOutput, targets: Tensor) -> Tensor:
-        """Return the scalar loss of an output against `(B,)` class indices."""
+        """Return the scalar loss of an output against `(B,)` class indices or `(B, K)` rows."""
         final = output.frame_logits if self.supervise_last else None
-        labels = functional.self_supervision_targets(_inner(output), targets, final)
+        labels = functional.self_supervision_targets(_inner(output), targets, final, output.activation)
         taught = labels.shape[2]
         if taught == 0:
             raise DynskipError("Self-supervision compares each gate with the next one; it needs at least two gates.")
@@ -92,7 +95,7 @@ class SelfSupervisionLoss(nn.Module):
         margins = output.gate_logits[..., FORWARD] - output.gate_logits[..., STOP]
         ran = torch.cat([output.evaluated, ~output.frame_logits.isnan().any(-1, keepdim=True)], -1)
         mask = ran[..., :-1] & ran[..., 1:]
-        return functional.self_supervision_loss(margins[..., :taught], labels, mask[..., :taught])
+        return functional.self_supervision_loss(margins[..., :taught], labels, mask[..., :taught], output.weights)
 
     def extra_repr(self) -> str:
         """Show the option."""
@@ -121,7 +124,7 @@ class PolicyGuidanceLoss(nn.Module):
         return self.inner(output, targets), self.self_supervision(output, targets)
 
     def forward(self, output: SkipOutput, targets: Tensor) -> Tensor:
-        """Return the scalar loss of an output against `(B,)` class indices."""
+        """Return the scalar loss of an output against `(B,)` class indices or `(B, K)` rows."""
         inner, self_supervision = self.parts(output, targets)
         return self.beta * inner + (1 - self.beta) * self_supervision
 
@@ -158,7 +161,7 @@ class TargetRateLoss(nn.Module):
             raise DynskipError(
                 f"Got {len(self.target)} target rates for {output.num_stages} gates; give one number or one a gate."
             )
-        return functional.target_rate_loss(output.forward, self.target)
+        return functional.target_rate_loss(output.forward, self.target, output.weights)
 
     def extra_repr(self) -> str:
         """Show the targets."""
@@ -174,7 +177,7 @@ class UsageUniformityLoss(nn.Module):
 
     def forward(self, output: SkipOutput) -> Tensor:
         """Return the scalar loss of an output."""
-        return functional.usage_uniformity_loss(output.forward)
+        return functional.usage_uniformity_loss(output.forward, output.weights)
 
 
 class BudgetLoss(nn.Module):
@@ -205,7 +208,7 @@ class BudgetLoss(nn.Module):
     def forward(self, output: SkipOutput) -> Tensor:
         """Return the scalar loss of an output: the share of the plain backbone's cost above the budget."""
         _check_table(len(self.costs), output)
-        return functional.budget_loss(output.forward, self.costs, self.head, self.budget)
+        return functional.budget_loss(output.forward, self.costs, self.head, self.budget, output.weights)
 
     def extra_repr(self) -> str:
         """Show the budget."""
@@ -235,7 +238,7 @@ class DistillationLoss(nn.Module):
         """Return the scalar loss of an output."""
         inner, final = _inner(output), output.frame_logits
         ran = ~(inner.isnan().any(-1) | final.isnan().any(-1)[..., None])
-        return functional.distillation_loss(inner, final, self.temperature, ran)
+        return functional.distillation_loss(inner, final, self.temperature, ran, output.activation, output.weights)
 
     def extra_repr(self) -> str:
         """Show the temperature."""

@@ -233,7 +233,8 @@ class Scheduler:
                 used, macs = gate == self.stages, stream.costs[gate + 1]
                 last = bool(ended[i]) and column == columns[-1]
                 logits = gate_logits[i, column], frame_logits[i, column], running
-                events.append(FrameResult(gate, used, *logits, last, macs, stream.key, stream.seen))
+                result = FrameResult(gate, used, *logits, last, macs, stream.key, stream.seen, self.model.activation)
+                events.append(result)
                 stream.seen, stream.used, stream.macs = stream.seen + 1, stream.used + used, stream.macs + macs
                 stream.logits = running
             if self.look_ahead > 1:
@@ -288,7 +289,7 @@ class Scheduler:
             furthest, frame, macs, speculative = engine.furthest[stream.row], -1, stream.macs, 0.0
             logits = answers.get(stream, stream.logits)
             if logits is None:
-                logits = rules.running(engine.sums, engine.dtype)[stream.row]
+                logits = engine.running()[stream.row]
             if self.look_ahead > 1 and stream.lookup is not None:
                 speculative = max(engine.executed(stream.row, stream.lookup) - macs, 0.0)  # in this order, NaN stays
             if stream in answers:
@@ -296,9 +297,8 @@ class Scheduler:
                 assert stream.lookup is not None
                 frame, macs = furthest.frame, macs + float(stream.lookup.completion[furthest.stopped_at])
             error = errors.get(stream, stream.error)
-            events.append(
-                VideoResult(logits, stream.used, stream.seen, frame, macs, speculative, key=stream.key, error=error)
-            )
+            numbers = stream.used, stream.seen, frame, macs, speculative
+            events.append(VideoResult(logits, *numbers, stream.key, error, self.model.activation))
             self.streams.remove(stream)
             self.finished.append(stream)
             self._free.append(stream.row)
@@ -307,7 +307,8 @@ class Scheduler:
     def _answer(self, streams: list[Stream]) -> list[tuple[Stream, Tensor]]:
         """Run the furthest frames of streams without a used one to the end."""
         frames = [furthest for stream in streams if (furthest := self._engine.furthest[stream.row]) is not None]
-        logits = rules.answer(run_to_end(self.model.backbone, frames)).to(self._engine.dtype)
+        engine = self._engine
+        logits = rules.answer(engine.readout, run_to_end(self.model.backbone, frames)).to(engine.dtype)
         return list(zip(streams, logits.unbind(0), strict=True))
 
 
