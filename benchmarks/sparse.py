@@ -168,11 +168,12 @@ def gated(model: StopOrForward, parts: Sequence[Composed], dense: float) -> Poin
                     model.forward_threshold = p
                     output = model.decide(encoded)
                     stopped_at = output.stopped_at
-                    running = rules.read(stopped_at, encoded.frame_logits, model.repeats)
+                    running = rules.read(model.readout, stopped_at, encoded.frame_logits)
                 else:
-                    stopped_at = rules.end_videos(EarlyTerminator(rho, MIN_FRAMES), running, output.stopped_at)
+                    terminator = EarlyTerminator(rho, MIN_FRAMES)
+                    stopped_at = rules.end_videos(terminator, running, output.stopped_at, model.activation)
                 assert output.gate_logits is not None
-                ended = masked_output(stopped_at, output.gate_logits, encoded.frame_logits, lookup, model.repeats)
+                ended = masked_output(stopped_at, output.gate_logits, encoded.frame_logits, lookup, model.readout)
                 found[p, rho][k].append((ended.logits.argmax(-1) == part.targets[rows], ended.macs / dense))
     points = []
     for (p, rho), sides in found.items():
