@@ -26,7 +26,7 @@ from dynskip import FLOPsLookup, plot, sofnet, video
 from dynskip.video.stick_figures import NUM_FRAMES
 
 FRAMES, PLAN = 24, Plan(64, (4, 8), (3, 8))
-KIND = sparse.Kind(PLAN, {"train": 4, "test": 4}, 30, 0.2)
+KIND = sparse.Kind(PLAN, {"train": 3, "test": 3}, 20, 0.2)
 
 
 def compose(data: Path, features: video.StoredFeatures, items: Sequence[video.Item], split: str, seed: int) -> Composed:
