@@ -349,7 +349,7 @@ def draw(found: dict[str, Results], folder: Path) -> None:
     """Draw all methods on the same axes: at each of many budgets, what was chosen for it on the validation parts."""
     for kind, results in found.items():
         curves: dict[str, list[CurvePoint]] = {}
-        for name in results[0]["points"]:
+        for name in ROWS:
             for budget in (0.01, 0.02, 0.03, *(n / 20 for n in range(1, 21)), 1.1):
                 chosen = [p for r in results if (p := within(r["points"][name], budget))]
                 if len(chosen) == len(results):
@@ -357,7 +357,8 @@ def draw(found: dict[str, Results], folder: Path) -> None:
                     macs = statistics.mean(p["cost"] for p in chosen) * results[0]["dense_gmacs"] * 1e9
                     curves.setdefault(name, []).append(CurvePoint(top1, macs))
         unique = {name: list(dict.fromkeys(points)) for name, points in curves.items()}
-        plot.accuracy_compute(unique, title=f"Test videos: {kind}").savefig(folder / f"sparse_{kind}.png")
+        title = f"{KINDS[kind].plan.steps} frames a video: {kind}"
+        plot.accuracy_compute(unique, title=title).savefig(folder / f"sparse_{kind}.png")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

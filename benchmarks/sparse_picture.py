@@ -6,7 +6,7 @@ The set of stick figures is rendered to DATA, and its features are kept there. I
 of six actions for a while; before and after are empty scenes, title cards, drifting shapes, figures that stand or walk
 by. Frames of them are put together into videos of 64 frames, of which 4 to 8 show an action. A classifier and gates
 are trained on the split train as in `benchmarks/sparse.py`. The picture is of a test video that is answered rightly,
-the one at the median of the costs.
+the one at the median of the costs; frames go forward with a probability above 0.7.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dynskip import FLOPsLookup, plot, sofnet, video
 from dynskip.video.stick_figures import NUM_FRAMES
 
 FRAMES, PLAN = 24, Plan(64, (4, 8), (3, 8))
-KIND = sparse.Kind(PLAN, {"train": 3, "test": 3}, 20, 0.2)
+KIND = sparse.Kind(PLAN, {"train": 3, "test": 3}, 30, 0.2)
 
 
 def compose(data: Path, features: video.StoredFeatures, items: Sequence[video.Item], split: str, seed: int) -> Composed:
@@ -82,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     test = part("test")
     sparse.fit_head(plain.model.get_classifier(), features.embedding, [part("train", -k) for k in range(1, 5)], test)
     model = sparse.train_gates(glanced, KIND, part, 0, "gates")
+    model.forward_threshold = 0.7
     with torch.no_grad():
         output = model.decide(test.encoded(model, torch.arange(len(test.targets))))
     right = (output.logits.argmax(-1) == test.targets).nonzero().flatten()
