@@ -32,6 +32,7 @@ from dynskip._config import (
     known_classes,
     parts_in,
 )
+from dynskip._modes import DrawingApart
 from dynskip.backbone import StagedBackbone, stage_model
 from dynskip.backbone.cut import check_name
 from dynskip.backbone.glance import glance
@@ -75,7 +76,7 @@ def rebuild(
         ) from error
     known = {cls.__name__: cls for cls in classes}
     try:
-        with torch.random.fork_rng(devices=[]):  # initial weights are thrown away; the user's random state is not
+        with DrawingApart():  # initial weights are thrown away
             wrapper = {cls.__name__: cls for cls in wrappers}[config["wrapper"]]
             _try_without_memory(wrapper, config, known, tensors)
             model = _build(wrapper, config, known)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dynskip._modes import in_mode
+from dynskip._modes import DrawingApart, in_mode
 from dynskip.backbone import StagedBackbone
 from dynskip.backbone.count import Count
 from dynskip.consensus import Consensus
@@ -118,21 +118,19 @@ class FLOPsLookup:
         if gates and len(gates) != backbone.num_stages:
             raise DynskipError(f"Got {len(gates)} gates for {backbone.num_stages} stages; give one for each stage.")
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        takes_channels_last(backbone)  # tried now, so that nobody who counts a run counts the trial
         try:
             ghosts = [_on_meta(gate) for gate in gates]
             return cls._measured(_on_meta(backbone), size, ghosts, consensus and _on_meta(consensus))
         except Exception:  # the meta device lacks an operator, or has no values to look at
             parts = nn.ModuleList([backbone, *gates, *([] if consensus is None else [consensus])])
-            devices = {tensor.device for tensor in parts.parameters() if tensor.is_cuda}
-            with in_mode(parts, False), torch.random.fork_rng(devices):
+            with in_mode(parts, False), DrawingApart():
                 return cls._measured(backbone, size, gates, consensus)
 
     @classmethod
     def _measured(
         cls, backbone: StagedBackbone, size: tuple[int, int], gates: Sequence[Any], consensus: Consensus | None
     ) -> FLOPsLookup:
-        count, names = Count(), backbone.stage_names
+        count, names = Count(backbone), backbone.stage_names
         carry = backbone.start(_images(backbone, 1, size))
         stage_macs, gate_macs = [], []
         for n, name in enumerate(names):
@@ -156,8 +154,8 @@ class FLOPsLookup:
         if count.unknown:
             warnings.warn(
                 f"The cost of {', '.join(count.unknown)} is unknown, so it is NaN: torch cannot count "
-                f"{', '.join(count.causes)}. Register a formula (torch.utils.flop_counter.register_flop_formula), or "
-                "give the model a table: lookup=FLOPsLookup(...).",
+                f"{', '.join(count.causes.values())}. Register a formula "
+                "(torch.utils.flop_counter.register_flop_formula), or give the model a table: lookup=FLOPsLookup(...).",
                 stacklevel=4,
             )
         return table
@@ -227,22 +225,6 @@ class FLOPsLookup:
             f"FLOPsLookup({unit} a frame{size}: {', '.join(parts)}, head {self.head / scale:.3f}, "
             f"gates {float(self.gates.sum()) / scale:.4f}, total {self.total / scale:.3f})"
         )
-
-
-@torch.no_grad()
-def takes_channels_last(backbone: StagedBackbone) -> bool:
-    """Say whether a backbone takes images in channels-last memory. Tried once, on the meta device, and remembered.
-
-    Some modules take views that need the other layout, and raise.
-    """
-    if getattr(backbone, "channels_last", None) is None:
-        try:
-            ghost = _on_meta(backbone)
-            ghost(_images(ghost, 2, ghost.input_size[1:]).contiguous(memory_format=torch.channels_last))
-            backbone.channels_last = True
-        except Exception:  # also where the meta device lacks an operation
-            backbone.channels_last = False
-    return bool(backbone.channels_last)
 
 
 def _column(values: Sequence[float]) -> Tensor:

@@ -99,6 +99,7 @@ def test_light_stages_come_first_and_the_frame_goes_on_untouched(name: str, kind
     assert backbone.num_stages == first + plain.num_stages
     assert backbone.stage_names[first:] == plain.stage_names
     assert backbone.num_features[first:] == plain.num_features
+    assert backbone.channels_last == plain.channels_last
     assert torch.equal(backbone(images), plain(images))
     carry, own, rows = backbone.start(images), plain.start(images), torch.tensor([2, 0])
     few, pooled = carry.select(rows), []

@@ -11,7 +11,6 @@ import itertools
 import linecache
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ from timm.models import get_notrace_functions
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
+from dynskip._modes import DrawingApart
 from dynskip.backbone.taken import Taken, layers_of, record, remove_hooks
 from dynskip.errors import DynskipError
 
@@ -39,13 +39,6 @@ _Module = TypeVar("_Module", bound=nn.Module)
 def twin(module: _Module, training: bool) -> _Module:
     """Copy a module to try things on: it shares the parameters, but no modes, buffers or attributes."""
     return copy.deepcopy(module, {id(p): p for p in module.parameters()}).train(training)
-
-
-@contextmanager
-def keeping_random_state(model: nn.Module) -> Iterator[None]:
-    """Leave the random state as it was: a model that runs in training mode draws numbers (dropout)."""
-    with _ALONE, torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}):
-        yield
 
 
 # Tracing
@@ -93,7 +86,7 @@ def trace(model: nn.Module, boundaries: Sequence[str], training: bool, images: T
         # Control flow on shapes, or a closed module that returns a tuple of unknown length.
         try:
             tracer = _WatchingTracer(inside, images)
-            with keeping_random_state(model):
+            with DrawingApart():
                 graph = tracer.trace(traced)
         except Exception as error:
             what = str(error) if isinstance(error, DynskipError) else f"{type(error).__name__}: {error}"
@@ -106,6 +99,11 @@ def trace(model: nn.Module, boundaries: Sequence[str], training: bool, images: T
         if node.op == "get_attr" and node.target.startswith("_tensor_constant"):  # torch.fx's own name for them
             name = node.meta["constant"] = f"{'train' if training else 'eval'}{node.target}"
             constants[name] = getattr(traced, node.target)
+            if constants[name].is_meta:
+                raise DynskipError(
+                    f"{type(model).__name__} makes a table between its stages, which has no values on the meta device. "
+                    "Give the model its weights before it is cut."
+                )
     # `device=self.table.device` is read while tracing, and the model may move later.
     with graph.inserting_before(next(iter(graph.nodes))):
         device = graph.create_node("get_attr", DEVICE)
@@ -119,6 +117,8 @@ def trace(model: nn.Module, boundaries: Sequence[str], training: bool, images: T
         values = read.get(module, {})
         asks |= values.pop("training", None) is not None
         layers = layers_of(model.get_submodule(name)) if name in inside else None
+        if layers is None:
+            values.pop("forward", None)  # torch.fx looks at it; stages call the module that is there
         if values or layers is not None:
             taken[name] = Taken(values, layers)
     return Trace(graph, constants, taken, not asks)
@@ -159,7 +159,11 @@ class _Tracer(fx.Tracer):
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
         # Only the image is symbolic: `attn_mask is not None` on a symbolic default would take the wrong branch.
-        return root_fn, [self.root, self.create_proxy("placeholder", "images", (), {})]
+        # And a model may have been given a `forward` of its own, which is not its class's.
+        return (lambda root, images: root.forward(images)), [
+            self.root,
+            self.create_proxy("placeholder", "images", (), {}),
+        ]
 
 
 class _WatchingTracer(_Tracer):

@@ -165,7 +165,7 @@ def _change(model: nn.Module, light: nn.Module) -> tuple[Tensor, Tensor]:
 def _check_cost(backbone: StagedBackbone, looking: Glance) -> None:
     """Refuse a light network that costs more than the stages that it is to save."""
     image = probe_images(backbone.model, backbone.input_size)[1:2]
-    count, behind, few = Count(), 0.0, min(COMPARED, backbone.num_stages)
+    count, behind, few = Count(backbone), 0.0, min(COMPARED, backbone.num_stages)
     with in_mode(backbone, False), in_mode(looking, False):
         small = looking.shrink(image)
         cost, _ = count("", looking.light, small)
@@ -202,7 +202,7 @@ def _in_front(looking: Glance, backbone: StagedBackbone) -> StagedBackbone:
         backbone.origin,
         looking,
     )
-    whole._opened = backbone._opened
+    whole._opened, whole.channels_last = backbone._opened, backbone.channels_last
     return whole
 
 
