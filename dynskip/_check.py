@@ -42,6 +42,13 @@ def check_positive(value: Any, name: str) -> float:
     return value
 
 
+def check_share(value: Any, name: str) -> float:
+    """Refuse all but numbers from 0 to 1."""
+    if not (isinstance(value, int | float) and 0.0 <= value <= 1.0):
+        raise DynskipError(f"{name}={value} is out of range; give a number in [0, 1].")
+    return value
+
+
 def check_eval(model: Any, what: str) -> None:
     """Refuse to skip while a part is in training mode: a frame's answer would depend on its batch."""
     for part in running_parts(model):

@@ -93,6 +93,10 @@ class Wrapper(Checked):
                 raise DynskipError(
                     f"`class_names` has {len(names)} entries; give one string for each of {classes} classes."
                 )
+        if name == "preprocessing" and not isinstance(value, Mapping | None):
+            raise DynskipError(
+                f"`preprocessing` is a {type(value).__name__}; give a mapping such as {{'input_size': (3, 224, 224)}}."
+            )
         return super().check_setting(name, value)
 
     def _suit(self, terminator: EarlyTerminator, activation: Activation) -> None:

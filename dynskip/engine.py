@@ -66,7 +66,8 @@ class Engine:
         with torch.inference_mode(False), torch.no_grad():
             # For each gate, the state that decides on each video's next frame.
             self.states: list[GateState] = [tuple(s.clone() for s in g.initial_state(videos)) for g in self.gates]
-            self.tally = tuple(part.clone() for part in self._nothing_counted(videos))
+            parts = self._nothing_counted(videos)  # which may be views of one tensor
+            self.tally = tuple(part.clone(memory_format=torch.contiguous_format) for part in parts)
             self.seen = torch.zeros(videos, dtype=torch.long, device=self.device)  # frames decided
             self.ended = torch.zeros(videos, dtype=torch.bool, device=self.device)
             # How often each video ran each stage and the head; and each gate's step, per video and per frame.

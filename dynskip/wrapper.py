@@ -226,7 +226,7 @@ class StopOrForward(Pretrained, Wrapper):
     def _rules(self) -> list[str]:
         return [
             f"Gates remember frames that were {self.state_update}.",
-            f"Used frames make the answer by {self.consensus!r}.",
+            f"Used frames make the answer by {type(self.consensus).__name__}({self.consensus.extra_repr()}).",
             f"A video ends early: {self.terminator.extra_repr()}." if self.terminator else "Every frame is looked at.",
             *([f"Frames of stored videos are looked at in the order {settings_of(self.order)}."] if self.order else []),
         ]
