@@ -72,11 +72,12 @@ def glance(backbone: StagedBackbone, light: str | nn.Module, size: int, **timm_k
     try:
         match light:
             case StagedBackbone():
-                staged = light
+                staged, origin = light, light.model
             case str():
                 staged = stage_model(light, num_stages=1, num_classes=0, input_size=small, **timm_kwargs)
+                origin = staged.model
             case _:
-                staged = stage_model([light], head=nn.Identity(), input_size=small)
+                staged, origin = stage_model([light], head=nn.Identity(), input_size=small), light
         weight = next(backbone.parameters(), torch.empty(0))
         staged.to(weight.device, weight.dtype).train(backbone.training)
         with torch.no_grad(), in_mode(staged, False):
@@ -86,7 +87,7 @@ def glance(backbone: StagedBackbone, light: str | nn.Module, size: int, **timm_k
         raise DynskipError(
             f"{name} for a glance at {_shape(small)}, copies of frames of {_shape(backbone.input_size)}: {error}"
         ) from error
-    looking = Glance(staged, size, *_change(backbone.model, staged.model if isinstance(light, str) else network))
+    looking = Glance(staged, size, *_change(backbone.model, origin))
     looking.to(weight.device, weight.dtype)
     _check_cost(backbone, looking)
     return _in_front(looking, backbone)
