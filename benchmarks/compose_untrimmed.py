@@ -219,7 +219,8 @@ class Composed:
 
     def batches(self) -> tuple[Tensor, ...]:
         """Return the rows of all videos, 64 at a time."""
-        return torch.arange(len(self.targets)).split(64)
+        rows: tuple[Tensor, ...] = torch.arange(len(self.targets)).split(64)
+        return rows
 
     def encoded(self, model: StopOrForward, rows: Tensor) -> EncodedVideo:
         """Return some videos as `decide` takes them; a model without a glance takes the last stages alone."""

@@ -142,7 +142,7 @@ def by_thresholds(model: StopOrForward, sides: Sequence[Side]) -> list[Setting]:
         return [(own.rows(model, rows), targets[rows]) for rows in torch.arange(len(targets)).split(64)]
 
     val, test = map(batches, sides)
-    for point in calibrate.to_accuracy(model, val, 1.0).curve:
+    for point in calibrate.to_accuracy(model, val, 1.0, per_gate=False).curve:
         point.apply(model)
         outputs = [model.decide(encoded) for encoded, _ in test]
         right = [output.logits.argmax(-1).cpu() == targets for output, (_, targets) in zip(outputs, test, strict=True)]

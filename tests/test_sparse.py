@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynskip import DynskipError, EncodedVideo, SoFLoss, glance, metrics, sofnet, stage_model
+from dynskip import DynskipError, EncodedVideo, FLOPsLookup, SoFLoss, glance, metrics, sofnet, stage_model
 
 for needed in ("av", "matplotlib", "safetensors", "tqdm"):
     pytest.importorskip(needed)
@@ -93,7 +93,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     def networks(args: Any, classes: int) -> tuple[Any, Any, Any]:
         plain = stage_model("test_resnet", num_classes=classes, input_size=(3, sparse.SIZE, sparse.SIZE))
-        cost = sparse.FLOPsLookup.measure(stage_model("test_efficientnet", input_size=(3, 16, 16)), 16)
+        cost = FLOPsLookup.measure(stage_model("test_efficientnet", input_size=(3, 16, 16)), 16)
         return plain, glance(plain, "test_efficientnet", 16), cost
 
     def encode(args: Any) -> tuple[StoredFeatures, list[Item]]:
@@ -138,7 +138,7 @@ def test_runs_are_done_once_and_reported(tmp_path: Path, capsys: pytest.CaptureF
     assert sparse.main(["--report"]) == 0
     printed = capsys.readouterr().out
     assert "| dense, all frames | " in printed
-    assert " | 100.0 | +0.0 ± 0.0 | +0.0 ± 0.0 |" in printed
+    assert " | 100.0 | +0.0 ± 0.0 (0.0) | +0.0 ± 0.0 (0.0) |" in printed
     assert sparse.main(["--plot", str(tmp_path)]) == 0
     assert (tmp_path / "sparse_sparse.png").exists()
 
