@@ -35,6 +35,7 @@ class StagedBackbone(nn.Module):
         channels_last: whether images are laid out channels-last where that makes convolutions faster; not for models
             whose first stage gives tokens. It becomes `False` where a stage turns out to refuse that layout.
         classifier: what was given as `head=` to a model that ends in features; else `None`.
+        glance: what the first stages run on a small copy of the frame (`dynskip.glance`); else `None`.
         origin: `name`, `boundaries`, `num_stages` and `timm_kwargs` as given to `stage_model`, for a model made by its
             timm name; else `None`.
     """
@@ -51,10 +52,12 @@ class StagedBackbone(nn.Module):
         expected: Tensor | None,
         classifier: nn.Module | None = None,
         origin: dict[str, Any] | None = None,
+        glance: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.classifier = classifier
+        self.glance: Any = glance
         self.origin = origin
         self.stage_names = tuple(stage_names)
         self.input_size = input_size
@@ -102,6 +105,8 @@ class StagedBackbone(nn.Module):
                 was cut.
         """
         check_unchanged(self.model, self._taken[self.model.training])
+        if self.glance is not None:
+            self.glance.check_unchanged()
         if images.ndim != 4 or images.shape[1] != self.input_size[0]:
             raise DynskipError(
                 f"Images of shape {tuple(images.shape)} do not fit this backbone; it takes (B, "
@@ -197,11 +202,12 @@ class StagedBackbone(nn.Module):
         constants = [
             next(self.model.parameters()).device if name == DEVICE else getattr(self, name) for name in part.constants
         ]
+        root = getattr(self, part.root)
         # Modules inside a stage checkpoint themselves; for those that the cut has opened, the stage does it.
         glue = map(self.model.get_submodule, self._opened)
         if mode and torch.is_grad_enabled() and any(getattr(m, "grad_checkpointing", False) for m in glue):
-            return checkpoint(part.function, self.model, *constants, *values, use_reentrant=False)
-        return part.function(self.model, *constants, *values)
+            return checkpoint(part.function, root, *constants, *values, use_reentrant=False)
+        return part.function(root, *constants, *values)
 
     # Inspection: once, when the backbone is made
 
