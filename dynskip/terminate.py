@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from typing import Any
 
 from torch import Tensor
@@ -80,9 +78,10 @@ class EarlyTerminator(Checked):
             `(B,)` boolean, true where the video ends here.
         """
         # A NaN compares as false: a video without a prediction goes on.
-        scores = self.scores(probabilities, frames_seen).items()
-        exceeded = [score > getattr(self, name) for name, score in scores]
-        return functools.reduce(operator.and_, [*exceeded, frames_seen > self.min_frames])
+        ended = frames_seen > self.min_frames
+        for name, score in self.scores(probabilities, frames_seen).items():
+            ended = ended & (score > getattr(self, name))
+        return ended
 
     def extra_repr(self) -> str:
         """Show the rule."""

@@ -242,25 +242,28 @@ class Replay:
         All ways go through the rules as one batch.
         """
         model, terminator = self.model, copy.copy(self.model.terminator)
+        given = [termination for termination in terminations if termination is not None]
+        unended = self._joined([output.logits for output, _ in decided], [output.macs for output, _ in decided])
+        if terminator is None or not given:
+            return [unended for _ in terminations]
         logits, macs = [], []
         for (encoded, _), table, (output, running) in zip(self.videos, self.tables, decided, strict=True):
             stopped_at = []
-            for termination in terminations:
-                stopped_at.append(output.stopped_at)
-                if terminator is not None and termination is not None:
-                    set_termination(terminator, termination)
-                    stopped_at[-1] = rules.end_videos(terminator, running, output.stopped_at, model.activation)
+            for termination in given:
+                set_termination(terminator, termination)
+                stopped_at.append(rules.end_videos(terminator, running, output.stopped_at, model.activation))
             assert output.gate_logits is not None
             ended = masked_output(
                 torch.cat(stopped_at),
-                output.gate_logits.repeat(len(terminations), 1, 1, 1),
-                in_steps(encoded.frame_logits, table).repeat(len(terminations), 1, 1),
+                output.gate_logits.repeat(len(given), 1, 1, 1),
+                in_steps(encoded.frame_logits, table).repeat(len(given), 1, 1),
                 model.lookup_for(encoded.image_size),
                 model.readout,
             )
-            logits.append(ended.logits.chunk(len(terminations)))
-            macs.append(ended.macs.chunk(len(terminations)))
-        return [self._joined(*each) for each in zip(zip(*logits, strict=True), zip(*macs, strict=True), strict=True)]
+            logits.append(ended.logits.chunk(len(given)))
+            macs.append(ended.macs.chunk(len(given)))
+        outcomes = map(self._joined, zip(*logits, strict=True), zip(*macs, strict=True))
+        return [unended if termination is None else next(outcomes) for termination in terminations]
 
     def frames(self, pick: Callable[[Tensor, int], Tensor]) -> Outcome:
         """Run the plain backbone on the frames that `pick(lengths, T)` marks, `(B, T)`."""
@@ -295,7 +298,7 @@ class Replay:
 
     def _joined(self, logits: Sequence[Tensor], macs: Sequence[Tensor]) -> Outcome:
         answers = [probabilities(part, self.model.activation) for part in logits]
-        return Outcome(torch.cat(answers).cpu(), torch.cat(macs).cpu())
+        return Outcome(torch.cat(answers).cpu(), torch.cat([*macs]).cpu())
 
 
 def _select(encoded: EncodedVideo, rows: Tensor) -> EncodedVideo:
