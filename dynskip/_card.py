@@ -63,6 +63,8 @@ def model_card(model: Wrapped, wrapper: str, results: Sequence[Mapping[str, obje
         f"Backbone: `{backbone.origin['name']}` of timm, {backbone.num_stages} stages, {classes}.",  # type: ignore[index]
         f"Made with dynskip {dynskip.__version__}, timm {timm.__version__}, torch {torch.__version__}.",
     ]
+    if model.activation == "sigmoid":
+        facts.append("Probabilities are a sigmoid's: each class holds or not, on its own.")
     if preprocessing:
         facts.append(f"Preprocessing: {', '.join(f'{key} {value}' for key, value in preprocessing.items())}.")
     size = preprocessing.get("input_size", backbone.input_size)

@@ -62,7 +62,9 @@ class Wrapper(Checked):
         if name == "forward_threshold":
             return _one_a_gate(value, self.backbone.num_stages)
         if name == "activation":
-            return check_activation(value)
+            check_activation(value)
+            if (terminator := getattr(self, "terminator", None)) is not None:
+                self._suit(terminator, value)
         if name == "temperature":
             return check_positive(value, name)
         if name == "state_update" and value not in ("used", "reached"):
@@ -72,11 +74,7 @@ class Wrapper(Checked):
                 raise DynskipError(
                     f"The terminator is a {type(value).__name__}; give an EarlyTerminator, or a rule derived from it."
                 )
-            if self.backbone.num_classes < 2 and self.activation == "softmax":
-                raise DynskipError(
-                    "The model has one output. The softmax of one logit is always 1, so every video would end at once. "
-                    "Take `activation='sigmoid'`, give the model two outputs, or leave the terminator out."
-                )
+            self._suit(value, self.activation)
             value.train(self.training)  # a new part takes the model's mode
         if name == "class_names" and value is not None:
             names = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
@@ -86,6 +84,15 @@ class Wrapper(Checked):
                     f"`class_names` has {len(names)} entries; give one string for each of {classes} classes."
                 )
         return super().check_setting(name, value)
+
+    def _suit(self, terminator: EarlyTerminator, activation: Activation) -> None:
+        """Tell the terminator what probabilities it will see."""
+        if self.backbone.num_classes < 2 and activation == "softmax":
+            raise DynskipError(
+                "The model has one output. The softmax of one logit is always 1, so every video would end at once. "
+                "Take `activation='sigmoid'`, give the model two outputs, or leave the terminator out."
+            )
+        terminator.activation = activation
 
     def lookup_for(self, image_size: tuple[int, int]) -> FLOPsLookup:
         """Return the cost table for frames of a size. An exit's cost is its gate's and its classifier's.

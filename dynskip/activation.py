@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeAlias, get_args
 
+import torch
 from torch import Tensor
 
 from dynskip.errors import DynskipError
@@ -26,6 +27,30 @@ def check_activation(value: Any) -> Activation:
 def probabilities(logits: Tensor, activation: Activation) -> Tensor:
     """Return the class probabilities of logits, both `(..., K)`."""
     return logits.sigmoid() if activation == "sigmoid" else logits.softmax(-1)
+
+
+def confidence(probabilities: Tensor, activation: Activation) -> Tensor:
+    """Return how sure answers are, `(..., K) -> (...)`; NaN where one of their probabilities is.
+
+    With a softmax it is the probability of the most probable class. With a sigmoid it is that of the least certain
+    decision: of each class the probability that it holds, or that it does not, whichever is larger.
+    """
+    if activation == "sigmoid":
+        return torch.maximum(probabilities, 1 - probabilities).amin(-1)
+    return probabilities.amax(-1)
+
+
+def named_classes(probabilities: Tensor, activation: Activation) -> dict[int, float]:
+    """Return the classes that an answer `(K,)` names, with their probabilities, the most probable one first.
+
+    With a softmax it is the most probable class. With a sigmoid it is every class that is more probable than not; there
+    may be none.
+    """
+    ranked = probabilities.sort(descending=True)
+    pairs = dict(zip(ranked.indices.tolist(), ranked.values.tolist(), strict=True))
+    if activation == "sigmoid":
+        return {index: probability for index, probability in pairs.items() if probability > 0.5}
+    return dict(list(pairs.items())[:1])
 
 
 def to_logits(values: Tensor, activation: Activation) -> Tensor:

@@ -59,11 +59,6 @@ class EarlyExit(Pretrained, Wrapper):
         forward_threshold: float | Sequence[float] = 0.5,
         activation: Activation = "softmax",
     ) -> None:
-        if backbone.num_classes < 2 and activation == "softmax":
-            raise DynskipError(
-                'The model has one output. The softmax of one logit is always 1; take `activation="sigmoid"`, or give '
-                "the model two outputs, one for each answer."
-            )
         classifiers = list(inner) if inner is not None else [nn.Identity() for _ in gates]
         check_parts(backbone, gates, classifiers, never_asked=[_never_stops(gate) for gate in gates])
         super().__init__(backbone, forward_threshold, activation)
@@ -73,6 +68,24 @@ class EarlyExit(Pretrained, Wrapper):
     # Settings of videos, which images do not need.
     state_update = "used"
     terminator = None
+
+    def check_setting(self, name: str, value: Any) -> Any:
+        """Refuse settings that make no sense; return thresholds as one a gate."""
+        value = super().check_setting(name, value)
+        if name in ("activation", "exits"):
+            activation = value if name == "activation" else self.activation
+            if self.backbone.num_classes < 2 and activation == "softmax":
+                raise DynskipError(
+                    'The model has one output. The softmax of one logit is always 1; take `activation="sigmoid"`, or '
+                    "give the model two outputs, one for each answer."
+                )
+            for n, part in enumerate(value if name == "exits" else getattr(self, "exits", ())):
+                if getattr(part.gate, "activation", activation) != activation:
+                    raise DynskipError(
+                        f"Gate {n} measures how sure it is by a {part.gate.activation}, and the model answers by a "
+                        f"{activation}. Give both the same `activation`."
+                    )
+        return value
 
     @property
     def deciders(self) -> Any:

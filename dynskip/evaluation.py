@@ -12,6 +12,7 @@ Costs are MACs (multiply-adds), the literature's "FLOPs".
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,8 @@ import torch
 from torch import Tensor
 
 from dynskip import calibrate, metrics
+from dynskip._targets import as_rows
+from dynskip.activation import Activation, named_classes
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
 from dynskip.output import EncodedVideo, SkipOutput
@@ -38,7 +41,7 @@ class Result:
 
     Attributes:
         mode: one of `MODES`.
-        top1, top5: share of videos with a true class among the most probable ones.
+        top1, top5: share of videos with a true class among the most probable ones; NaN for a model with one output.
         mean_ap: mean average precision as ActivityNet computes it.
         plain_ap: the same without interpolation, AR-Net's mmAP.
         compute: executed MACs.
@@ -47,6 +50,7 @@ class Result:
         milliseconds: a video, network only.
         fallbacks: videos in which the gates used no frame.
         videos: number of videos.
+        label_accuracy: with a sigmoid, the share of right decisions over all videos and classes; else `None`.
     """
 
     mode: str
@@ -60,6 +64,7 @@ class Result:
     milliseconds: float
     fallbacks: int
     videos: int
+    label_accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,9 +73,11 @@ class Evaluation:
 
     Attributes:
         results: one for each way of running.
-        records: plain values for each video and way of running: `video`, `mode`, `labels`, `correct`, `best` (the most
-            probable classes), `gmacs`, `milliseconds`, `stopped_at` of each frame, `fallback_frame`, and where they are
-            known the `relevant` parts, `[first frame, one after the last]`.
+        records: plain values for each video and way of running: `video`, `mode`, `labels`, `correct` (whether the most
+            probable class is one of them; with one output, whether the decision is right), `answer` (the classes that
+            the model names, with their probabilities), `best` (the most probable classes), `gmacs`, `milliseconds`,
+            `stopped_at` of each frame, `fallback_frame`, and where they are known the `relevant` parts, `[first frame,
+            one after the last]`.
         stage_names: names of the backbone's stages.
         setting: how it was measured, in words.
     """
@@ -98,6 +105,8 @@ class Evaluation:
         """Return the table, and what its numbers mean."""
         lines = [self.table(full), "", f"{self.results[0].videos} videos; {self.setting}."]
         lines.append("GMACs are 10^9 multiply-adds (the literature's GFLOPs), gates and head included.")
+        if self.results[0].label_accuracy is not None:
+            lines.append("labels: right decisions over all videos and classes, a class holding above probability 0.5.")
         if full:
             lines.append(
                 "mAP is ActivityNet's, interpolated; plain mAP is not, as AR-Net's mmAP. All labels of a video count."
@@ -114,9 +123,12 @@ class Evaluation:
         file.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
 
     def _cells(self, r: Result, full: bool) -> dict[str, str]:
-        row = {
-            "mode": r.mode,
-            "top-1 %": f"{100 * r.top1:.1f}",
+        row = {"mode": r.mode}
+        if not math.isnan(r.top1):
+            row["top-1 %"] = f"{100 * r.top1:.1f}"
+        if r.label_accuracy is not None:
+            row["labels %"] = f"{100 * r.label_accuracy:.1f}"
+        row |= {
             "mAP %": f"{100 * r.mean_ap:.1f}",
             "GMACs/frame": f"{r.compute.per_frame:.4g}",
             "GMACs/video": f"{r.compute.per_video:.4g}",
@@ -127,7 +139,8 @@ class Evaluation:
         }
         if full:
             row["of dense %"] = f"{100 * r.compute.share:.1f}"
-            row["top-5 %"] = f"{100 * r.top5:.1f}"
+            if not math.isnan(r.top5):
+                row["top-5 %"] = f"{100 * r.top5:.1f}"
             row["plain mAP %"] = f"{100 * r.plain_ap:.1f}"
             for name, share in zip(self.stage_names, r.usage.stopped, strict=True):
                 row[f"stopped at {name} %"] = f"{100 * share:.1f}"
@@ -148,7 +161,8 @@ def evaluate(
     Args:
         model: the model; it is set to eval mode.
         loader: batches of videos `(B, T, C, H, W)`, normalised and on the model's device, targets (`(B,)` class
-            indices or `(B, K)` with ones), and a key for each video. All videos have `T` frames of one size.
+            indices or `(B, K)` with ones; with one output, `(B,)` zeros and ones), and a key for each video. All
+            videos have `T` frames of one size.
         modes: which of `MODES`: every frame without gates, with gates, and also ending videos early.
         relevant: `(T,)` boolean, the frames that show the action, by the videos' keys.
 
@@ -170,7 +184,7 @@ def evaluate(
             begin = _clock(video.device)
             outputs[mode].append(run(model, video, mode))
             milliseconds[mode] += [1000 * (_clock(video.device) - begin) / len(video)] * len(video)
-        targets.append(labels.cpu())
+        targets.append(as_rows(labels.cpu(), len(video), model.backbone.num_classes))
         keys += names
     if not keys:
         raise DynskipError("There are no videos to evaluate, or none of them could be read.")
@@ -182,7 +196,7 @@ def evaluate(
             name: torch.cat([getattr(output, name) for output in outputs[mode]]).cpu()
             for name in ("probabilities", "stopped_at", "macs", "fallback_frame")
         }
-        videos = _Videos(keys, torch.cat(targets), relevant or {}, milliseconds[mode], **joined)
+        videos = _Videos(keys, torch.cat(targets), relevant or {}, milliseconds[mode], model.activation, **joined)
         results.append(_result(mode, videos, lookup))
         records += _records(mode, videos, model.class_names)
     batch = len(targets[0])
@@ -206,22 +220,25 @@ def curves(
     model: StopOrForward,
     encoded: Sequence[tuple[EncodedVideo, Tensor]],
     calibration: calibrate.Calibration | None = None,
+    *,
+    metric: calibrate.Metric = metrics.top_k_accuracy,
 ) -> dict[str, Sequence[calibrate.CurvePoint]]:
     """Return accuracy against compute for gates, for uniform and random frames, and for the dense network.
 
     Args:
         model: the model, in eval mode.
         encoded: videos as `calibrate.encode` returns them.
-        calibration: what was found on these videos before; by default it is searched for now.
+        calibration: what was found on these videos before, by the same metric; by default it is searched for now.
+        metric: accuracy from probabilities `(V, K)` and targets of all videos.
 
     Returns:
         Curves by name, as `plot.accuracy_compute` and `calibrate.write_curves` take them.
     """
-    calibration = calibration or calibrate.to_accuracy(model, encoded, 0.0)
+    calibration = calibration or calibrate.to_accuracy(model, encoded, 0.0, metric=metric)
     return {
         "gates": calibration.curve,
-        "uniform frames": calibrate.uniform_frames(model, encoded),
-        "random frames": calibrate.random_frames(model, encoded),
+        "uniform frames": calibrate.uniform_frames(model, encoded, metric=metric),
+        "random frames": calibrate.random_frames(model, encoded, metric=metric),
         "dense": [calibration.dense],
     }
 
@@ -238,9 +255,10 @@ class _Videos:
     """What one way of running gave for `V` videos of `T` frames."""
 
     keys: Sequence[str]
-    targets: Tensor  # (V,) or (V, K)
+    targets: Tensor  # (V, K)
     relevant: Mapping[str, Tensor]  # (T,) by key
     milliseconds: Sequence[float]
+    activation: Activation
     probabilities: Tensor  # (V, K)
     stopped_at: Tensor  # (V, T)
     macs: Tensor  # (V,)
@@ -249,6 +267,7 @@ class _Videos:
 
 def _result(mode: str, videos: _Videos, lookup: FLOPsLookup) -> Result:
     scores, targets, stages = videos.probabilities, videos.targets, len(lookup.per_stage)
+    classes = scores.shape[1]
     marked = [row for row, key in enumerate(videos.keys) if key in videos.relevant]
     relevance = None
     if marked:
@@ -256,8 +275,8 @@ def _result(mode: str, videos: _Videos, lookup: FLOPsLookup) -> Result:
         relevance = metrics.frame_relevance(videos.stopped_at[marked] == stages, relevant)
     return Result(
         mode=mode,
-        top1=metrics.top_k_accuracy(scores, targets),
-        top5=metrics.top_k_accuracy(scores, targets, min(5, scores.shape[1])),
+        top1=metrics.top_k_accuracy(scores, targets) if classes > 1 else math.nan,
+        top5=metrics.top_k_accuracy(scores, targets, min(5, classes)) if classes > 1 else math.nan,
         mean_ap=metrics.mean_average_precision(scores, targets),
         plain_ap=metrics.mean_average_precision(scores, targets, interpolated=False),
         compute=metrics.executed_compute(videos.macs, videos.stopped_at.shape[1], lookup),
@@ -266,6 +285,7 @@ def _result(mode: str, videos: _Videos, lookup: FLOPsLookup) -> Result:
         milliseconds=sum(videos.milliseconds) / len(videos.keys),
         fallbacks=int((videos.fallback_frame >= 0).sum()),
         videos=len(videos.keys),
+        label_accuracy=metrics.label_accuracy(scores, targets) if videos.activation == "sigmoid" else None,
     )
 
 
@@ -273,13 +293,17 @@ def _records(mode: str, videos: _Videos, class_names: Sequence[str] | None) -> l
     names = class_names or [str(index) for index in range(videos.probabilities.shape[1])]
     records = []
     for row, key in enumerate(videos.keys):
-        best, target = videos.probabilities[row].topk(min(5, len(names))), videos.targets[row]
-        labels = target.nonzero().flatten().tolist() if target.ndim else [int(target)]
+        best, labels = (
+            videos.probabilities[row].topk(min(5, len(names))),
+            videos.targets[row].nonzero().flatten().tolist(),
+        )
+        answer = named_classes(videos.probabilities[row], videos.activation)
         record = {
             "video": key,
             "mode": mode,
             "labels": [names[index] for index in labels],
-            "correct": int(best.indices[0]) in labels,
+            "correct": int(best.indices[0]) in labels if len(names) > 1 else list(answer) == labels,
+            "answer": {names[index]: probability for index, probability in answer.items()},
             "best": {names[i]: p for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)},
             "gmacs": float(videos.macs[row]) / 1e9,
             "milliseconds": videos.milliseconds[row],

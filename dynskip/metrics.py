@@ -3,7 +3,7 @@
 Which number is which in the literature:
 
 - ActivityNet's official mAP is `mean_average_precision(probabilities, multi_hot)`; its Hit@k is `top_k_accuracy`, its
-  Avg Hit@k `top_k_recall`.
+  Avg Hit@k `top_k_recall`. All of them take several labels a video.
 - AR-Net's `cal_map`, which SoF-Net's code also uses, is `mean_average_precision(..., interpolated=False)` over softmax
   probabilities. It is called mAP there when only a video's first label is the target, and mmAP with all labels. If a
   class does not occur in the test set, that code compares scores with the wrong classes; here the class is left out.
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dynskip._targets import as_rows
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
 from dynskip.rules import UNSEEN
@@ -113,6 +114,26 @@ def top_k_recall(scores: Tensor, targets: Tensor, k: int = 1) -> float:
     return (hits / labels).mean().item()
 
 
+def label_accuracy(probabilities: Tensor, targets: Tensor) -> float:
+    """Share of right decisions over all videos and classes, where a class is said to hold above a probability of 0.5.
+
+    For models with a sigmoid. Of a single class it is the accuracy; of several, 1 minus the Hamming loss. Where few
+    labels hold, a model that names none is right most of the time: compare with the share of zeros in the targets.
+
+    Args:
+        probabilities: `(B, K)`.
+        targets: `(B, K)` multi-hot, or `(B,)` class indices; of a single class, `(B,)` zeros and ones.
+
+    Returns:
+        A number from 0 to 1.
+
+    Raises:
+        DynskipError: On wrong shapes or values, or NaN.
+    """
+    probabilities, positives = _checked(probabilities, targets, labelled=False)
+    return ((probabilities > 0.5) == positives).double().mean().item()
+
+
 def mean_average_precision(scores: Tensor, targets: Tensor, interpolated: bool = True) -> float:
     """Average precision of ranking the videos by each class's score, averaged over classes.
 
@@ -120,9 +141,9 @@ def mean_average_precision(scores: Tensor, targets: Tensor, interpolated: bool =
     so the result does not depend on the order of the rows.
 
     Args:
-        scores: `(B, K)`, higher is better. Videos are compared with each other, so give softmax
-            probabilities: logits have no common scale across videos and rank differently.
-        targets: `(B,)` class indices, or `(B, K)` multi-hot.
+        scores: `(B, K)`, higher is better. Videos are compared with each other, so give probabilities: with a
+            softmax, logits have no common scale across videos and rank differently.
+        targets: `(B,)` class indices, or `(B, K)` multi-hot; of a single class, `(B,)` zeros and ones.
         interpolated: True makes precision monotone in recall first, as ActivityNet's evaluation does (the
             area of VOC 2011); False is plain average precision, as AR-Net's and scikit-learn's, usually somewhat
             lower.
@@ -281,13 +302,13 @@ def check_stopped_at(stopped_at: Tensor, num_stages: int) -> None:
 
 def _hits(scores: Tensor, targets: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Count the labels among the `k` best classes, and all labels, of each video that has any."""
+    if scores.ndim == 2 and scores.shape[1] == 1:
+        raise DynskipError(
+            "scores has one column, and a single class is always the best one. Measure a model with one output by "
+            'label_accuracy or mean_average_precision, or give it two outputs, one of them for "no" (num_classes=2).'
+        )
     scores, positives = _checked(scores, targets)
     num_classes = scores.shape[1]
-    if num_classes == 1:
-        raise DynskipError(
-            "scores has one column, and a single class is always the best one. Give the model two outputs, one of them "
-            'for "no" (num_classes=2), or rank the videos with mean_average_precision.'
-        )
     if not 1 <= k <= num_classes:
         raise DynskipError(f"k={k} is out of range; expected 1 to the number of classes, {num_classes}.")
     best = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
@@ -309,7 +330,7 @@ def _average_precision(scores: Tensor, positive: Tensor, interpolated: bool) -> 
     return (gained_recall * precision).sum().item()
 
 
-def _checked(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _checked(scores: Tensor, targets: Tensor, labelled: bool = True) -> tuple[Tensor, Tensor]:
     """Scores and multi-hot targets, both `(B, K)`, on the CPU."""
     if scores.dim() != 2 or scores.numel() == 0 or not scores.is_floating_point():
         raise DynskipError(
@@ -320,28 +341,12 @@ def _checked(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     if scores.isnan().any():
         row = int(scores.isnan().any(dim=1).nonzero()[0])
         raise DynskipError(f"scores of row {row} contain NaN, which cannot be ranked. Repair or leave out that video.")
-    batch, num_classes = scores.shape
-    if targets.shape not in ((batch,), (batch, num_classes)):
-        raise DynskipError(
-            f"targets has shape {tuple(targets.shape)}; expected class indices ({batch},) or multi-hot "
-            f"({batch}, {num_classes}) for scores of shape {tuple(scores.shape)}."
-        )
-    if targets.dim() == 1:
-        if not _is_integer(targets):
-            raise DynskipError(f"targets is {targets.dtype}; expected int64 class indices.")
-        wrong = targets[(targets < 0) | (targets >= num_classes)]
-        if wrong.numel():
-            raise DynskipError(
-                f"targets holds {wrong[0].item()}; expected 0 to {num_classes - 1} with {num_classes} classes. "
-                "Leave out videos without a label."
-            )
-        positives = torch.nn.functional.one_hot(targets.long(), num_classes).bool()
-    else:
-        wrong = targets[(targets != 0) & (targets != 1)]
-        if wrong.numel():
-            raise DynskipError(f"Multi-hot targets hold {wrong[0].item()}; expected 0 or 1. Round soft labels.")
-        positives = targets.bool()
-    if not positives.any():
+    rows = as_rows(targets, *scores.shape)
+    if not ((rows == 0) | (rows == 1)).all():
+        wrong = rows[(rows != 0) & (rows != 1)][0].item()
+        raise DynskipError(f"Multi-hot targets hold {wrong:g}; expected 0 or 1. Round soft labels.")
+    positives = rows.bool()
+    if labelled and not positives.any():
         raise DynskipError("No video has a label, so nothing can be measured. Check the multi-hot targets.")
     return scores, positives
 

@@ -9,6 +9,7 @@ import timm
 from timm.models import register_model
 from torch import nn
 
+from dynskip.activation import Activation
 from dynskip.backbone import StagedBackbone, stage_model
 from dynskip.errors import DynskipError
 from dynskip.gates import PolicyGate, exponential_temperature
@@ -29,6 +30,7 @@ def sofnet(
     threshold: float | None = 0.999,
     min_frames: int = 3,
     state_update: Literal["used", "reached"] = "used",
+    activation: Activation = "softmax",
     **timm_kwargs: Any,
 ) -> StopOrForward:
     """Build SoF-Net: a gate after every stage of a backbone, inner classifiers, early termination.
@@ -45,6 +47,7 @@ def sofnet(
         threshold: probability that ends a video early; `None` reads every frame.
         min_frames: the frames that are always read before a video can end.
         state_update: which frames advance the gates' memory, see `StopOrForward`.
+        activation: how logits become probabilities, see `StopOrForward`.
         **timm_kwargs: passed to `timm.create_model` (`pretrained`, `drop_rate`, ...).
 
     Returns:
@@ -72,7 +75,7 @@ def sofnet(
     gates = [PolicyGate(c, hidden, temporal, forward_bias).to(weight) for c in backbone.num_features]
     inner = [InnerClassifier(hidden, classes, detach_inner).to(weight) for _ in gates] if guidance else None
     terminator = EarlyTerminator(threshold, min_frames) if threshold is not None else None
-    return StopOrForward(backbone, gates, inner, terminator, state_update=state_update)
+    return StopOrForward(backbone, gates, inner, terminator, state_update=state_update, activation=activation)
 
 
 @register_model

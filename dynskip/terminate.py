@@ -7,18 +7,22 @@ from typing import Any
 from torch import Tensor
 
 from dynskip._check import Checked
+from dynskip.activation import Activation, check_activation, confidence
 from dynskip.errors import DynskipError
 
 
 class EarlyTerminator(Checked):
-    """End a video when the probability of its top class exceeds a threshold, after more than `min_frames` frames.
+    """End a video when its prediction is more certain than a threshold, after more than `min_frames` frames.
 
-    Classes are exclusive: probabilities are a softmax over at least two of them. Do not use a terminator where several
-    labels can hold at once: one certain label says nothing about the others.
+    With a softmax, the probability of the top class has to exceed the threshold. With a sigmoid, every class has to be
+    decided: its probability exceeds the threshold, or lies below 1 minus it.
 
     Args:
         threshold: probability that the prediction has to exceed, in (0, 1].
         min_frames: frames that are always looked at; the next one is the first that can end the video.
+
+    Attributes:
+        activation: the model's head activation, which the model sets.
 
     Raises:
         DynskipError: if the threshold or the number of frames is out of range.
@@ -26,6 +30,8 @@ class EarlyTerminator(Checked):
     Reference:
         Thesis Eq. 3.7 (`rho`, `T_min`).
     """
+
+    activation: Activation = "softmax"
 
     def __init__(self, threshold: float = 0.999, min_frames: int = 3) -> None:
         super().__init__()
@@ -40,6 +46,8 @@ class EarlyTerminator(Checked):
             raise DynskipError(
                 f"min_frames={value} is no whole number from 0 to 2**63 - 1; give a number of frames, such as 3."
             )
+        if name == "activation":
+            check_activation(value)
         return super().check_setting(name, value)
 
     def forward(self, probabilities: Tensor, frames_seen: Tensor) -> Tensor:
@@ -53,8 +61,9 @@ class EarlyTerminator(Checked):
             `(B,)` boolean, true where the video ends here.
         """
         # A NaN compares as false: a video without a prediction goes on.
-        return (probabilities.amax(-1) > self.threshold) & (frames_seen > self.min_frames)
+        return (confidence(probabilities, self.activation) > self.threshold) & (frames_seen > self.min_frames)
 
     def extra_repr(self) -> str:
         """Show the rule."""
-        return f"probability > {self.threshold}, after more than {self.min_frames} frames"
+        what = "probability" if self.activation == "softmax" else "probability of what is decided of each class"
+        return f"{what} > {self.threshold}, after more than {self.min_frames} frames"

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from dynskip import DynskipError, StopOrForward, VideoResult
+from dynskip.activation import confidence, named_classes
 from dynskip.video import Preprocessing, VideoError, open_source, sample_frames
 from dynskip.video.source import VIDEO_SUFFIXES
 
@@ -93,10 +94,10 @@ class Classify:
     def _answer(self, result: VideoResult) -> dict[str, Any]:
         if result.error is not None:
             return {"error": f"{type(result.error).__name__}: {result.error}"}
-        probability, label = result.logits.softmax(-1).max(-1)
+        answer = named_classes(result.probabilities, result.activation)
         return {
-            "label": self.model.class_names[int(label)] if self.model.class_names else str(int(label)),
-            "probability": float(probability),
+            "label": ", ".join(self.model.class_names[n] if self.model.class_names else str(n) for n in answer),
+            "probability": float(confidence(result.probabilities, result.activation)),
             "used": result.frames_used,
             "seen": result.frames_seen,
             "fallback": result.fallback_frame >= 0,

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from dynskip import DynskipError, StopOrForward, calibrate, evaluation, plot, video
+from dynskip import DynskipError, StopOrForward, calibrate, evaluation, metrics, plot, video
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,23 +51,25 @@ def parser() -> argparse.ArgumentParser:
 def choose_thresholds(model: StopOrForward, loader: video.EvaluationLoader, args: argparse.Namespace) -> None:
     """Set the model's thresholds for --budget or --max-loss on validation videos."""
     encoded = calibrate.encode(model, tqdm(loader, "calibrate", leave=False, disable=None))
+    several = model.activation == "sigmoid"
+    metric, name = (metrics.mean_average_precision, "mAP") if several else (metrics.top_k_accuracy, "top-1")
     if args.budget is not None:
-        calibration = calibrate.to_budget(model, encoded, 1e9 * args.budget)
+        calibration = calibrate.to_budget(model, encoded, 1e9 * args.budget, metric=metric)
     else:
-        calibration = calibrate.to_accuracy(model, encoded, args.max_loss / 100)
+        calibration = calibrate.to_accuracy(model, encoded, args.max_loss / 100, metric=metric)
     calibration.apply(model)
     point, dense = calibration.point, calibration.dense
     print(
-        f"Calibrated on {sum(len(targets) for _, targets in encoded)} validation videos: top-1 "
+        f"Calibrated on {sum(len(targets) for _, targets in encoded)} validation videos: {name} "
         f"{100 * point.accuracy:.1f} % at {point.macs / 1e9:.4g} GMACs/video (dense: {100 * dense.accuracy:.1f} % at "
         f"{dense.macs / 1e9:.4g}).\nFrames go forward above {point.forward_threshold[0]:.4g}, videos end above "
         f"{point.termination_threshold}."
     )
     if args.curve:
         args.curve.parent.mkdir(parents=True, exist_ok=True)
-        curves = evaluation.curves(model, encoded, calibration)
+        curves = evaluation.curves(model, encoded, calibration, metric=metric)
         calibrate.write_curves(args.curve.with_suffix(".csv"), curves)
-        plot.accuracy_compute(curves, point, title="Validation videos").savefig(args.curve)
+        plot.accuracy_compute(curves, point, metric=name, title="Validation videos").savefig(args.curve)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,10 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         split = args.split or video.held_out_split(items)
         if split is None:
             raise DynskipError("The data has no videos to test on. Say with --split train if you mean those.")
-        prep = video.Preprocessing.of(model)
 
         def loader_of(split: str, batch_size: int) -> video.EvaluationLoader:
-            clips = video.Clips(video.pick_split(items, split), model.class_names, prep, cache=args.cache)
+            clips = video.Clips.of(model, video.pick_split(items, split), cache=args.cache)
             return video.EvaluationLoader(clips, batch_size, args.workers, args.device)
 
         if args.budget is not None or args.max_loss is not None:
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print("Thresholds are chosen and evaluated on the same videos: on others the result will be worse.")
             choose_thresholds(model, loader_of("val", 8), args)
         loader = loader_of(split, args.batch_size)
-        marks = video.relevant_frames(loader.clips.items, prep.num_frames, args.data)
+        marks = video.relevant_frames(loader.clips.items, loader.clips.prep.num_frames, args.data)
         found = evaluation.evaluate(model, tqdm(loader, "evaluate", leave=False, disable=None), relevant=marks)
     except (DynskipError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     add("--frames", type=int, default=16, help="frames of a video (default: 16)")
     add("--backbone", default="resnet50", help="any timm model (default: resnet50)")
     add("--weights", default="hub", help="of the backbone: 'hub' downloads timm's (default), or a FILE")
+    add("--activation", choices=("softmax", "sigmoid"), default="softmax", help="one class a video, or several")
     add("--hidden", type=int, default=64, help="width of the gates (default: 64)")
     add("--threshold", type=float, default=0.999, help="probability that ends a video early (default: 0.999)")
     add("--min-frames", type=int, default=3, help="frames that are looked at in any case (default: 3)")
@@ -73,6 +74,7 @@ def build_model(args: argparse.Namespace, classes: Sequence[str]) -> tuple[StopO
         forward_bias=0.0,
         threshold=args.threshold,
         min_frames=args.min_frames,
+        activation=args.activation,
     )
     model.class_names = classes
     prep = video.Preprocessing(args.size, args.frames, tuple(published["mean"]), tuple(published["std"]))
@@ -80,31 +82,35 @@ def build_model(args: argparse.Namespace, classes: Sequence[str]) -> tuple[StopO
     return model.to(args.device).to(memory_format=torch.channels_last), new
 
 
-def train(model: StopOrForward, features: video.StoredFeatures, labels: Sequence[Sequence[int]], args: Any) -> None:
+def train(model: StopOrForward, features: video.StoredFeatures, clips: video.Clips, args: Any) -> None:
     """Train gates and inner classifiers on stored features, with the loss of joint training."""
     recipe = Recipe(0, args.epochs, args.lr, weight_decay=args.weight_decay, temperature_decay=0.07)
     criterion = SoFLoss(model.lookup_for(features.image_size), args.alpha, args.beta).to(args.device)
     optimizer = torch.optim.AdamW(recipe.parameter_groups(model)[1]["params"], weight_decay=recipe.weight_decay)
-    log = []
+    log, positions = [], features.positions.tolist()
     for epoch in tqdm(range(recipe.epochs), "train gates", leave=False, disable=None):
         torch.manual_seed(video.derive_seed(args.seed, epoch))
         model.train()
         model.temperature = recipe.temperature_at(epoch)
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr_at(epoch)
-        # Of a video with several labels, an epoch draws one.
-        drawn = [own[video.derive_seed(args.seed, epoch, row) % len(own)] for row, own in enumerate(labels)]
+        if model.activation == "sigmoid":
+            targets = clips.multi_hot(positions).to(args.device)
+        else:  # of a video with several labels, an epoch draws one
+            labels = [clips.targets[position] for position in positions]
+            drawn = [own[video.derive_seed(args.seed, epoch, row) % len(own)] for row, own in enumerate(labels)]
+            targets = torch.tensor(drawn, device=args.device)
         sums: dict[str, float] = {}
         for rows in torch.randperm(len(features)).split(args.batch_size):
             with torch.no_grad():
                 encoded = features.rows(model, rows)
-            targets = torch.tensor(drawn, device=args.device)[rows]
             output = model.decide(encoded)
-            parts = criterion(output, targets)
+            parts = criterion(output, targets[rows])
             optimizer.zero_grad()
             parts.total.backward()
             optimizer.step()
-            accuracy = (output.logits.argmax(-1) == targets).float().mean()
+            answers = output.probabilities > 0.5 if targets.ndim == 2 else output.logits.argmax(-1)
+            accuracy = (answers == targets[rows]).float().mean()
             for name, value in {"accuracy": accuracy, "used": output.used.float().mean(), **vars(parts)}.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * len(rows) / len(features)
         if not torch.tensor(sums["total"]).isfinite():
@@ -118,22 +124,21 @@ def run(args: argparse.Namespace) -> None:
     """Encode, fit, train, evaluate, and write the model."""
     items = video.load_items(args.data, args.annotations, args.format, args.classes)
     model, new_classifier = build_model(args, video.class_names(items, args.classes))
-    prep = video.Preprocessing.of(model)
 
     def clips_of(split: str) -> video.Clips:
-        return video.Clips(video.pick_split(items, split), model.class_names, prep, cache=args.cache)
+        return video.Clips.of(model, video.pick_split(items, split), cache=args.cache)
 
     clips = clips_of("train")
     features = video.encode_clips(model, clips, args.out / "features" / "train", args.workers)
-    positions = features.positions.tolist()
     if new_classifier:
-        shares = clips.multi_hot(positions).float()
-        video.fit_classifier(model, features, shares / shares.sum(1, keepdim=True))
-    train(model, features, [clips.targets[position] for position in positions], args)
+        shares = clips.multi_hot(features.positions.tolist()).float()
+        several = model.activation == "sigmoid"
+        video.fit_classifier(model, features, shares if several else shares / shares.sum(1, keepdim=True))
+    train(model, features, clips, args)
     rows = []
     if (split := video.held_out_split(items)) is not None:
         held_out = clips_of(split)
-        marks = video.relevant_frames(held_out.items, prep.num_frames, args.data)
+        marks = video.relevant_frames(held_out.items, held_out.prep.num_frames, args.data)
         loader = video.EvaluationLoader(held_out, 1, args.workers, args.device)
         found = evaluation.evaluate(model, tqdm(loader, "evaluate", leave=False, disable=None), relevant=marks)
         found.write_records(args.out / "videos.jsonl")

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from dynskip import UNSEEN, DynskipError, SkipOutput, StopOrForward, plot, video
+from dynskip.activation import named_classes
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,8 +35,9 @@ def parser() -> argparse.ArgumentParser:
 
 def describe(name: str, output: SkipOutput, model: StopOrForward, size: int, milliseconds: float) -> str:
     """Say in words what happened to one video."""
-    probability, label = output.probabilities[0].max(-1)
-    answer = model.class_names[int(label)] if model.class_names else f"class {int(label)}"
+    names = model.class_names or [f"class {n}" for n in range(model.backbone.num_classes)]
+    answer = named_classes(output.probabilities[0], output.activation)
+    said = ", ".join(f"{names[n]} {100 * probability:.1f} %" for n, probability in answer.items()) or "no class"
     stopped_at, stages = output.stopped_at[0], model.backbone.num_stages
     where = [f"{int((stopped_at == n).sum())} at {name}" for n, name in enumerate(model.backbone.stage_names)]
     stopped = ", ".join(text for text in where if not text.startswith("0 "))
@@ -45,7 +47,7 @@ def describe(name: str, output: SkipOutput, model: StopOrForward, size: int, mil
         f"{used} used, {len(stopped_at) - used - unseen} stopped{f' ({stopped})' if stopped else ''}, {unseen} unseen"
     )
     text = (
-        f"{name}: {answer} {100 * float(probability):.1f} %\n  frames: {frames}\n"
+        f"{name}: {said}\n  frames: {frames}\n"
         f"  {float(output.macs[0]) / 1e9:.3g} GMACs (multiply-adds) against {dense:.3g} dense, {milliseconds:.1f} ms"
     )
     if output.fallback[0]:

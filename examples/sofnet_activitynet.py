@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     add("--evaluation-batch", type=int, default=1, help="videos at a time in the evaluation; the thesis times 1")
     add("--backbone", default="resnet50", help="any timm model")
     add("--weights", default="hub", help="of the backbone: 'hub' downloads timm's, 'none' starts anew, or a FILE")
+    add("--activation", choices=("softmax", "sigmoid"), default="softmax", help="one class a video, or several")
     add("--hidden", type=int, default=512, help="width of the gates")
     add("--no-guidance", action="store_true", help="leave out inner classifiers and the policy guidance loss")
     add("--shape-memory", action="store_true", help="let the inner classification loss shape the gates' memory, too")
@@ -107,8 +108,8 @@ def build_model(args: argparse.Namespace, classes: Sequence[str]) -> StopOrForwa
     if args.weights not in ("hub", "none") and not load_weights(network, args.weights):
         print(f"{args.weights} has another number of classes: the classifier starts anew.")
     model = sofnet(
-        backbone, hidden=args.hidden, guidance=not args.no_guidance, detach_inner=not args.shape_memory,
-        forward_bias=args.forward_bias, threshold=args.threshold, min_frames=args.min_frames,
+        backbone, hidden=args.hidden, forward_bias=args.forward_bias, detach_inner=not args.shape_memory,
+        guidance=not args.no_guidance, threshold=args.threshold, min_frames=args.min_frames, activation=args.activation,
     )  # fmt: skip
     published = network.pretrained_cfg
     prep = video.Preprocessing(args.size, args.frames, tuple(published["mean"]), tuple(published["std"]))
@@ -138,7 +139,8 @@ class TrainingStep(nn.Module):
         else:
             output = self.model.decide(self.model.encode(inputs), noise=noise)
             logged = vars(self.criterion(output, targets)) | {"used": output.used.float().mean()}
-        return {"accuracy": (output.logits.argmax(-1) == targets).float().mean(), **logged}
+        right = output.logits.argmax(-1) == targets if targets.ndim == 1 else (output.probabilities > 0.5) == targets
+        return {"accuracy": right.float().mean(), **logged}
 
 
 def gumbel_noise(batch: video.Batch, seed: int, epoch: int, stages: int) -> Tensor:
@@ -161,8 +163,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> evaluation.Eval
     """
     items = video.load_items(args.data, args.annotations, args.format, args.classes)
     model = build_model(args, video.class_names(items, args.classes))
-    prep = video.Preprocessing.of(model)
-    clips = video.Clips(video.pick_split(items, "train"), model.class_names, prep, True, args.seed, args.cache)
+    clips = video.Clips.of(model, video.pick_split(items, "train"), True, args.seed, args.cache)
     if args.in_memory:
         clips.load_into_memory()
     if args.batch_norm == "batch" and accelerator.num_processes > 1:
@@ -320,10 +321,9 @@ def finish(model: StopOrForward, items: Sequence[video.Item], args: argparse.Nam
     """Evaluate on videos that were not trained on, if there are any; draw what happened, and write OUT/model."""
     found = None
     if (split := video.held_out_split(items)) is not None:
-        prep = video.Preprocessing.of(model)
-        clips = video.Clips(video.pick_split(items, split), model.class_names, prep, cache=args.cache)
+        clips = video.Clips.of(model, video.pick_split(items, split), cache=args.cache)
         loader = video.EvaluationLoader(clips, args.evaluation_batch, args.workers, args.device)
-        marks = video.relevant_frames(clips.items, prep.num_frames, args.data)
+        marks = video.relevant_frames(clips.items, clips.prep.num_frames, args.data)
         modes = evaluation.MODES[:1] if args.dense else evaluation.MODES
         found = evaluation.evaluate(model, tqdm(loader, "evaluate", leave=False, disable=None), modes, marks)
         print("\n".join(f"unreadable, left out: {error}" for error in loader.unreadable) + f"\n{found.report()}\n")
@@ -336,18 +336,18 @@ def finish(model: StopOrForward, items: Sequence[video.Item], args: argparse.Nam
 
 
 def draw(found: evaluation.Evaluation, clips: video.Clips, out: Path) -> None:
-    """Draw what happened to all frames, and to those of one video of each of six classes (thesis Fig. 4.2)."""
+    """Draw what happened to all frames, and to those of one video of each of six labels (thesis Fig. 4.2)."""
     usage = plot.frame_usage(found.results[-1].usage, found.stage_names, title="What happened to the frames")
     usage.savefig(out / "frame_usage.png")
     positions = {str(item.path): position for position, item in enumerate(clips.items)}
-    records = {record["labels"][0]: record for record in found.records if record["mode"] == found.results[-1].mode}
+    records = {", ".join(each["labels"]): each for each in found.records if each["mode"] == found.results[-1].mode}
     for label, record in list(records.items())[:6]:
         clip = clips[0, positions[record["video"]]].video
         assert clip is not None
-        answer, probability = next(iter(record["best"].items()))
+        answer = ", ".join(f"{name} {100 * p:.1f} %" for name, p in record["answer"].items()) or "nothing"
         figure = plot.timeline(
             clip.permute(0, 2, 3, 1), record["stopped_at"], found.stage_names, segments=record.get("relevant"),
-            fallback_frame=record["fallback_frame"], title=f"{label}, recognised as {answer} {100 * probability:.1f} %",
+            fallback_frame=record["fallback_frame"], title=f"{label or 'nothing'}, recognised as {answer}",
         )  # fmt: skip
         figure.savefig(out / f"timeline_{label.replace('/', '_')}.png")
     print(f"Pictures: {out / 'frame_usage.png'}, {out / 'timeline_*.png'}")

@@ -30,6 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from dynskip import UNSEEN, DynskipError, StopOrForward, plot
+from dynskip.activation import named_classes
 from dynskip.video import Preprocessing, VideoError, open_video, to_array
 
 
@@ -179,8 +180,8 @@ class Watcher:
         return f"{timeline.splitlines()[0]}  {self.answer}; so far {self.costs}"
 
     def _say(self, probabilities: torch.Tensor) -> str:
-        probability, label = probabilities.max(-1)
-        return f"{self.classes[int(label)]} {100 * float(probability):.1f} %"
+        answer = named_classes(probabilities, self.model.activation)
+        return ", ".join(f"{self.classes[n]} {100 * p:.1f} %" for n, p in answer.items()) or "no class"
 
 
 def watch(source: Source, output: Output, watcher: Watcher, rate: float, stopped: Sequence[bool]) -> None:

@@ -60,8 +60,8 @@ def test_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
         ("path,label\na.mp4,kick\n", r"lacks the column split\. Its first line must name path, label, split; it names"),
         ("path,label,split\na.mp4,kick,training\n", r"line 2: unknown split 'training'\. Expected one of train, val"),
         ("path,label,split\na.mp4,kick,train\na.mp4,kick\n", r"line 3: unknown split ''"),
-        ("path,label,split\na.mp4,kick,train\na.mp4,,train\n", r"line 3: path and label must not be empty"),
-        ("path,label,split\n,kick,train\n", r"line 2: path and label must not be empty"),
+        ("path,label,split\na.mp4,kick,train\na.mp4,,train\n", r"a\.mp4 occurs twice, in train\. Every video"),
+        ("path,label,split\n,kick,train\n", r"line 2: the path must not be empty"),
         (
             "path,label,split\na.mp4,kick,train\ngone.mp4,kick,test\n",
             r"names 1 of 2 videos that do not exist, the first being .*gone\.mp4\. Paths are relative to the CSV",

@@ -13,7 +13,7 @@ PACKAGE = Path(dynskip.__file__).parent
 # From the ground up. A module imports only from floors below its own, and from those beside it without a circle.
 FLOORS = (
     ("errors",),
-    ("_modes", "_check", "activation"),
+    ("_modes", "_check", "_targets", "activation"),
     ("backbone",),
     ("inner",),
     ("gates", "terminate"),

@@ -30,7 +30,7 @@ from dynskip import (
     UsageUniformityLoss,
 )
 from dynskip.gates import FORWARD, STOP
-from dynskip.losses import budget_loss, distillation_loss, self_supervision_loss
+from dynskip.losses import budget_loss, classification_loss, distillation_loss, self_supervision_loss
 
 LOOKUP = FLOPsLookup([0.118e9, 0.668e9, 1.028e9, 1.464e9, 0.809e9], 0.002e9, [1e6, 2e6, 3e6, 4e6, 5e6])
 
@@ -39,26 +39,43 @@ def lookup(stages: int) -> FLOPsLookup:
     return FLOPsLookup(LOOKUP.per_stage[:stages].tolist(), LOOKUP.head, LOOKUP.gates[:stages].tolist())
 
 
-def random_output(batch: int, frames: int, stages: int, seed: int, rate: float = 0.6) -> SkipOutput:
+def random_output(
+    batch: int, frames: int, stages: int, seed: int, rate: float = 0.6, kind: str = "index"
+) -> SkipOutput:
     """Make up a training output. The losses only read its fields."""
+    classes = 1 if kind == "one output" else CLASSES
     forward = (torch.rand(batch, frames, stages, generator=torch.Generator().manual_seed(seed)) < rate).double()
     used = forward.prod(-1) > 0.5
     return SkipOutput(
-        logits=3 * randn(batch, CLASSES, seed=seed),
+        logits=3 * randn(batch, classes, seed=seed),
         forward=forward,
         used=used,
         stopped_at=torch.where(used, stages, forward.argmin(-1)),
-        frame_logits=3 * randn(batch, frames, CLASSES, seed=seed + 1),
+        frame_logits=3 * randn(batch, frames, classes, seed=seed + 1),
         gate_logits=3 * randn(batch, frames, stages, 2, seed=seed + 2),
-        inner_logits=3 * randn(batch, frames, stages, CLASSES, seed=seed + 3),
+        inner_logits=3 * randn(batch, frames, stages, classes, seed=seed + 3),
         macs=torch.zeros(batch, dtype=torch.float64),
         fallback_frame=torch.full((batch,), -1),
         evaluated=torch.ones(batch, frames, stages, dtype=torch.bool),
+        activation="softmax" if kind in ("index", "mixed") else "sigmoid",
     )
 
 
-def random_targets(batch: int, seed: int) -> Tensor:
-    return torch.randint(0, CLASSES, (batch,), generator=torch.Generator().manual_seed(seed))
+KINDS = ("index", "mixed", "one label", "several labels", "smoothed labels", "one output")
+
+
+def random_targets(batch: int, seed: int, kind: str = "index") -> Tensor:
+    source = torch.Generator().manual_seed(seed)
+    index = torch.randint(0, CLASSES, (batch,), generator=source)
+    labels = torch.randint(0, 2, (batch, CLASSES), generator=source)
+    return {
+        "index": index,
+        "mixed": torch.rand(batch, CLASSES, generator=source, dtype=torch.float64).softmax(-1),
+        "one label": index.to(torch.int32),
+        "several labels": labels,
+        "smoothed labels": 0.9 * labels + 0.05,
+        "one output": labels[:, 0],
+    }[kind]
 
 
 # Eq. 3.8-3.15, written out with plain numbers
@@ -69,12 +86,26 @@ def softmax(logits: list[float]) -> list[float]:
     return [power / sum(powers) for power in powers]
 
 
-def cross_entropy(logits: list[float], label: int) -> float:
-    return -math.log(softmax(logits)[label])
+def sigmoid(logits: list[float]) -> list[float]:
+    return [1 / (1 + math.exp(-q)) for q in logits]
 
 
-def binary_cross_entropy(probability: float, label: int) -> float:
-    return -math.log(probability) if label else -math.log(1 - probability)
+def truth(targets: Tensor, video: int, classes: int) -> list[float]:
+    """Say how much each class holds."""
+    row = targets[video].tolist()
+    if isinstance(row, list):
+        return [float(share) for share in row]
+    return [float(row)] if classes == 1 else [float(k == row) for k in range(classes)]
+
+
+def cross_entropy(logits: list[float], y: list[float], activation: str) -> float:
+    if activation == "softmax":
+        return sum(-share * math.log(p) for share, p in zip(y, softmax(logits), strict=True))
+    return sum(binary_cross_entropy(p, share) for share, p in zip(y, sigmoid(logits), strict=True)) / len(y)
+
+
+def binary_cross_entropy(probability: float, label: float) -> float:
+    return -label * math.log(probability) - (1 - label) * math.log(1 - probability)
 
 
 def literal_losses(
@@ -94,8 +125,8 @@ def literal_losses(
     whole = sum(stage) + sum(gate) + costs.head
     sums = {"classification": 0.0, "efficiency": 0.0, "inner": 0.0, "self_supervision": 0.0}
     for b in range(batch):
-        y = int(targets[b])
-        sums["classification"] += cross_entropy(output.logits[b].tolist(), y)  # 3.9
+        y = truth(targets, b, output.logits.shape[1])
+        sums["classification"] += cross_entropy(output.logits[b].tolist(), y, output.activation)  # 3.9
 
         efficiency = 0.0
         for t in range(frames):
@@ -109,17 +140,17 @@ def literal_losses(
         for t in range(frames):
             for n in range(stages):
                 if output.forward[b, t, n] == 1:
-                    inner += cross_entropy(output.inner_logits[b, t, n].tolist(), y)
+                    inner += cross_entropy(output.inner_logits[b, t, n].tolist(), y, output.activation)
                     forwarded += 1
         sums["inner"] += inner / forwarded if forwarded else 0.0  # 3.13
 
         taught = stages if supervise_last else stages - 1
         supervision = 0.0
         for t in range(frames):
-            answers = [softmax(output.inner_logits[b, t, n].tolist())[y] for n in range(stages)]
-            answers.append(softmax(output.frame_logits[b, t].tolist())[y])
+            answers = [*output.inner_logits[b, t].tolist(), output.frame_logits[b, t].tolist()]
+            confidence = [math.exp(-cross_entropy(answer, y, output.activation)) for answer in answers]
             for n in range(taught):
-                label = 1 if answers[n + 1] > answers[n] else 0  # 3.14
+                label = 1 if confidence[n + 1] > confidence[n] else 0  # 3.14
                 probability = softmax(output.gate_logits[b, t, n].tolist())[FORWARD]
                 supervision += binary_cross_entropy(probability, label)
         sums["self_supervision"] += supervision / (frames * taught)  # 3.15
@@ -134,10 +165,11 @@ shapes = {
     "frames": st.integers(1, 5),
     "stages": st.integers(2, 5),
     "seed": st.integers(0, 10_000),
+    "kind": st.sampled_from(KINDS),
 }
 
 
-@settings(max_examples=60)
+@settings(max_examples=100)
 @given(
     **shapes,
     alpha=st.floats(0, 1),
@@ -146,11 +178,11 @@ shapes = {
     rate=st.sampled_from([0.0, 0.3, 0.6, 1.0]),
 )
 def test_sof_loss_is_the_equations(
-    batch: int, frames: int, stages: int, seed: int, alpha: float, beta: float, normalize: bool, rate: float
+    batch: int, frames: int, stages: int, seed: int, kind: str, alpha: float, beta: float, normalize: bool, rate: float
 ) -> None:
     output, targets, costs = (
-        random_output(batch, frames, stages, seed, rate),
-        random_targets(batch, seed),
+        random_output(batch, frames, stages, seed, rate, kind),
+        random_targets(batch, seed, kind),
         lookup(stages),
     )
     literal = literal_losses(output, targets, costs, alpha=alpha, beta=beta, normalize=normalize)
@@ -168,9 +200,9 @@ def test_sof_loss_is_the_equations(
 
 @given(**shapes, supervise_last=st.booleans())
 def test_self_supervision_is_the_equations(
-    batch: int, frames: int, stages: int, seed: int, supervise_last: bool
+    batch: int, frames: int, stages: int, seed: int, kind: str, supervise_last: bool
 ) -> None:
-    output, targets = random_output(batch, frames, stages, seed), random_targets(batch, seed)
+    output, targets = random_output(batch, frames, stages, seed, kind=kind), random_targets(batch, seed, kind)
     literal = literal_losses(output, targets, lookup(stages), supervise_last=supervise_last)
     assert float(SelfSupervisionLoss(supervise_last)(output, targets)) == pytest.approx(literal["self_supervision"])
 
@@ -399,9 +431,9 @@ def literal_outcomes(output: SkipOutput) -> list[int]:
 
 @given(**shapes, rate=st.sampled_from([0.0, 0.3, 0.8, 1.0]), budget=st.floats(0.05, 1.0))
 def test_rates_usage_and_budget_are_their_definitions(
-    batch: int, frames: int, stages: int, seed: int, rate: float, budget: float
+    batch: int, frames: int, stages: int, seed: int, kind: str, rate: float, budget: float
 ) -> None:
-    output, costs = random_output(batch, frames, stages, seed, rate), lookup(stages)
+    output, costs = random_output(batch, frames, stages, seed, rate, kind), lookup(stages)
     count = batch * frames
     targets = [0.1 + 0.8 * n / stages for n in range(stages)]
     rates = [sum(output.forward[..., n].flatten().tolist()) / count for n in range(stages)]
@@ -425,9 +457,9 @@ def test_rates_usage_and_budget_are_their_definitions(
 
 @given(**shapes, temperature=st.sampled_from([0.5, 1.0, 3.0]), holes=st.booleans())
 def test_distillation_is_the_divergence_from_the_head(
-    batch: int, frames: int, stages: int, seed: int, temperature: float, holes: bool
+    batch: int, frames: int, stages: int, seed: int, kind: str, temperature: float, holes: bool
 ) -> None:
-    output = random_output(batch, frames, stages, seed)
+    output = random_output(batch, frames, stages, seed, kind=kind)
     assert output.inner_logits is not None
     if holes:
         output.inner_logits[0, 0, 0] = math.nan
@@ -435,13 +467,17 @@ def test_distillation_is_the_divergence_from_the_head(
     total, count = 0.0, 0
     for b in range(batch):
         for t in range(frames):
-            head = softmax([q / temperature for q in output.frame_logits[b, t].tolist()])
+            head = [q / temperature for q in output.frame_logits[b, t].tolist()]
             for n in range(stages):
-                inner = softmax([q / temperature for q in output.inner_logits[b, t, n].tolist()])
-                if any(math.isnan(p) for p in head + inner):
+                inner = [q / temperature for q in output.inner_logits[b, t, n].tolist()]
+                if any(math.isnan(q) for q in head + inner):
                     continue
-                total += sum(p * math.log(p / q) for p, q in zip(head, inner, strict=True))
                 count += 1
+                if output.activation == "softmax":
+                    total += sum(p * math.log(p / q) for p, q in zip(softmax(head), softmax(inner), strict=True))
+                    continue
+                for p, q in zip(sigmoid(head), sigmoid(inner), strict=True):
+                    total += (p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))) / len(head)
     expected = temperature**2 * total / count if count else 0.0
     assert DistillationLoss(temperature)(output).item() == pytest.approx(expected, abs=1e-12)
 
@@ -509,9 +545,66 @@ def test_other_losses_say_what_they_want() -> None:
 )
 def test_targets_follow_the_output_to_its_device(criterion: nn.Module) -> None:
     output = random_output(2, 3, 3, 0)
-    moved = SkipOutput(**{name: x.to("meta") for name, x in fields_of(output).items() if x is not None})
-    loss = criterion.to("meta")(moved, torch.tensor([0, 3]))
-    assert getattr(loss, "total", loss).device.type == "meta"
+    moved: dict[str, Any] = {
+        name: x.to("meta") if isinstance(x, Tensor) else x for name, x in fields_of(output).items()
+    }
+    for activation, targets in (("softmax", torch.tensor([0, 3])), ("sigmoid", torch.eye(CLASSES)[:2])):
+        loss = criterion.to("meta")(SkipOutput(**{**moved, "activation": activation}), targets)
+        assert getattr(loss, "total", loss).device.type == "meta"
+
+
+# Other targets
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.uint16])
+def test_class_indices_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    output, targets = random_output(3, 2, 3, 0), random_targets(3, 0)
+    expected = SoFLoss(lookup(3))(output, targets).total
+    assert SoFLoss(lookup(3))(output, targets.to(dtype)).total == expected
+
+
+def test_softmax_rows_of_one_class_are_class_indices() -> None:
+    output, targets = random_output(3, 2, 3, 0), random_targets(3, 0)
+    expected = SoFLoss(lookup(3))(output, targets).total
+    for dtype in (torch.float64, torch.float32, torch.int64, torch.bool):
+        assert SoFLoss(lookup(3))(output, torch.eye(CLASSES)[targets].to(dtype)).total == expected
+    assert ClassificationLoss()(output, targets).item() == pytest.approx(
+        nn.functional.cross_entropy(output.logits, targets).item(), abs=1e-15
+    )
+
+
+def test_targets_of_timms_mixup_and_label_smoothing() -> None:
+    from timm.data import Mixup
+
+    output, labels = random_output(4, 2, 3, 0), random_targets(4, 0)
+    _, mixed = Mixup(mixup_alpha=0.8, label_smoothing=0.1, num_classes=CLASSES)(torch.zeros(4, 3, 8, 8), labels)
+    expected = -(mixed * output.logits.log_softmax(-1)).sum(-1).mean()
+    assert ClassificationLoss()(output, mixed).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert SoFLoss(lookup(3))(output, mixed).total.isfinite()
+    smooth = 0.9 * torch.eye(CLASSES)[labels] + 0.1 / CLASSES
+    wanted = nn.functional.cross_entropy(output.logits, labels, label_smoothing=0.1)
+    assert ClassificationLoss()(output, smooth).item() == pytest.approx(wanted.item(), rel=1e-6)
+
+
+def test_a_class_that_does_not_hold_may_be_ruled_out() -> None:
+    logits = torch.tensor([[0.0, 1.0, -math.inf]], requires_grad=True)
+    loss = classification_loss(logits, torch.tensor([0]))
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(1 + math.e))
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+def test_several_labels_teach_as_one_does() -> None:
+    model, _, _ = trained_pass()
+    model.activation = "sigmoid"
+    torch.manual_seed(0)
+    output = model(toy_video(6, 8))
+    targets = random_targets(6, 0, "several labels")
+    assert all(reached(model, SoFLoss(model.lookup_for((SIZE, SIZE)))(output, targets).total).values())
+    distilled = reached(model, DistillationLoss()(output))
+    assert distilled.pop("inner")
+    assert not any(distilled.values())
 
 
 # Bad input
@@ -525,7 +618,8 @@ def one_class(output: SkipOutput) -> SkipOutput:
 
 
 ONE_CLASS = (
-    r'one output, and the softmax of a single logit is always 1.*two outputs, one of them for "no" \(num_classes=2\)'
+    r"one output, and the softmax of a single logit is always 1.*activation='sigmoid', or give it two outputs, one of "
+    r'them for "no" \(num_classes=2\)'
 )
 
 
@@ -542,16 +636,24 @@ GOOD, ZEROS = torch.tensor([0, 3]), torch.tensor([0, 0])
     [
         (
             lambda: ClassificationLoss()(OUTPUT, torch.tensor([0, 4])),
-            r"range from 0 to 4, and the model has 4 classes \(0 to 3\)",
+            r"range from 0 to 4, and there are 4 classes \(0 to 3\)",
         ),
         (lambda: ClassificationLoss()(OUTPUT, torch.tensor([-1, 2])), "range from -1 to 2"),
         (lambda: InnerClassificationLoss()(OUTPUT, torch.tensor([0, 9])), "range from 0 to 9"),
         (lambda: SelfSupervisionLoss()(OUTPUT, torch.tensor([0, 9])), "range from 0 to 9"),
         (
             lambda: SoFLoss(lookup(3))(OUTPUT, torch.tensor([0])),
-            r"2 class indices of shape \(B,\), integer; got \(1,\)",
+            r"2 class indices of shape \(B,\), integer, or rows of shape \(B, K\) = \(2, 4\) .*; got \(1,\)",
         ),
-        (lambda: SoFLoss(lookup(3))(OUTPUT, torch.eye(4)[:2]), r"integer; got \(2, 4\) torch.float32"),
+        (lambda: SoFLoss(lookup(3))(OUTPUT, torch.eye(3)[:2]), r"= \(2, 4\) .* got \(2, 3\) torch.float32"),
+        (lambda: SoFLoss(lookup(3))(OUTPUT, 2 * torch.eye(4)[:2]), "Targets hold 2; give how much each class holds"),
+        (lambda: SoFLoss(lookup(3))(OUTPUT, torch.full((2, 4), math.nan)), "Targets hold nan"),
+        (
+            lambda: SoFLoss(lookup(3))(OUTPUT, torch.tensor([[1, 0, 1, 0], [0, 0, 1, 0]])),
+            r"adds up to 2; expected 1\. Where several classes can hold at once, build the model with activation='sigm",
+        ),
+        (lambda: SoFLoss(lookup(3))(OUTPUT, torch.zeros(2, 4)), r"adds up to 0; expected 1"),
+        (lambda: SoFLoss(lookup(3))(OUTPUT, torch.tensor([True, False])), r"got \(2,\) torch.bool"),
         (lambda: SoFLoss(lookup(3))(OUTPUT, GOOD.float()), r"got \(2,\) torch.float32"),
         (
             lambda: EfficiencyLoss(lookup(2))(OUTPUT),
@@ -582,6 +684,7 @@ GOOD, ZEROS = torch.tensor([0, 3]), torch.tensor([0, 0])
         (lambda: InnerClassificationLoss()(one_class(OUTPUT), ZEROS), ONE_CLASS),
         (lambda: SelfSupervisionLoss()(one_class(OUTPUT), ZEROS), ONE_CLASS),
         (lambda: SoFLoss(lookup(3), beta=None)(one_class(OUTPUT), ZEROS), ONE_CLASS),
+        (lambda: DistillationLoss()(one_class(OUTPUT)), ONE_CLASS),
     ],
 )
 def test_losses_refuse_what_does_not_fit(call: Callable[[], Any], telling: str) -> None:

@@ -18,6 +18,7 @@ from dynskip.metrics import (
     executed_compute,
     frame_relevance,
     frame_usage,
+    label_accuracy,
     mean_average_precision,
     relevant_frames,
     sample_times,
@@ -108,8 +109,8 @@ def test_class_indices_equal_one_hot_targets(videos: tuple[Tensor, Tensor], data
     batch, num_classes = scores.shape
     labels = torch.tensor(data.draw(st.lists(st.integers(0, num_classes - 1), min_size=batch, max_size=batch)))
     one_hot = torch.eye(num_classes)[labels]
-    if num_classes > 1:
-        assert top_k_accuracy(scores, labels) == top_k_accuracy(scores, one_hot)
+    assume(num_classes > 1)  # of one class, they say whether it holds
+    assert top_k_accuracy(scores, labels) == top_k_accuracy(scores, one_hot)
     assert mean_average_precision(scores, labels) == mean_average_precision(scores, one_hot)
 
 
@@ -163,27 +164,27 @@ BAD_INPUT = {
     "targets length": (
         SCORES,
         torch.tensor([0, 1, 1]),
-        r"targets has shape \(3,\); expected class indices \(2,\) or multi-hot \(2, 2\)",
+        r"Targets must be 2 class indices of shape \(B,\), integer, or rows .* \(2, 2\) .*; got \(3,\)",
     ),
-    "targets classes": (SCORES, torch.ones(2, 3), r"or multi-hot \(2, 2\)"),
+    "targets classes": (SCORES, torch.ones(2, 3), r"got \(2, 3\)"),
     "targets dtype": (
         SCORES,
         torch.tensor([0.0, 1.0]),
-        "targets is torch.float32; expected int64 class indices",
+        r"integer, .*; got \(2,\) torch.float32",
     ),
-    "targets bool": (SCORES, torch.tensor([True, False]), "targets is torch.bool"),
+    "targets bool": (SCORES, torch.tensor([True, False]), r"got \(2,\) torch.bool"),
     "class too large": (
         SCORES,
         torch.tensor([0, 2]),
-        "targets holds 2; expected 0 to 1 with 2 classes",
+        r"Targets range from 0 to 2, and there are 2 classes \(0 to 1\)",
     ),
-    "class negative": (SCORES, torch.tensor([0, -1]), "targets holds -1.*Leave out videos without a label"),
+    "class negative": (SCORES, torch.tensor([0, -1]), "Targets range from -1 to 0.*leave out videos without a label"),
     "soft labels": (
         SCORES,
         torch.tensor([[0.5, 0.5], [0, 1]]),
         "Multi-hot targets hold 0.5; expected 0 or 1",
     ),
-    "nan targets": (SCORES, torch.tensor([[NAN, 0.0], [0, 1]]), "Multi-hot targets hold nan"),
+    "nan targets": (SCORES, torch.tensor([[NAN, 0.0], [0, 1]]), "Targets hold nan"),
     "no positives": (SCORES, torch.zeros(2, 2), "No video has a label, so nothing can be measured"),
 }
 
@@ -205,8 +206,24 @@ def test_k_out_of_range(k: int) -> None:
 @pytest.mark.parametrize("metric", [top_k_accuracy, top_k_recall])
 @pytest.mark.parametrize("targets", [torch.tensor([0, 0]), torch.tensor([[1], [0]])])
 def test_one_class_cannot_be_missed_and_is_refused(metric: Callable[[Tensor, Tensor], float], targets: Tensor) -> None:
-    with pytest.raises(DynskipError, match=r'one column, and a single class is always the best.*one of them for "no"'):
+    with pytest.raises(DynskipError, match=r"one column, and a single class is always the best.*label_accuracy"):
         metric(torch.tensor([[-3.0], [2.0]]), targets)
+
+
+@settings(deadline=None)
+@given(ranked_videos())
+def test_label_accuracy_is_one_minus_the_hamming_loss(videos: tuple[Tensor, Tensor]) -> None:
+    sklearn = pytest.importorskip("sklearn.metrics")
+    scores, targets = videos[0].sigmoid(), videos[1]
+    expected = 1 - sklearn.hamming_loss(targets.numpy(), (scores > 0.5).numpy())
+    assert label_accuracy(scores, targets) == pytest.approx(expected, abs=1e-12)
+    assert label_accuracy(scores, torch.zeros_like(targets)) == (scores <= 0.5).double().mean()  # no label is fine
+
+
+def test_one_output_is_measured_by_its_class() -> None:
+    scores, labels = torch.tensor([[0.9], [0.2], [0.6], [0.4]]), torch.tensor([1, 0, 0, 1])
+    assert label_accuracy(scores, labels) == label_accuracy(scores, labels[:, None]) == 0.5
+    assert mean_average_precision(scores, labels, interpolated=False) == pytest.approx((1 + 2 / 3) / 2)
 
 
 def test_frame_usage_by_hand() -> None:

@@ -395,7 +395,7 @@ def test_labels_that_the_model_does_not_know() -> None:
 def test_each_epoch_draws_one_of_several_labels() -> None:
     items = [Item(Path("0"), ("b", "a", "c"), "train"), Item(Path("1"), ("c",), "train")]
     training, testing = (Clips(items, "abc", PREP, flag, 1, opener=Made) for flag in (True, False))
-    counts = np.bincount([training[epoch, 0].target for epoch in range(150)], minlength=3)
+    counts = np.bincount([int(training[epoch, 0].target) for epoch in range(150)], minlength=3)
     assert counts.min() > 30
     assert {training[epoch, 1].target for epoch in range(9)} == {2}
     assert testing[0, 0].target == testing[5, 0].target == 1

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dynskip import rules
 from dynskip._modes import in_mode
+from dynskip.activation import probabilities
 from dynskip.calibrate._points import CurvePoint, Gated, check_fits
 from dynskip.errors import DynskipError
 from dynskip.metrics import sample_times, top_k_accuracy
@@ -39,10 +40,11 @@ def encode(model: Gated, batches: Batches) -> list[tuple[EncodedVideo, Tensor]]:
     Raises:
         DynskipError: if there are no videos, videos or targets do not fit, or the model has one output.
     """
-    if model.backbone.num_classes == 1:
+    if model.backbone.num_classes == 1 and model.activation == "softmax":
         raise DynskipError(
             "The model has one output, and the softmax of a single logit is always 1, so that all thresholds would "
-            'seem right. Give the model two outputs, one of them for "no" (num_classes=2), and calibrate that.'
+            "seem right. Build the model with activation='sigmoid', or give it two outputs, one of them for \"no\" "
+            "(num_classes=2), and calibrate that."
         )
     device = next(model.backbone.parameters(), torch.empty(0)).device
     encoded = []
@@ -226,5 +228,5 @@ class Replay:
 
     def _measure(self, logits: list[Tensor], macs: list[Tensor], *thresholds: Any) -> CurvePoint:
         """Compare all videos' answers with the targets."""
-        probabilities = torch.cat([part.softmax(-1) for part in logits]).cpu()
-        return CurvePoint(float(self.metric(probabilities, self.targets)), float(torch.cat(macs).mean()), *thresholds)
+        answers = torch.cat([probabilities(part, self.model.activation) for part in logits]).cpu()
+        return CurvePoint(float(self.metric(answers, self.targets)), float(torch.cat(macs).mean()), *thresholds)

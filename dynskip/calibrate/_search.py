@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dynskip import rules
+from dynskip.activation import confidence, probabilities
 from dynskip.calibrate._points import Calibration, CurvePoint, Gated
 from dynskip.calibrate._replay import Batches, Metric, Replay
 from dynskip.errors import DynskipError
@@ -106,8 +107,8 @@ def _search(replayed: Replay, per_gate: bool, rank: Callable[[CurvePoint], tuple
         decided, terminator = replayed.decide(setting), model.terminator
         ends: Sequence[float | None] = [None]
         if terminator is not None:
-            confidences = [running.softmax(-1).amax(-1)[:, terminator.min_frames :].flatten() for _, running in decided]
-            levels = _Cuts(torch.cat(confidences)).sweep()
+            each = [probabilities(running, model.activation)[:, terminator.min_frames :] for _, running in decided]
+            levels = _Cuts(torch.cat([confidence(p, model.activation).flatten() for p in each])).sweep()
             ends = sorted({terminator.threshold, *(min(max(level, 1e-6), 1.0) for level in levels)})
         tried[setting] = [replayed.end(decided, setting, end) for end in ends]
 

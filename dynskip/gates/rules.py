@@ -7,8 +7,10 @@ import warnings
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dynskip.activation import Activation, check_activation
 from dynskip.errors import DynskipError
 from dynskip.gates.base import Gate, GateState, check_widths, logit
 from dynskip.inner import InnerClassifier
@@ -84,18 +86,22 @@ class ConfidenceGate(_Rule):
     With the measure `"confidence"`, the forward probability is 0.5 at the threshold and moves with the odds of the
     confidence. With `"entropy"` (and `stop="sure"`) it is `entropy / (entropy + threshold)`.
 
+    With `activation="sigmoid"` the classifier is sure once it has decided every class. It can be sure that none holds.
+
     Its hidden representation is the classifier's `(B, K)` logits. In `StopOrForward`, give `nn.Identity()` as the inner
     classifier to see them as `inner_logits`.
 
     Args:
         in_features: channels `C_n` of the stage's pooled features.
-        num_classes: number of classes `K`, at least 2.
+        num_classes: number of classes `K`, at least 2 for a softmax.
         threshold: confidence or entropy at which the decision changes, in (0, 1); by default 0.9 for confidence and
             0.1 for entropy.
         stop: which frames stop, `"sure"` or `"unsure"` ones. At the threshold itself a frame stops.
-        measure: what tells how sure the classifier is. `"confidence"` is the probability of the most probable class.
-            `"entropy"` is that of the class probabilities, divided by the entropy of equal probabilities: 0 where the
-            classifier is sure, 1 where it knows nothing.
+        measure: what tells how sure the classifier is. `"confidence"` is the probability of the most probable class;
+            with a sigmoid, that of the least certain decision whether a class holds. `"entropy"` is that of the class
+            probabilities, divided by the entropy of equal probabilities: 0 where the classifier is sure, 1 where it
+            knows nothing; with a sigmoid, the mean over classes of the entropy of "it holds, or not", in bits.
+        activation: how the classifier's logits become probabilities; the model's, see `StopOrForward`.
 
     Attributes:
         classifier: maps pooled features to class logits. Replace it where you have one already.
@@ -119,10 +125,13 @@ class ConfidenceGate(_Rule):
         threshold: float | None = None,
         stop: Literal["sure", "unsure"] = "sure",
         measure: Literal["confidence", "entropy"] = "confidence",
+        activation: Activation = "softmax",
     ) -> None:
         super().__init__(num_classes)
-        if num_classes < 2:
-            raise DynskipError(f"num_classes={num_classes}: being sure of a class takes at least two classes.")
+        if num_classes < 2 and activation == "softmax":
+            raise DynskipError(
+                f"num_classes={num_classes}: being sure of a class takes at least two classes, or activation='sigmoid'."
+            )
         if stop not in ("sure", "unsure"):
             raise DynskipError(f"stop={stop!r} is unknown; use 'sure' or 'unsure', the frames that are to stop.")
         if measure not in ("confidence", "entropy"):
@@ -130,9 +139,14 @@ class ConfidenceGate(_Rule):
         self.threshold = {"confidence": 0.9, "entropy": 0.1}[measure] if threshold is None else threshold
         self.stop = stop
         self.measure = measure
+        self.activation: Activation = activation
         self.in_features = in_features
         self.num_classes = num_classes
         self.classifier = InnerClassifier(in_features, num_classes)
+
+    def check_setting(self, name: str, value: Any) -> Any:
+        """Refuse an unknown activation, and thresholds out of range."""
+        return check_activation(value) if name == "activation" else super().check_setting(name, value)
 
     def forward(self, pooled: Tensor, state: GateState) -> tuple[Tensor, GateState]:
         """Decide on one frame a video; see `Gate.forward`."""
@@ -143,16 +157,23 @@ class ConfidenceGate(_Rule):
 
     def _confidence(self, answer: Tensor) -> Tensor:
         """Return the `(B, 2)` logits of a gate that stops from the threshold on."""
-        top, index = answer.max(1)
-        others = answer.scatter(1, index[:, None], -math.inf).logsumexp(1)
         # Logarithms of odds, computed from the logits, because a probability rounds to 1.
-        return torch.stack([top - others, torch.full_like(top, logit(self.threshold))], 1)
+        if self.activation == "sigmoid":
+            odds = answer.abs().amin(1)
+        else:
+            top, index = answer.max(1)
+            odds = top - answer.scatter(1, index[:, None], -math.inf).logsumexp(1)
+        return torch.stack([odds, torch.full_like(odds, logit(self.threshold))], 1)
 
     def _entropy(self, answer: Tensor) -> Tensor:
         """Return the `(B, 2)` logits of a gate that stops up to the threshold."""
-        logarithms = answer.log_softmax(1)
-        entropy = -(logarithms.exp() * logarithms).sum(1) / math.log(self.num_classes)
-        return _logarithms(entropy, self.threshold)
+        if self.activation == "sigmoid":
+            entropy = F.binary_cross_entropy_with_logits(answer, answer.sigmoid(), reduction="none").mean(1)
+            most = math.log(2)
+        else:
+            logarithms = answer.log_softmax(1)
+            entropy, most = -(logarithms.exp() * logarithms).sum(1), math.log(self.num_classes)
+        return _logarithms(entropy / most, self.threshold)
 
     def extra_repr(self) -> str:
         """Show the rule."""

@@ -1,4 +1,7 @@
-"""Criteria over a model's output: thin modules over the functions of `functional`."""
+"""Criteria over a model's output: thin modules over the functions of `functional`.
+
+Targets are `(B,)` class indices or `(B, K)` rows, see `functional`. The output tells the head activation.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,11 @@ from dynskip.output import SkipOutput
 
 
 class ClassificationLoss(nn.Module):
-    """Cross-entropy of the videos' predictions (Eq. 3.9)."""
+    """Cross-entropy of the videos' predictions (Eq. 3.9); with a sigmoid, the mean over classes of each one's."""
 
     def forward(self, output: SkipOutput, targets: Tensor) -> Tensor:
-        """Return the scalar loss of an output against `(B,)` class indices."""
-        return functional.classification_loss(output.logits, targets)
+        """Return the scalar loss of an output against `(B,)` class indices or `(B, K)` rows."""
+        return functional.classification_loss(output.logits, targets, output.activation)
 
 
 class EfficiencyLoss(nn.Module):
@@ -63,14 +66,14 @@ class InnerClassificationLoss(nn.Module):
     """Cross-entropy of the inner classifiers where their gate forwarded (Eq. 3.13)."""
 
     def forward(self, output: SkipOutput, targets: Tensor) -> Tensor:
-        """Return the scalar loss of an output against `(B,)` class indices."""
+        """Return the scalar loss of an output against `(B,)` class indices or `(B, K)` rows."""
         inner = _inner(output)
         answered = ~inner.isnan().any(-1)  # a stage of an `EarlyExit` without an exit has no answer
-        return functional.inner_classification_loss(inner, output.forward * answered, targets)
+        return functional.inner_classification_loss(inner, output.forward * answered, targets, output.activation)
 
 
 class SelfSupervisionLoss(nn.Module):
-    """Teach gates to forward where the next inner classifier is more confident of the true class (Eq. 3.14-3.15).
+    """Teach gates to forward where the next inner classifier is more confident of the truth (Eq. 3.14-3.15).
 
     Args:
         supervise_last: also teach the last gate, by comparing its inner classifier with the network's head (the thesis
@@ -82,9 +85,9 @@ class SelfSupervisionLoss(nn.Module):
         self.supervise_last = supervise_last
 
     def forward(self, output: SkipOutput, targets: Tensor) -> Tensor:
-        """Return the scalar loss of an output against `(B,)` class indices."""
+        """Return the scalar loss of an output against `(B,)` class indices or `(B, K)` rows."""
         final = output.frame_logits if self.supervise_last else None
-        labels = functional.self_supervision_targets(_inner(output), targets, final)
+        labels = functional.self_supervision_targets(_inner(output), targets, final, output.activation)
         taught = labels.shape[2]
         if taught == 0:
             raise DynskipError("Self-supervision compares each gate with the next one; it needs at least two gates.")
@@ -121,7 +124,7 @@ class PolicyGuidanceLoss(nn.Module):
         return self.inner(output, targets), self.self_supervision(output, targets)
 
     def forward(self, output: SkipOutput, targets: Tensor) -> Tensor:
-        """Return the scalar loss of an output against `(B,)` class indices."""
+        """Return the scalar loss of an output against `(B,)` class indices or `(B, K)` rows."""
         inner, self_supervision = self.parts(output, targets)
         return self.beta * inner + (1 - self.beta) * self_supervision
 
@@ -235,7 +238,7 @@ class DistillationLoss(nn.Module):
         """Return the scalar loss of an output."""
         inner, final = _inner(output), output.frame_logits
         ran = ~(inner.isnan().any(-1) | final.isnan().any(-1)[..., None])
-        return functional.distillation_loss(inner, final, self.temperature, ran)
+        return functional.distillation_loss(inner, final, self.temperature, ran, output.activation)
 
     def extra_repr(self) -> str:
         """Show the temperature."""

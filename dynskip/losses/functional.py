@@ -1,4 +1,9 @@
-"""The losses as pure functions over tensors: the terms of the thesis' loss, and others."""
+"""The losses as pure functions over tensors: the terms of the thesis' loss, and others.
+
+Targets are `(B,)` class indices of any integer dtype, or rows `(B, K)` that say how much each class holds, on any
+device. With a softmax, rows are distributions (soft labels, mixup, label smoothing) and add up to 1. With a sigmoid
+they are multi-hot or soft. A model with a single output has a sigmoid, and its targets are `(B,)` or `(B, 1)`.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynskip._targets import as_rows
+from dynskip.activation import Activation
 from dynskip.errors import DynskipError
 
 
-def classification_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of the videos' predictions, Eq. 3.9.
+def classification_loss(logits: Tensor, targets: Tensor, activation: Activation = "softmax") -> Tensor:
+    """Cross-entropy of the videos' predictions, Eq. 3.9; with a sigmoid, the mean over classes of each one's.
 
     Args:
         logits: `(B, K)` video logits.
-        targets: `(B,)` class indices, on any device.
+        targets: `(B,)` class indices or `(B, K)` rows.
+        activation: how logits become probabilities.
 
     Returns:
         Scalar, mean over videos.
 
     Raises:
-        DynskipError: if the targets do not fit the logits, or there is only one class.
+        DynskipError: if the targets do not fit the logits, or a softmax has only one class.
     """
-    return F.cross_entropy(logits, _fitting(targets, logits))
+    return _cross_entropy(logits, targets, activation).mean()
 
 
 def efficiency_loss(forward: Tensor, remaining: Tensor) -> Tensor:
@@ -38,49 +46,53 @@ def efficiency_loss(forward: Tensor, remaining: Tensor) -> Tensor:
     return (forward * remaining.to(forward)).mean()
 
 
-def inner_classification_loss(inner_logits: Tensor, forward: Tensor, targets: Tensor) -> Tensor:
+def inner_classification_loss(
+    inner_logits: Tensor, forward: Tensor, targets: Tensor, activation: Activation = "softmax"
+) -> Tensor:
     """Cross-entropy of the inner classifiers where their gate forwarded, Eq. 3.13.
 
     Args:
         inner_logits: `(B, T, N, K)` logits of the inner classifiers.
         forward: `(B, T, N)` decisions; only a mask here, no gradient passes through them.
-        targets: `(B,)` class indices, on any device.
+        targets: `(B,)` class indices or `(B, K)` rows.
+        activation: how logits become probabilities.
 
     Returns:
         Scalar, the mean over videos of each video's mean over its forwarded gates; 0 for a video with none.
 
     Raises:
-        DynskipError: if the targets do not fit the logits, or there is only one class.
+        DynskipError: if the targets do not fit the logits, or a softmax has only one class.
     """
-    targets = _fitting(targets, inner_logits)
     mask = forward.detach() > 0.5
     # Logits outside the mask may be NaN: replace them before the loss, not after.
-    logits = torch.where(mask[..., None], inner_logits, 0.0)
-    expanded = targets[:, None, None].expand(mask.shape)
-    losses = F.cross_entropy(logits.flatten(0, 2), expanded.flatten(), reduction="none").view_as(mask)
-    count = mask.sum((1, 2))
-    return ((losses * mask).sum((1, 2)) / count.clamp(min=1)).mean()
+    losses = _cross_entropy(torch.where(mask[..., None], inner_logits, 0.0), targets, activation)
+    return _mean(losses, mask, (1, 2)).mean()
 
 
-def self_supervision_targets(inner_logits: Tensor, targets: Tensor, final_logits: Tensor | None = None) -> Tensor:
-    """Pseudo-labels of the gates: forward where the next classifier is more confident of the true class, Eq. 3.14.
+def self_supervision_targets(
+    inner_logits: Tensor, targets: Tensor, final_logits: Tensor | None = None, activation: Activation = "softmax"
+) -> Tensor:
+    """Pseudo-labels of the gates: forward where the next classifier is more confident of the truth, Eq. 3.14.
+
+    The confidence in the truth is `exp(-L)`, with `L` the cross-entropy of `classification_loss`. Of a class index it
+    is the probability of that class, as in the thesis. Of several labels it is the geometric mean over classes of the
+    probability of what is true of each; of soft labels, the mean weighted by them.
 
     Args:
         inner_logits: `(B, T, N, K)` logits of the inner classifiers.
-        targets: `(B,)` class indices, on any device.
+        targets: `(B,)` class indices or `(B, K)` rows.
         final_logits: `(B, T, K)` logits of the head; where given, the last gate is compared with it.
+        activation: how logits become probabilities.
 
     Returns:
         `(B, T, N - 1)` labels in {0, 1} without gradient, or `(B, T, N)` with `final_logits`.
 
     Raises:
-        DynskipError: if the targets do not fit the logits, or there is only one class.
+        DynskipError: if the targets do not fit the logits, or a softmax has only one class.
     """
-    targets = _fitting(targets, inner_logits)
     logits = inner_logits if final_logits is None else torch.cat([inner_logits, final_logits[:, :, None]], 2)
-    index = targets[:, None, None, None].expand(*logits.shape[:3], 1)
-    probability = logits.detach().softmax(-1).gather(-1, index).squeeze(-1)
-    return (probability[..., 1:] > probability[..., :-1]).to(inner_logits.dtype)
+    losses = _cross_entropy(logits.detach(), targets, activation)
+    return (losses[..., 1:] < losses[..., :-1]).to(inner_logits.dtype)
 
 
 def self_supervision_loss(margins: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -96,8 +108,7 @@ def self_supervision_loss(margins: Tensor, labels: Tensor, mask: Tensor | None =
     """
     if mask is None:
         return F.binary_cross_entropy_with_logits(margins, labels)
-    losses = F.binary_cross_entropy_with_logits(torch.where(mask, margins, 0.0), labels, reduction="none")
-    return (losses * mask).sum() / mask.sum().clamp(min=1)
+    return _mean(F.binary_cross_entropy_with_logits(torch.where(mask, margins, 0.0), labels, reduction="none"), mask)
 
 
 def target_rate_loss(forward: Tensor, target: Tensor) -> Tensor:
@@ -156,18 +167,28 @@ def budget_loss(forward: Tensor, costs: Tensor, head: float, budget: float) -> T
 
 
 def distillation_loss(
-    inner_logits: Tensor, final_logits: Tensor, temperature: float = 1.0, mask: Tensor | None = None
+    inner_logits: Tensor,
+    final_logits: Tensor,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    activation: Activation = "softmax",
 ) -> Tensor:
     """Kullback-Leibler divergence of the inner classifiers' answers from the head's. The head gets no gradient.
+
+    With a sigmoid it is the mean over classes of the divergence of each one's two probabilities: it holds, or not.
 
     Args:
         inner_logits: `(B, T, N, K)` logits of the inner classifiers.
         final_logits: `(B, T, K)` logits of the head.
         temperature: divides all logits. The loss is multiplied by its square, so that gradients stay as large.
         mask: `(B, T, N)` boolean, where an inner classifier and the head ran; everywhere by default.
+        activation: how logits become probabilities.
 
     Returns:
         Scalar, mean over videos, frames and gates (over the mask where given; 0 if it is empty).
+
+    Raises:
+        DynskipError: if a softmax has only one class.
 
     Reference:
         Hinton et al., "Distilling the knowledge in a neural network", 2015; Phuong and Lampert, "Distillation-based
@@ -178,25 +199,45 @@ def distillation_loss(
     # Logits outside the mask may be NaN: replace them before the loss, not after.
     student = torch.where(mask[..., None], inner_logits, 0.0) / temperature
     teacher = torch.where(mask[..., None], final_logits.detach()[:, :, None], 0.0) / temperature
-    losses = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-    return temperature**2 * (losses * mask).sum() / mask.sum().clamp(min=1)
+    if activation == "sigmoid":
+        truth = teacher.sigmoid()
+        both = [F.binary_cross_entropy_with_logits(x, truth, reduction="none").mean(-1) for x in (student, teacher)]
+        losses = both[0] - both[1]  # cross-entropy less entropy
+    else:
+        _refuse_one_class(student)
+        losses = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    return temperature**2 * _mean(losses, mask)
 
 
-def _fitting(targets: Tensor, logits: Tensor) -> Tensor:
-    """Return class indices `(B,)` on the device of the logits `(B, ..., K)`. Refuse indices that do not fit them."""
+def _cross_entropy(logits: Tensor, targets: Tensor, activation: Activation) -> Tensor:
+    """Return the cross-entropy of each answer in float32 or better: logits `(B, ..., K) -> (B, ...)`."""
     batch, classes = logits.shape[0], logits.shape[-1]
-    if classes == 1:
+    if activation == "softmax":
+        _refuse_one_class(logits)
+    rows = as_rows(targets, batch, classes)
+    if activation == "softmax" and rows.device.type == "cpu" and not ((rows.sum(1) - 1).abs() < 0.01).all():
+        wrong = rows.sum(1)[(rows.sum(1) - 1).abs().argmax()].item()
+        raise DynskipError(
+            f"The model's softmax says which one class holds, and a row of the targets adds up to {wrong:g}; expected "
+            "1. Where several classes can hold at once, build the model with activation='sigmoid'; else divide each "
+            "row by its sum."
+        )
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    truth = rows.to(wide).view(batch, *[1] * (logits.ndim - 2), classes).expand_as(wide)
+    if activation == "sigmoid":
+        return F.binary_cross_entropy_with_logits(wide, truth, reduction="none").mean(-1)
+    # A class that does not hold may have a logit of minus infinity.
+    return -(truth * torch.where(truth > 0, wide.log_softmax(-1), 0.0)).sum(-1)
+
+
+def _mean(losses: Tensor, mask: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+    """Return the mean over what is in the mask; 0 where that is nothing."""
+    return (losses * mask).sum(dims) / mask.sum(dims).clamp(min=1)
+
+
+def _refuse_one_class(logits: Tensor) -> None:
+    if logits.shape[-1] == 1:
         raise DynskipError(
             "The model has one output, and the softmax of a single logit is always 1, so there is nothing to learn. "
-            'Give the model two outputs, one of them for "no" (num_classes=2).'
+            "Build the model with activation='sigmoid', or give it two outputs, one of them for \"no\" (num_classes=2)."
         )
-    if targets.shape != (batch,) or targets.is_floating_point():
-        raise DynskipError(
-            f"Targets must be {batch} class indices of shape (B,), integer; got {tuple(targets.shape)} {targets.dtype}."
-        )
-    if targets.device.type == "cpu" and batch and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
-        raise DynskipError(
-            f"Targets range from {int(targets.min())} to {int(targets.max())}, and the model has {classes} classes "
-            f"(0 to {classes - 1}). Build the model with as many classes as the labels have."
-        )
-    return targets.to(logits.device)

@@ -30,7 +30,7 @@ class Item:
 
     Attributes:
         path: a video file, a folder of extracted frames, or a picture.
-        labels: its distinct labels, in the order of the annotation.
+        labels: its distinct labels, in the order of the annotation; none if it shows none of the classes.
         split: one of `SPLITS`.
         segments: where the labels apply, if the annotation tells.
         duration: seconds, if the annotation tells.

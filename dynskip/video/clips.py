@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from dynskip.activation import Activation, check_activation
 from dynskip.errors import DynskipError
 from dynskip.video.annotations import Item
 from dynskip.video.cache import CHOICES, FrameCache
@@ -98,13 +99,13 @@ class Sample(NamedTuple):
 
     Attributes:
         video: `(T, 3, H, W)` uint8.
-        target: class index; of several labels, the one drawn.
+        target: class index, of several labels the one drawn; with a sigmoid, all labels, `(K,)` with ones.
         position: place of the video in the data set.
         errors: why videos could not be read.
     """
 
     video: Tensor | None
-    target: int
+    target: int | Tensor
     position: int
     errors: tuple[str, ...]
 
@@ -113,9 +114,11 @@ class Clips(Dataset[Sample]):
     """Labelled videos as clips of frames spread over the video.
 
     Indexed by `(epoch, position)`, so that what is drawn at random depends on nothing else: not on the number of
-    workers or processes, and not on whether training was interrupted. Of a video with several labels, each epoch of
-    training draws one: the expected loss is the cross-entropy against all of them with equal weights. In training, the
-    next video that can be read takes the place of one that cannot.
+    workers or processes, and not on whether training was interrupted. In training, the next video that can be read
+    takes the place of one that cannot.
+
+    A model with a sigmoid is trained on all labels of a video, which may have none. For one with a softmax, each epoch
+    of training draws one of several labels: the expected loss is the cross-entropy against all with equal weights.
 
     Args:
         items: the videos.
@@ -125,9 +128,11 @@ class Clips(Dataset[Sample]):
         seed: different seeds draw differently.
         cache: folder that keeps decoded frames.
         opener: how a video is opened.
+        activation: the model's head activation.
 
     Raises:
-        DynskipError: if there are no class names, or a label is not among them.
+        DynskipError: if there are no class names, a label is not among them, or a video has none and the
+            activation is a softmax.
     """
 
     def __init__(
@@ -139,6 +144,7 @@ class Clips(Dataset[Sample]):
         seed: int = 0,
         cache: Path | None = None,
         opener: Callable[[Path], FrameSource] = open_source,
+        activation: Activation = "softmax",
     ) -> None:
         self.items, self.prep, self.training, self.seed, self.opener = list(items), prep, training, seed, opener
         if classes is None:
@@ -152,8 +158,37 @@ class Clips(Dataset[Sample]):
                 f"trained on {len(classes)} classes: {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}."
             )
         self.targets = [[index[label] for label in item.labels] for item in items]
+        self.activation: Activation = check_activation(activation)
+        if activation == "softmax" and not all(self.targets):
+            raise DynskipError(
+                f"{items[self.targets.index([])].path} has no label, and a softmax always names a class. Leave such "
+                "videos out, or train a model with a sigmoid: activation='sigmoid'."
+            )
         self.cache = FrameCache(cache, prep.num_frames, prep.short_side, opener) if cache is not None else None
         self._memory: list[np.ndarray | VideoError] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        items: Sequence[Item],
+        training: bool = False,
+        seed: int = 0,
+        cache: Path | None = None,
+        opener: Callable[[Path], FrameSource] = open_source,
+    ) -> Clips:
+        """Make clips as a model needs them: with its class names, preprocessing and head activation.
+
+        Args:
+            model: the model.
+            items: as in `Clips`, like the rest.
+            training: as in `Clips`.
+            seed: as in `Clips`.
+            cache: as in `Clips`.
+            opener: as in `Clips`.
+        """
+        names, prep = model.class_names, Preprocessing.of(model)
+        return cls(items, names, prep, training, seed, cache, opener, model.activation)
 
     def load_into_memory(self) -> Clips:
         """Decode everything once and keep it; for sets that fit."""
@@ -176,10 +211,14 @@ class Clips(Dataset[Sample]):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 video = self.prep.crop(frames, self.training)
-            labels = self.targets[candidate]
-            drawn = derive_seed(seed, len(labels)) % len(labels) if self.training else 0
-            return Sample(video, labels[drawn], candidate, tuple(errors))
+            return Sample(video, self._target(candidate, seed), candidate, tuple(errors))
         return Sample(None, 0, position, tuple(errors))
+
+    def _target(self, position: int, seed: int) -> int | Tensor:
+        if self.activation == "sigmoid":
+            return self.multi_hot([position])[0]
+        labels = self.targets[position]
+        return labels[derive_seed(seed, len(labels)) % len(labels) if self.training else 0]
 
     def _frames(self, position: int, rng: random.Random | None) -> np.ndarray:
         path, count = self.items[position].path, self.prep.num_frames
@@ -217,7 +256,7 @@ class Batch:
 
     Attributes:
         video: `(B, T, 3, H, W)` uint8.
-        targets: `(B,)` class indices.
+        targets: `(B,)` class indices, or with a sigmoid `(B, K)` with ones.
         positions: place of each video in the data set.
         errors: why videos could not be read.
     """
@@ -238,7 +277,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     good = [sample for sample in samples if sample.video is not None]
     return Batch(
         torch.stack(videos) if videos else torch.empty(0),
-        torch.tensor([sample.target for sample in good], dtype=torch.long),
+        torch.stack([torch.as_tensor(sample.target) for sample in good]) if good else torch.empty(0, dtype=torch.long),
         [sample.position for sample in good],
         [error for sample in samples for error in sample.errors],
     )

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,12 @@ def guess_format(file: Path) -> str:
 
 
 def read_csv(data: Path, annotations: Sequence[Path] = (), names: Mapping[int, str] | None = None) -> list[Item]:
-    """Read `path,label,split` rows from a CSV file, or from `labels.csv` in a folder; paths are relative to it."""
-    items = []
+    """Read `path,label,split` rows from a CSV file, or from `labels.csv` in a folder; paths are relative to it.
+
+    A video with several labels has a row for each. One whose label is empty shows none of the classes.
+    """
+    items: list[Item] = []
+    places: dict[tuple[Path, str], int] = {}
     for file in annotations or [data / "labels.csv" if data.is_dir() else data]:
         if not file.is_file():
             raise DynskipError(f"{file} does not exist. Expected a folder with a labels.csv, or such a file.")
@@ -138,9 +143,15 @@ def read_csv(data: Path, annotations: Sequence[Path] = (), names: Mapping[int, s
                 raise DynskipError(
                     f"{file}, line {number}: unknown split {row['split']!r}. Expected one of {', '.join(SPLITS)}."
                 )
-            if not row["path"] or not row["label"]:
-                raise DynskipError(f"{file}, line {number}: path and label must not be empty.")
-            items.append(Item(file.parent / row["path"], (row["label"],), row["split"]))
+            if not row["path"]:
+                raise DynskipError(f"{file}, line {number}: the path must not be empty.")
+            key, label = (file.parent / row["path"], row["split"]), row["label"]
+            first = items[places[key]] if key in places else None
+            if first is not None and label and first.labels and label not in first.labels:
+                items[places[key]] = replace(first, labels=(*first.labels, label))
+            else:  # a video that occurs twice is refused later, as in the other formats
+                places[key] = len(items)
+                items.append(Item(key[0], (label,) if label else (), key[1]))
     return items
 
 

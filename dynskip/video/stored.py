@@ -21,13 +21,14 @@ from typing import Any
 
 import safetensors
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from dynskip.activation import Activation
 from dynskip.errors import DynskipError
+from dynskip.losses import classification_loss
 from dynskip.output import EncodedVideo
 from dynskip.video.clips import Batch, Clips, collate
 from dynskip.wrapper import StopOrForward
@@ -123,7 +124,7 @@ def fit_classifier(model: StopOrForward, features: StoredFeatures, targets: Tens
     Args:
         model: its classifier has to be a linear layer.
         features: of the training videos.
-        targets: `(V,)` class indices, or `(V, K)` shares of the classes.
+        targets: `(V,)` class indices, or `(V, K)` rows, as `dynskip.losses` takes them.
         weight_decay: strength of the L2 penalty on the weights.
 
     Raises:
@@ -132,10 +133,12 @@ def fit_classifier(model: StopOrForward, features: StoredFeatures, targets: Tens
     layer = classifier(model)
     if not isinstance(layer, nn.Linear):
         raise DynskipError(f"The classifier is a {type(layer).__name__}; only a linear one can be fitted to features.")
-    fit_linear(layer, features.embedding.mean(1), targets, weight_decay)
+    fit_linear(layer, features.embedding.mean(1), targets, weight_decay, model.activation)
 
 
-def fit_linear(layer: nn.Linear, inputs: Tensor, targets: Tensor, weight_decay: float) -> None:
+def fit_linear(
+    layer: nn.Linear, inputs: Tensor, targets: Tensor, weight_decay: float, activation: Activation = "softmax"
+) -> None:
     """Fit a layer to `(M, D)` inputs by logistic regression, targets as in `fit_classifier`, from weights of zero."""
     inputs, targets = inputs.to(layer.weight), targets.to(layer.weight.device)
     parameters = [parameter.requires_grad_() for parameter in layer.parameters()]
@@ -143,7 +146,7 @@ def fit_linear(layer: nn.Linear, inputs: Tensor, targets: Tensor, weight_decay: 
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = F.cross_entropy(layer(inputs), targets) + weight_decay / 2 * layer.weight.square().sum()
+        value = classification_loss(layer(inputs), targets, activation) + weight_decay / 2 * layer.weight.square().sum()
         value.backward()
         return value
 
