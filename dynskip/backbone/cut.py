@@ -75,7 +75,7 @@ def stage_model(
         raise DynskipError("`num_stages` selects among the default boundaries; leave it out when you name boundaries.")
     _check_traceable(model, boundaries or ())
     names = _default_names(model) if boundaries is None else _given_names(model, boundaries)
-    size, expected = fitting_size(model, input_size, verify)
+    size, reference = fitting_size(model, input_size, opened(model, names), verify)
     images = probe_images(model, size)[:2]
 
     segments: dict[bool, list[Segment]] = {}
@@ -97,7 +97,7 @@ def stage_model(
     if boundaries is None:
         # A stem that ends in glue (a position embedding is added) has no module to be named after.
         stage_names = [str(cut.target) if cut.op == "call_module" else "stem" for cut in cuts]
-    return StagedBackbone(model, stage_names, names, segments, constants, taken, size, expected, head, origin)
+    return StagedBackbone(model, stage_names, names, segments, constants, taken, size, reference, head, origin)
 
 
 def check_name(name: str) -> None:
