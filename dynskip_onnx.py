@@ -15,8 +15,10 @@ import hashlib
 import json
 import math
 import os
+import random
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -26,7 +28,7 @@ import onnxruntime
 
 __all__ = ["ClipResult", "DynskipOnnxError", "FrameResult", "Runner", "Session", "VideoResult", "load", "rehash"]
 
-FORMAT, VERSION = "dynskip-onnx", 1
+FORMAT, VERSION = "dynskip-onnx", 2
 Array: TypeAlias = np.ndarray[Any, Any]
 
 
@@ -88,42 +90,73 @@ def further(score: float, best: float, tie: float) -> bool:
     return score > best + tie
 
 
-class Sums(NamedTuple):
-    """What a video's mean is made of."""
+class Readout(NamedTuple):
+    """How a model's frames make the answers of videos."""
 
-    total: Array  # `(K,)` float64 sum of the logits that count
-    counted: int  # number of them
-    last: Array  # `(K,)` float64 logits of the last used frame, which frames that repeat it add once more
-
-
-def nothing_counted(classes: int) -> Sums:
-    """Return the sums before the first frame."""
-    return Sums(np.zeros(classes), 0, np.zeros(classes))
+    consensus: Any  # has `initial`, `add` and `answer`, see `load`
+    activation: str
+    repeats: Sequence[bool]
+    of_probabilities: bool = False  # whether the consensus adds probabilities and answers with them
+    embedded: bool = False  # whether it adds what the head's graph made for it
 
 
-def count(stopped_at: int, frame_logits: Array, repeats: Sequence[bool], before: Sums) -> Sums:
-    """Add a frame with `(K,)` logits to its video's sums. Logits that are not finite do not count.
+class Tally(NamedTuple):
+    """What a video's answer is made of."""
 
-    `repeats` says for each gate whether frames that it stops count as the last used one.
+    state: Any  # of the consensus
+    last: Array | None  # what it took of the last used frame, in float64; frames that repeat it add it once more
+
+
+def nothing_counted(readout: Readout, zeros: Array) -> Tally:
+    """Return what a video's answer is made of before the first frame, from `(K,)` float64 zeros."""
+    return Tally(readout.consensus.initial(zeros), None)
+
+
+def count(readout: Readout, stopped_at: int, values: Array, before: Tally) -> Tally:
+    """Add a frame to its video's answer, `values` being its logits or what the graph made for the consensus.
+
+    Frames whose values are not finite do not count. Those that a gate with `repeats` stops count as the last used one.
     """
-    used = stopped_at == len(repeats)
-    last = frame_logits.astype(np.float64) if used else before.last
-    counts = used or (stopped_at != UNSEEN and repeats[stopped_at] and before.counted > 0)
-    if not counts or not np.isfinite(last).all():
+    used = stopped_at == len(readout.repeats)
+    last = values.astype(np.float64) if used else before.last
+    counts = used or (stopped_at != UNSEEN and readout.repeats[stopped_at])
+    if not counts or last is None or not np.isfinite(last).all():
         return before._replace(last=last)
-    return Sums(before.total + last, before.counted + 1, last)
+    added = probabilities(last, readout.activation) if readout.of_probabilities and not readout.embedded else last
+    return Tally(readout.consensus.add(before.state, added), last)
 
 
-def running(sums: Sums) -> Array:
-    """Return the running prediction, `(K,)` mean logits in float32; NaN before anything has counted."""
-    return (sums.total / (sums.counted or math.nan)).astype(np.float32)
+def running(readout: Readout, tally: Tally) -> Array:
+    """Return the running prediction, `(K,)` logits in float32; NaN before anything has counted."""
+    answer = np.asarray(readout.consensus.answer(tally.state))
+    return (to_logits(answer, readout.activation) if readout.of_probabilities else answer).astype(np.float32)
 
 
-def ends(termination: dict[str, Any], running_logits: Array, seen: int) -> bool:
+def ends(termination: dict[str, Any], running_logits: Array, seen: int, activation: str) -> bool:
     """Say whether a video ends: its `(K,)` running prediction is confident, after more than `min_frames` frames."""
     # A NaN compares false: a video without a prediction goes on.
-    confident = _softmax(running_logits).max() > np.float32(termination["threshold"])
+    confident = confidence(probabilities(running_logits, activation), activation) > np.float32(termination["threshold"])
     return bool(confident) and seen > int(termination["min_frames"])
+
+
+def coarse_to_fine(num_frames: int) -> list[int]:
+    """Return which frame each step looks at in FrameExit's order; see `dynskip.CoarseToFine`."""
+    found, parts = [num_frames // 2, 0, num_frames - 1], 4
+    while 2 * parts <= num_frames:
+        found += [num_frames * part // parts for part in _outwards(parts)]
+        parts *= 2
+    return list(dict.fromkeys(found + _outwards(num_frames)))
+
+
+def random_order(num_frames: int, seed: int) -> list[int]:
+    """Return which frame each step looks at in a random order; see `dynskip.RandomOrder`."""
+    source = random.Random(str(seed))
+    keys = [source.random() for _ in range(num_frames)]
+    return sorted(range(num_frames), key=keys.__getitem__)
+
+
+def _outwards(count: int) -> list[int]:
+    return sorted(range(count), key=lambda n: (abs(n - count // 2), n))
 
 
 def _logit(probability: float) -> float:
@@ -132,10 +165,88 @@ def _logit(probability: float) -> float:
     return math.log(probability) - math.log1p(-probability)
 
 
-def _softmax(logits: Array) -> Array:
-    with np.errstate(invalid="ignore"):  # the softmax of infinite logits is NaN
+# Those of `dynskip.activation`
+
+
+def probabilities(logits: Array, activation: str) -> Array:
+    """Return the class probabilities of logits, both `(..., K)`."""
+    with np.errstate(invalid="ignore", over="ignore"):  # the softmax of infinite logits is NaN
+        if activation == "sigmoid":
+            return np.asarray(1 / (1 + np.exp(-logits)))
         shifted = np.exp(logits - logits.max(-1, keepdims=True))
         return np.asarray(shifted / shifted.sum(-1, keepdims=True))
+
+
+def confidence(probabilities: Array, activation: str) -> Array:
+    """Return the probability of the top class, or of the least certain decision: `(..., K) -> (...)`."""
+    if activation == "sigmoid":
+        return np.asarray(np.maximum(probabilities, 1 - probabilities).min(-1))
+    return np.asarray(probabilities.max(-1))
+
+
+def to_logits(values: Array, activation: str) -> Array:
+    """Return finite logits whose probabilities are these, both `(..., K)`."""
+    limits = np.finfo(values.dtype)
+    if activation == "sigmoid":
+        values = values.clip(limits.tiny, 1 - limits.eps / 2)
+        return np.asarray(np.log(values) - np.log1p(-values))
+    return np.asarray(np.log(values.clip(limits.tiny)))
+
+
+# Those of `dynskip.consensus`, for one video
+
+
+class Mean:
+    """`MeanOfLogits` and `MeanOfProbabilities`."""
+
+    def initial(self, zeros: Array) -> tuple[Array, float]:
+        """Start with a sum and the number of frames, or of their weights."""
+        return zeros, 0.0
+
+    def add(self, state: tuple[Array, float], values: Array) -> tuple[Array, float]:
+        """Add a frame."""
+        return state[0] + values, state[1] + 1
+
+    def answer(self, state: tuple[Array, float]) -> Array:
+        """Divide the sum by the number."""
+        return np.asarray(state[0] / (state[1] or math.nan))
+
+
+class AttentionMean(Mean):
+    """`AttentionMean`: the score is the last of a frame's values."""
+
+    def add(self, state: tuple[Array, float], values: Array) -> tuple[Array, float]:
+        """Add a frame."""
+        weight = math.exp(min(max(float(values[-1]), -50.0), 50.0))
+        return state[0] + weight * values[:-1], state[1] + weight
+
+
+class TopKMean:
+    """`TopKMean`, and `MaxOfLogits` with a `k` of 1."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+
+    def initial(self, zeros: Array) -> Array:
+        """Start with no rows of highest values."""
+        return zeros[None][:0]
+
+    def add(self, state: Array, values: Array) -> Array:
+        """Put a frame's values in their places."""
+        return np.asarray(np.sort(np.vstack([state, values]), 0)[::-1][: self.k])
+
+    def answer(self, state: Array) -> Array:
+        """Return the mean of the rows."""
+        return np.asarray(state.sum(0) / (len(state) or math.nan))
+
+
+CONSENSUSES: dict[str, Any] = {
+    "MeanOfLogits": Mean,
+    "MeanOfProbabilities": Mean,
+    "TopKMean": TopKMean,
+    "MaxOfLogits": TopKMean,
+    "AttentionMean": AttentionMean,
+}
 
 
 # What comes out
@@ -154,6 +265,7 @@ class FrameResult:
         running_logits: `(B, K)` running prediction of the video, NaN before the first used frame.
         ended: `(B,)` boolean, videos that need no more frames.
         frame_macs: `(B,)` executed for this frame.
+        activation: the model's head activation, which makes probabilities of logits.
     """
 
     stopped_at: Array
@@ -163,11 +275,12 @@ class FrameResult:
     running_logits: Array
     ended: Array
     frame_macs: Array
+    activation: str = "softmax"
 
     @property
     def running_probabilities(self) -> Array:
         """`(B, K)` running class probabilities, NaN before the first used frame."""
-        return _softmax(self.running_logits)
+        return probabilities(self.running_logits, self.activation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +288,8 @@ class VideoResult:
     """The answer for a video.
 
     Attributes:
-        logits: `(K,)` mean over the used frames, or the fallback frame's; NaN where neither exists. Frames whose logits
-            are not finite do not count.
+        logits: `(K,)` what the used frames make (their mean, or another consensus), or the fallback frame alone; NaN
+            where neither exists. Frames whose logits are not finite do not count.
         frames_used: number of frames used.
         frames_seen: number of frames looked at.
         fallback_frame: the frame that was run to the end because no frame was used; -1 where frames were used.
@@ -184,6 +297,7 @@ class VideoResult:
         speculative_macs: what was executed beyond `macs`: ahead of decisions, and in vain.
         key: number of the stream among the sources; `None` outside `serve`.
         error: why the stream failed; `None` if it did not. The other fields tell how far it had got.
+        activation: the model's head activation, which makes probabilities of logits.
     """
 
     logits: Array
@@ -194,11 +308,12 @@ class VideoResult:
     speculative_macs: float
     key: int | None = None
     error: Exception | None = None
+    activation: str = "softmax"
 
     @property
     def probabilities(self) -> Array:
         """`(K,)` class probabilities."""
-        return _softmax(self.logits)
+        return probabilities(self.logits, self.activation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +341,7 @@ class _Frame:
     depth: int = 0  # stages run, the head included
     pooled: list[Array] = field(default_factory=list)  # of each stage run
     logits: Array | None = None
+    taken: Array | None = None  # by the consensus
     # What its gates say, given the states of now:
     gate_logits: Array = field(default_factory=lambda: np.empty(0))
     states: list[list[Array]] = field(default_factory=list)  # after it, of each gate asked
@@ -241,7 +357,7 @@ class _Video:
     """Has nothing that grows with the video: a camera may run for days."""
 
     states: list[list[Array]]  # of each gate, after the frames accepted
-    sums: Sums
+    tally: Tally
     ahead: list[list[Array]] = field(default_factory=list)  # states after the frames proposed
     seen: int = 0  # frames accepted
     used: int = 0
@@ -254,13 +370,25 @@ class _Video:
 # The runner
 
 
-def load(folder: str | Path, *, threads: int = 0, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Runner:
+def load(
+    folder: str | Path,
+    *,
+    threads: int = 0,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+    consensus: Any = None,
+    order: Callable[[int], Iterable[int]] | None = None,
+) -> Runner:
     """Load what `model.export(folder, ...)` wrote, after checking every file against the manifest.
 
     Args:
         folder: the exported folder.
         threads: threads of onnxruntime; 0 lets it choose.
         providers: onnxruntime's execution providers, in order of preference.
+        consensus: for a model with a consensus of your own: an object with its three methods in numpy, for one video.
+            `initial(zeros)` gets `(K,)` float64 zeros and returns a state. `add(state, values)` returns the state after
+            a used frame, `values` being a float64 row of what the class gets. `answer(state)` returns `(K,)` float64,
+            NaN before the first frame.
+        order: for a model with a frame order of your own: which frame each step looks at, from the number of frames.
 
     Returns:
         The runner.
@@ -294,7 +422,7 @@ def load(folder: str | Path, *, threads: int = 0, providers: Sequence[str] = ("C
                 f"onnxruntime {onnxruntime.__version__} cannot load {name!r}: {error}. Update onnxruntime, or export "
                 "the model again. A file that you converted must have its weights inside, not in another file."
             ) from error
-    return Runner(manifest, graphs)
+    return Runner(manifest, graphs, consensus, order)
 
 
 def rehash(folder: str | Path) -> None:
@@ -322,21 +450,36 @@ class Runner:
         class_names: name of each class, or `None`.
     """
 
-    def __init__(self, manifest: dict[str, Any], graphs: dict[str, onnxruntime.InferenceSession]) -> None:
+    def __init__(
+        self,
+        manifest: dict[str, Any],
+        graphs: dict[str, onnxruntime.InferenceSession],
+        consensus: Any = None,
+        order: Callable[[int], Iterable[int]] | None = None,
+    ) -> None:
         self.manifest = manifest
+        self._order = _order_of(manifest["order"], order)
         self.class_names: list[str] | None = manifest["class_names"]
         self._graphs = graphs
         self._stages, self._head = manifest["stages"], manifest["head"]
         self._shape, self._classes = tuple(manifest["input"]["shape"]), manifest["num_classes"]
         self._reached = {"used": False, "reached": True}[manifest["state_update"]]
         self._termination = manifest["termination"]
-        if self._termination and self._classes < 2:
+        self._activation, entry = manifest["activation"], manifest["consensus"]
+        if self._termination and self._classes < 2 and self._activation == "softmax":
             raise DynskipOnnxError(
                 "The manifest ends videos early, but has one class. The probability of one class alone is always 1, so "
                 "that every video would end at once. Set `model.terminator` to None, or give the model two outputs, "
                 "and export it again."
             )
-        self._repeats = [stage["gate"]["repeats_last"] for stage in self._stages]
+        self._readout = Readout(
+            _consensus_of(entry, self._classes, consensus),
+            self._activation,
+            [stage["gate"]["repeats_last"] for stage in self._stages],
+            entry["of_probabilities"],
+            entry["embedded_features"] > 0,
+        )
+        self._taken = [_rows(entry["embedded_features"])] if self._readout.embedded else []
         # In float32 as the margins are, so that a margin means the same here as in torch.
         self._bounds = bounds([stage["gate"]["forward_threshold"] for stage in self._stages]).astype(np.float32)
         # The head is stage `N`. A cost that is not known is null, and becomes NaN.
@@ -381,11 +524,21 @@ class Runner:
         """Open a session for frames that arrive one by one, of one video or of `batch` videos in lock-step."""
         return Session(self, batch)
 
+    def order(self, num_frames: int) -> list[int]:
+        """Return which frame each step looks at in a stored video. Sources of streams give frames in this order."""
+        found = [int(number) for number in self._order(num_frames)]
+        if sorted(found) != list(range(num_frames)):
+            raise DynskipOnnxError(
+                f"The frame order gives {found} for {num_frames} frames. Return every number from 0 to "
+                f"{num_frames - 1} once."
+            )
+        return found
+
     def clip(self, video: Array, window: int = 16) -> ClipResult:
         """Run a stored video. Stages take up to `window` frames at once; decisions are those of the online run.
 
         Args:
-            video: `(T, C, H, W)` normalised frames.
+            video: `(T, C, H, W)` normalised frames in time, without padding. They are looked at in the model's order.
             window: frames that may run ahead of the decisions before them.
 
         Returns:
@@ -396,21 +549,24 @@ class Runner:
         """
         if len(video) == 0 or window < 1:
             raise DynskipOnnxError(f"A clip needs frames and a positive window; got {len(video)} frames, {window=}.")
-        state, images = self._begin(), [self._image(frame) for frame in video]
+        numbers = self.order(len(video))
+        state, images = self._begin(), [self._image(video[number]) for number in numbers]
         stages, stopped_at = len(self._stages), np.full(len(images), UNSEEN)
         frame_logits = np.full((len(images), self._classes), np.nan, np.float32)
         gate_logits = np.full((len(images), stages, 2), np.nan, np.float32)
         for start in range(0, len(images), window):
             for frame in self._decide([_Frame(state, [image]) for image in images[start : start + window]]):
-                stopped_at[frame.number], gate_logits[frame.number] = frame.stopped_at, frame.gate_logits
+                number = numbers[frame.number]
+                stopped_at[number], gate_logits[number] = frame.stopped_at, frame.gate_logits
                 if frame.stopped_at == stages:
-                    frame_logits[frame.number] = frame.logits
+                    frame_logits[number] = frame.logits
             if state.ended:
                 break
-        answer = self._finish(state)
+        answer = vars(self._finish(state))
         if state.furthest is not None:
-            frame_logits[answer.fallback_frame] = state.furthest.logits
-        return ClipResult(**vars(answer), stopped_at=stopped_at, frame_logits=frame_logits, gate_logits=gate_logits)
+            answer["fallback_frame"] = numbers[answer["fallback_frame"]]
+            frame_logits[answer["fallback_frame"]] = state.furthest.logits
+        return ClipResult(**answer, stopped_at=stopped_at, frame_logits=frame_logits, gate_logits=gate_logits)
 
     def serve(self, sources: Iterable[Iterable[Array]], capacity: int = 16) -> Iterator[VideoResult]:
         """Run many streams together, one frame of each at a time. When a stream ends, the next one takes its place.
@@ -477,7 +633,7 @@ class Runner:
             [np.full(state["shape"], state["value"], np.float32) for state in stage["gate"]["initial_state"]]
             for stage in self._stages
         ]
-        return _Video(states, nothing_counted(self._classes))
+        return _Video(states, nothing_counted(self._readout, np.zeros(self._classes)))
 
     def _decide(self, pending: list[_Frame]) -> Iterator[_Frame]:
         """Decide on frames of one video in order, until it ends."""
@@ -540,7 +696,7 @@ class Runner:
         at_head = n == len(self._stages)
         file = (self._head if at_head else self._stages[n])["file"]
         first, *outputs = self._call(file, inputs)
-        for array, value in zip(outputs, () if at_head else self._values[n + 1], strict=True):
+        for array, value in zip(outputs, self._taken if at_head else self._values[n + 1], strict=True):
             if value["rows"] and len(array) != value["rows"] * len(frames):  # a graph's own shape does not tell
                 raise DynskipOnnxError(
                     f"{file!r} gave {len(array)} rows for {len(frames)} frames, and the manifest says {value['rows']} "
@@ -548,7 +704,7 @@ class Runner:
                 )
         for i, frame in enumerate(frames):
             if at_head:
-                frame.logits = first[i]
+                frame.logits, frame.taken = first[i], (outputs or [first])[0][i]
             else:
                 frame.pooled.append(first[i])
                 frame.values = [
@@ -569,11 +725,10 @@ class Runner:
 
     def _accept(self, frame: _Frame) -> None:
         """Make what was proposed for a video's next frame final."""
-        video, n, logits = frame.video, frame.stopped_at, np.full(self._classes, np.nan, np.float32)
+        video, n = frame.video, frame.stopped_at
         frame.number = video.seen
         if n == len(self._stages):
-            assert frame.logits is not None
-            logits, video.furthest = frame.logits, None
+            video.furthest = None
             video.used += 1
         elif not video.used:
             frame.score = float(score(n, margins(frame.gate_logits[n])))
@@ -584,24 +739,27 @@ class Runner:
             video.states[: len(frame.states)] = frame.states
         video.seen += 1
         video.macs += self._by_outcome[n + 1]
-        video.sums = count(n, logits, self._repeats, video.sums)
+        taken = np.empty(0) if frame.taken is None else frame.taken
+        video.tally = count(self._readout, n, taken, video.tally)
         if self._termination:
-            video.ended = ends(self._termination, running(video.sums), video.seen)
+            so_far = running(self._readout, video.tally)
+            video.ended = ends(self._termination, so_far, video.seen, self._activation)
 
     def _finish(self, video: _Video, key: int | None = None, error: Exception | None = None) -> VideoResult:
         """Conclude a video as if it ended here. Of one that failed, no stage is run."""
-        stages, sums, macs, fallback = len(self._stages), video.sums, video.macs, -1
+        stages, tally, macs, fallback = len(self._stages), video.tally, video.macs, -1
         if video.furthest is not None and error is None:
             frame, fallback = video.furthest, video.furthest.number
             for n in range(frame.depth, stages + 1):  # what ran already stays, so that asking again costs nothing
                 self._run_stage(n, [frame])
                 video.executed += self._costs[n]
-            assert frame.logits is not None
+            assert frame.taken is not None
             # It counts as the one used frame of its video.
-            sums = count(stages, frame.logits, self._repeats, nothing_counted(self._classes))
+            tally = nothing_counted(self._readout, np.zeros(self._classes))
+            tally = count(self._readout, stages, frame.taken, tally)
             macs += self._costs[frame.stopped_at + 1 :].sum()
         return VideoResult(
-            logits=running(sums),
+            logits=running(self._readout, tally),
             frames_used=video.used,
             frames_seen=video.seen,
             fallback_frame=fallback,
@@ -609,6 +767,7 @@ class Runner:
             speculative_macs=float(video.executed - macs),
             key=key,
             error=error,
+            activation=self._activation,
         )
 
     def _call(self, name: str, inputs: Sequence[Array]) -> list[Array]:
@@ -623,7 +782,7 @@ class Runner:
             pooled, states = _rows(stage["channels"]), [_rows(*s["shape"]) for s in stage["gate"]["initial_state"]]
             self._check_graph(stage["file"], self._values[n], [pooled, *self._values[n + 1]])
             self._check_graph(stage["gate"]["file"], [pooled, *states], [_rows(2), *states])
-        self._check_graph(self._head["file"], self._values[-1], [_rows(self._classes)])
+        self._check_graph(self._head["file"], self._values[-1], [_rows(self._classes), *self._taken])
 
     def _check_graph(self, name: str, inputs: list[Any], outputs: list[Any]) -> None:
         graph = self._graphs[name]
@@ -684,9 +843,10 @@ class Session:
             used=stopped_at == stages,
             gate_logits=gate_logits,
             frame_logits=frame_logits,
-            running_logits=np.stack([running(video.sums) for video in self._videos]),
+            running_logits=np.stack([running(runner._readout, video.tally) for video in self._videos]),
             ended=np.array([video.ended for video in self._videos]),
             frame_macs=runner._by_outcome[stopped_at + 1],
+            activation=runner._activation,
         )
 
     def result(self, row: int = 0) -> VideoResult:
@@ -716,7 +876,14 @@ def _number(what: str, low: float, high: float) -> tuple[str, Callable[[Any], bo
 
 LOWEST, HIGHEST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))  # above 0, and finite
 TEXT = ("text", lambda value: isinstance(value, str))
+BOOLEAN = ("true or false", lambda value: isinstance(value, bool))
 COST = _number("a number of at least 0", 0, HIGHEST)
+# What folders of version 1 lack.
+EARLIER = {
+    "activation": "softmax",
+    "order": None,
+    "consensus": {"name": "MeanOfLogits", "k": None, "of_probabilities": False, "embedded_features": 0},
+}
 # What each entry has to be. A "?" after its name means: or null. A list may hold any number of what is in it.
 MANIFEST: dict[str, Any] = {
     "input": {
@@ -726,7 +893,10 @@ MANIFEST: dict[str, Any] = {
     },
     "num_classes": _whole(1),
     "class_names?": [TEXT],
+    "activation": ("'softmax' or 'sigmoid'", lambda value: value in ("softmax", "sigmoid")),
+    "consensus": {"name": TEXT, "k?": _whole(1), "of_probabilities": BOOLEAN, "embedded_features": _whole(0)},
     "state_update": ("'used' or 'reached'", lambda value: value in ("used", "reached")),
+    "order?": {"name": TEXT, "seed?": _whole(-(2**63))},
     "termination?": {"threshold": _number("a number above 0, at most 1", math.ulp(0.0), 1), "min_frames": _whole(0)},
     "unit": TEXT,
     "stages": [
@@ -738,7 +908,7 @@ MANIFEST: dict[str, Any] = {
             "gate": {
                 "file": TEXT,
                 "forward_threshold": _number("a number from 0 to 1", 0, 1),
-                "repeats_last": ("true or false", lambda value: isinstance(value, bool)),
+                "repeats_last": BOOLEAN,
                 "initial_state": [{"shape": [_whole(0)], "value": _number("a number", -math.inf, math.inf)}],
                 "macs?": COST,
             },
@@ -762,11 +932,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         ) from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DynskipOnnxError(f"{path} is no manifest of an exported model ({error!r}). Export it again.") from error
-    if found != (FORMAT, VERSION):
+    if found not in [(FORMAT, version) for version in range(1, VERSION + 1)]:
         raise DynskipOnnxError(
-            f"{path} is of format {found[0]!r}, version {found[1]}; this runner reads {FORMAT!r}, version {VERSION}. "
+            f"{path} is of format {found[0]!r}, version {found[1]}; this runner reads {FORMAT!r}, versions 1 to "
+            f"{VERSION}. "
             "Export the model again with the release of dynskip that this runner comes from."
         )
+    manifest = {**EARLIER, **manifest} if found[1] == 1 else manifest
     _check_entry("", manifest, MANIFEST)
     entry, stages, hashes = manifest["input"], manifest["stages"], manifest["sha256"]
     _check_length("input.shape", entry["shape"], 3)
@@ -837,6 +1009,48 @@ def _fits(entry: Any, value: dict[str, Any]) -> bool:
         and not (value["rows"] and isinstance(entry.shape[0], int))
         and all(w is None or g == w for g, w in zip(entry.shape, wanted, strict=True))
     )
+
+
+def _order_of(entry: Any, own: Callable[[int], Iterable[int]] | None) -> Callable[[int], Iterable[int]]:
+    """Return the frame order that a manifest names."""
+    name = None if entry is None else entry["name"]
+    if name in (None, "CoarseToFine", "RandomOrder"):
+        if own is not None:
+            raise DynskipOnnxError(
+                f"The model looks at frames in the order {name or 'of time'}. Leave `order` out, or set `model.order` "
+                "and export it again."
+            )
+        if name == "RandomOrder":
+            return partial(random_order, seed=entry["seed"])
+        return coarse_to_fine if name else range
+    if own is None:
+        raise DynskipOnnxError(
+            f"The model looks at frames in an order of its own, {name}. Give the function that makes it: "
+            "load(folder, order=...)."
+        )
+    return own
+
+
+def _consensus_of(entry: dict[str, Any], classes: int, own: Any) -> Any:
+    """Return the consensus that a manifest names, or the user's own."""
+    name, width = entry["name"], entry["embedded_features"]
+    if name not in CONSENSUSES:
+        if own is None:
+            raise DynskipOnnxError(
+                f"The model's answers come from a consensus of its own, {name}. Give it in numpy: load(folder, "
+                "consensus=...), an object with `initial`, `add` and `answer`."
+            )
+        return own
+    if own is not None:
+        raise DynskipOnnxError(f"The model's answers come from {name}, which this runner has. Leave `consensus` out.")
+    kind = CONSENSUSES[name]
+    if width != (classes + 1 if kind is AttentionMean else 0):
+        raise _bad("consensus.embedded_features", repr(width), f"another width for {name}")
+    if kind is TopKMean:
+        if entry["k"] is None:
+            raise _bad("consensus.k", "nothing", f"a number for {name}")
+        return TopKMean(entry["k"])
+    return kind()
 
 
 def _opened(source: Iterable[Array]) -> Generator[Array, None, None]:

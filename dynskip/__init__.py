@@ -1,6 +1,14 @@
 """Dynamic inference for PyTorch vision models: spend less compute on frames that do not deserve it."""
 
 from dynskip.backbone import Carry, StagedBackbone, stage_model
+from dynskip.consensus import (
+    AttentionMean,
+    Consensus,
+    MaxOfLogits,
+    MeanOfLogits,
+    MeanOfProbabilities,
+    TopKMean,
+)
 from dynskip.early_exit import EarlyExit
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
@@ -30,6 +38,7 @@ from dynskip.losses import (
     TargetRateLoss,
     UsageUniformityLoss,
 )
+from dynskip.order import CoarseToFine, FrameOrder, RandomOrder
 from dynskip.output import EncodedVideo, FrameResult, SkipOutput, VideoResult
 from dynskip.rules import UNSEEN
 from dynskip.runtime.clip import LookAhead
@@ -42,10 +51,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "UNSEEN",
+    "AttentionMean",
     "BudgetLoss",
     "Carry",
     "ClassificationLoss",
+    "CoarseToFine",
     "ConfidenceGate",
+    "Consensus",
     "DistillationLoss",
     "DynskipError",
     "EarlyExit",
@@ -55,6 +67,7 @@ __all__ = [
     "EntropyGate",
     "FLOPsLookup",
     "FixedGate",
+    "FrameOrder",
     "FrameResult",
     "Gate",
     "InnerClassificationLoss",
@@ -62,10 +75,14 @@ __all__ = [
     "LinearGate",
     "LookAhead",
     "LossParts",
+    "MaxOfLogits",
+    "MeanOfLogits",
+    "MeanOfProbabilities",
     "PairwiseGate",
     "PolicyGate",
     "PolicyGuidanceLoss",
     "RandomGate",
+    "RandomOrder",
     "SelfSupervisionLoss",
     "Session",
     "SimilarityGate",
@@ -74,6 +91,7 @@ __all__ = [
     "StagedBackbone",
     "StopOrForward",
     "TargetRateLoss",
+    "TopKMean",
     "UsageUniformityLoss",
     "VideoResult",
     "exponential_temperature",

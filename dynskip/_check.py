@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from dynskip.errors import DynskipError
 
 if TYPE_CHECKING:
     from dynskip.backbone import StagedBackbone
+
+Lengths: TypeAlias = Tensor | Sequence[int]
 
 
 class Checked(nn.Module):
@@ -53,13 +56,59 @@ def check_eval(model: Any, what: str) -> None:
 
 def running_parts(model: Any) -> list[nn.Module]:
     """Return the parts of a model that run in evaluation."""
-    return [part for part in (model.backbone, *model.deciders, model.terminator) if part is not None]
+    return [part for part in (model.backbone, *model.deciders, model.terminator, model.consensus) if part is not None]
 
 
-def check_video(video: Any, backbone: StagedBackbone) -> Tensor:
-    """Return normalised videos `(B, T, C, H, W)` on the backbone's device."""
+def settings_of(part: nn.Module | None) -> str | None:
+    """Name a part's class and the numbers and strings among its arguments, which parts keep under their own names."""
+    if part is None:
+        return None
+    values = ((name, getattr(part, name, None)) for name in inspect.signature(type(part)).parameters)
+    shown = [f"{name}={value!r}" for name, value in values if isinstance(value, int | float | str)]
+    return f"{type(part).__name__}({', '.join(shown)})"
+
+
+def check_video(video: Any, backbone: StagedBackbone, lengths: Any = None) -> tuple[Tensor, Tensor | None]:
+    """Return normalised videos `(B, T, C, H, W)` on the backbone's device, and their lengths on the host."""
+    if isinstance(video, list | tuple):
+        raise DynskipError(
+            f"Videos must be one tensor (B, T, C, H, W); got {type(video).__name__}. Pad videos of different length, "
+            "and say how long they are: `video = torch.nn.utils.rnn.pad_sequence(videos, batch_first=True)` and "
+            "`lengths=[len(each) for each in videos]`."
+        )
     hint = "Add a batch dimension with `video[None]` to a single video, and keep channels before height and width."
-    return _check_batch(video, backbone, "video", ("B", "T"), hint, ("video", "frame"))
+    moved = _check_batch(video, backbone, "video", ("B", "T"), hint)
+    lengths = check_lengths(lengths, *video.shape[:2])
+    refuse_not_finite(video, "video", "frame", real=None if lengths is None else present(lengths, video.shape[1]))
+    return moved, lengths
+
+
+def check_lengths(lengths: Any, batch: int, frames: int) -> Tensor | None:
+    """Return how many frames each video of a padded batch has, `(B,)` int64 on the host; `None` for all."""
+    if lengths is None:
+        return None
+    try:
+        found = torch.as_tensor(lengths).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.empty(0)
+    whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    if found.shape != (batch,) or not whole or not ((found >= 1) & (found <= frames)).all():
+        raise DynskipError(
+            f"lengths={lengths!r} does not fit {batch} videos padded to {frames} frames. Give one whole number from 1 "
+            f"to {frames} for each video, its frames without padding: `lengths=[len(each) for each in videos]`."
+        )
+    return found.long()
+
+
+def with_lengths(videos: Any) -> tuple[Any, Any]:
+    """Take what a loader gives for videos apart: them, and their lengths where it gives `(videos, lengths)`."""
+    pair = isinstance(videos, tuple | list) and len(videos) == 2 and getattr(videos[1], "ndim", 0) == 1
+    return tuple(videos) if pair else (videos, None)
+
+
+def present(lengths: Tensor, frames: int) -> Tensor:
+    """Mark the frames of padded videos that are no padding: `(B, T)` boolean."""
+    return torch.arange(frames, device=lengths.device) < lengths[:, None]
 
 
 def check_images(images: Any, backbone: StagedBackbone) -> Tensor:
@@ -104,12 +153,18 @@ def _check_batch(
     return moved
 
 
-def refuse_not_finite(value: Tensor, *dims: str) -> None:
-    """Refuse NaN and infinite values; `dims` name the leading dimensions. Waits for the device."""
+def refuse_not_finite(value: Tensor, *dims: str, real: Tensor | None = None) -> None:
+    """Refuse NaN and infinite values; `dims` name the leading dimensions. Waits for the device.
+
+    Where `real` is given, on the host, it marks what is looked at along the leading dimensions.
+    """
     # One sum tells whether all is well. It may overflow, so look closer before refusing.
-    if torch.isfinite(value.detach().sum(dtype=torch.float32)) or value.isfinite().all():
+    if torch.isfinite(value.detach().sum(dtype=torch.float32)):
         return
-    bad = (~value.isfinite()).flatten(len(dims)).any(-1).nonzero().tolist()
+    wrong = (~value.isfinite()).flatten(len(dims)).any(-1).cpu()
+    bad = (wrong if real is None else wrong & real).nonzero().tolist()
+    if not bad:
+        return
     first = " of ".join(f"{name} {at}" for name, at in zip(reversed(dims), reversed(bad[0]), strict=True))
     raise DynskipError(
         f"There are NaN or infinite values in {len(bad)} {dims[-1]}s, the first being {first}. Check decoding and "

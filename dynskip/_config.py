@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import dynskip
+from dynskip import rules
 from dynskip._modes import in_mode
 from dynskip.backbone import StagedBackbone
 from dynskip.errors import DynskipError
@@ -253,4 +254,7 @@ def _answers(model: Wrapped, images: Tensor) -> Iterator[tuple[str, Tensor]]:
         again, _ = gate(pooled.flip(0), state)
         for value in (pooled, logits, *state, again):
             yield f"stage {name!r} and its gate", value
-    yield "the head", backbone.head(carry)
+    logits = backbone.head(carry)
+    yield "the head", logits
+    used = torch.full((1, len(images)), backbone.num_stages, device=images.device)
+    yield "the consensus", rules.weighted(model.readout, used, logits[None])

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynskip._check import Checked, check_positive
+from dynskip._check import Checked, check_lengths, check_positive
 from dynskip._modes import in_mode
 from dynskip.activation import Activation, check_activation
 from dynskip.backbone import StagedBackbone
+from dynskip.consensus import Consensus, Readout
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
 from dynskip.output import EncodedVideo
@@ -25,6 +26,7 @@ class Wrapper(Checked):
     gates: Any  # a protocol of its own, which nn.Module hides
     terminator: EarlyTerminator | None
     state_update: str
+    consensus: Consensus
 
     def __init__(
         self,
@@ -51,11 +53,16 @@ class Wrapper(Checked):
 
     @property
     def repeats(self) -> tuple[bool, ...]:
-        """For each gate, whether a frame that it stops counts as the last used one in the video's mean.
+        """For each gate, whether a frame that it stops counts as the last used one in the video's answer.
 
         It does where the gate has `repeats_last` and compares frames with the last used one (`state_update="used"`).
         """
         return tuple(self.state_update == "used" and getattr(gate, "repeats_last", False) for gate in self.deciders)
+
+    @property
+    def readout(self) -> Readout:
+        """How frames make the answers of videos, for `dynskip.rules`."""
+        return Readout(self.consensus, self.activation, self.repeats)
 
     def check_setting(self, name: str, value: Any) -> Any:
         """Refuse settings that make no sense; return thresholds as one a gate."""
@@ -76,6 +83,9 @@ class Wrapper(Checked):
                 )
             self._suit(value, self.activation)
             value.train(self.training)  # a new part takes the model's mode
+        if name == "consensus":
+            check_consensus(value, self.backbone)
+            value.train(self.training)
         if name == "class_names" and value is not None:
             names = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
             classes = self.backbone.num_classes
@@ -117,12 +127,14 @@ class Wrapper(Checked):
                     + "and these are {}x{}. Measure one for this size, or leave `lookup` out.".format(*image_size)
                 )
             return given
-        if (layers := _layers([self.backbone, *self.deciders])) != self._counted:
+        if (layers := _layers([self.backbone, *self.deciders, self.consensus])) != self._counted:
             if self._counted:
                 self.backbone.channels_last = None  # new layers may not take it
             self._measured, self._counted = {}, layers
         if (lookup := self._measured.get(image_size)) is None:
-            lookup = self._measured[image_size] = FLOPsLookup.measure(self.backbone, image_size, self.deciders)
+            lookup = self._measured[image_size] = FLOPsLookup.measure(
+                self.backbone, image_size, self.deciders, self.consensus
+            )
         return lookup
 
     def summary(self, image_size: int | tuple[int, int] | None = None) -> str:
@@ -185,6 +197,7 @@ def check_encoded(encoded: EncodedVideo, backbone: StagedBackbone, frames: int |
             f"{frames or 'T'}, C_n) with C_n = {expected} and {backbone.num_classes} classes. Encode again with this "
             "model."
         )
+    check_lengths(encoded.lengths, batch, length)
 
 
 @torch.no_grad()
@@ -237,6 +250,44 @@ def check_parts(
             )
         if not any(never_asked[n : n + 1]):
             _check_classifier(inner[n], state, classes, n, this)
+
+
+@torch.no_grad()
+def check_consensus(consensus: Any, backbone: StagedBackbone) -> None:
+    """Try a consensus on one frame of each of two videos."""
+    this, classes = f"The consensus ({type(consensus).__name__})", backbone.num_classes
+    if not isinstance(consensus, Consensus):
+        raise DynskipError(f"{this} is no Consensus; give one such as MeanOfLogits(), or your own subclass.")
+    weight, width = next(backbone.parameters(), torch.empty(0)), consensus.embedded_features or classes
+    values = weight.new_full((2, classes), 0.5)
+    try:
+        with in_mode(consensus, False):
+            values = consensus.embed(values) if consensus.embedded_features else values
+            before = consensus.initial(weight.new_zeros(2, classes, dtype=torch.float64))
+            nothing = consensus.answer(before)
+            after = consensus.add(before, values.double())
+            answer = consensus.answer(after)
+    except Exception as error:
+        raise DynskipError(
+            f"{this} cannot run on logits of {classes} classes: {error}. Build it for {classes} classes, on the "
+            "backbone's device and in its dtype."
+        ) from error
+    shapes = [[(tuple(part.shape), part.dtype) for part in state] for state in (before, after)]
+    if tuple(values.shape) != (2, width):
+        wrong = f"`embed` gave {tuple(values.shape)} for 2 frames; `embedded_features` says (2, {width})"
+    elif shapes[0] != shapes[1] or any(len(part) != 2 for part in before):
+        wrong = (
+            f"states of 2 videos have to keep shapes (2, ...) and dtypes; from {shapes[0]}, `add` went to {shapes[1]}"
+        )
+    elif not all(part.is_floating_point() and part.isfinite().all() for part in (*before, *after)):
+        wrong = "states have to be finite floating-point numbers, since training goes part of the way between two"
+    elif any(tuple(each.shape) != (2, classes) for each in (nothing, answer)):
+        wrong = f"`answer` gave {tuple(answer.shape)} for 2 videos; expected (B, K) = (2, {classes})"
+    elif not nothing.isnan().all() or not answer.isfinite().all():
+        wrong = "`answer` has to be NaN before the first frame, as 0 / 0 is, and finite after it"
+    else:
+        return
+    raise DynskipError(f"{this} does not keep the contract of `dynskip.Consensus`: {wrong}.")
 
 
 def _check_classifier(classifier: nn.Module, state: tuple[Tensor, ...], classes: int, n: int, gate: str) -> None:

@@ -17,6 +17,7 @@ from torch.nn.modules import module as registration
 from torch.overrides import TorchFunctionMode
 
 import dynskip
+from dynskip._check import settings_of
 from dynskip._config import (
     CONFIG,
     DTYPES,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 # What building a model may make beyond the saved weights: masks and tables, layers that are replaced.
 SPARE_NUMBERS, SPARE_TENSORS = 2**26, 1000
 # What folders of earlier versions lack: such models have the default.
-LATER_SETTINGS = {"activation"}
+LATER_SETTINGS = {"activation", "consensus", "order"}
 MOST_PIXELS = 2**24  # numbers in one image; the backbone is tried on a few
 
 
@@ -151,6 +152,7 @@ def _build(wrapper: type[Wrapped], config: dict[str, Any], classes: dict[str, ty
     model = wrapper(**arguments).to(DTYPES[config["dtype"]])
     names, preprocessing = config["class_names"], checked_preprocessing(config["preprocessing"])
     model.temperature = config["temperature"]
+    model._trained_in = settings_of(model.order)
     model.class_names = tuple(names) if isinstance(names, list) else names
     model.preprocessing = preprocessing and _with_tuples(preprocessing)
     return model

@@ -54,5 +54,8 @@ def named_classes(probabilities: Tensor, activation: Activation) -> dict[int, fl
 
 
 def to_logits(values: Tensor, activation: Activation) -> Tensor:
-    """Return logits whose probabilities are these, both `(..., K)`: the inverse of `probabilities`."""
-    return values.logit() if activation == "sigmoid" else values.log()
+    """Return finite logits whose probabilities are these, both `(..., K)`: the inverse of `probabilities`."""
+    limits = torch.finfo(values.dtype)
+    if activation == "sigmoid":
+        return values.clamp(limits.tiny, 1 - limits.eps / 2).logit()
+    return values.clamp(min=limits.tiny).log()

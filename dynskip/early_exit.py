@@ -16,6 +16,7 @@ from dynskip._fit import Wrapper, check_encoded, check_parts
 from dynskip._pretrained import Pretrained
 from dynskip.activation import Activation
 from dynskip.backbone import StagedBackbone, encode_images
+from dynskip.consensus import MeanOfLogits
 from dynskip.engine import Engine
 from dynskip.errors import DynskipError
 from dynskip.gates import FixedGate, Gate, GateState
@@ -68,6 +69,8 @@ class EarlyExit(Pretrained, Wrapper):
     # Settings of videos, which images do not need.
     state_update = "used"
     terminator = None
+    order = None
+    consensus = MeanOfLogits().eval()
 
     def check_setting(self, name: str, value: Any) -> Any:
         """Refuse settings that make no sense; return thresholds as one a gate."""
@@ -205,11 +208,10 @@ class EarlyExit(Pretrained, Wrapper):
             gate_logits[:, None],
             final[:, None],
             self.lookup_for(size),
-            self.repeats,
+            self.readout,
             fallback_frame=torch.full_like(stopped_at, -1),
             inner_logits=inner_logits[:, None],
             logits=answers.gather(1, stopped_at[:, None, None].expand(-1, 1, answers.shape[-1])).squeeze(1),
-            activation=self.activation,
         )
 
 

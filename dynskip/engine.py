@@ -60,11 +60,12 @@ class Engine:
         self.dtype, self.device = weight.dtype, weight.device
         self.wide = torch.promote_types(self.dtype, torch.float32)
         self.tie = rules.tie(self.dtype)
+        self.readout = model.readout
         # Tables are written in place, so they are copies, and no inference tensors even in a caller's inference mode.
         with torch.inference_mode(False), torch.no_grad():
             # For each gate, the state that decides on each video's next frame.
             self.states: list[GateState] = [tuple(s.clone() for s in g.initial_state(videos)) for g in self.gates]
-            self.sums = rules.nothing_counted(videos, self.backbone.num_classes, self.device)
+            self.tally = tuple(part.clone() for part in self._nothing_counted(videos))
             self.seen = torch.zeros(videos, dtype=torch.long, device=self.device)  # frames decided
             self.ended = torch.zeros(videos, dtype=torch.bool, device=self.device)
             # How often each video ran each stage and the head; and each gate's step, per video and per frame.
@@ -83,6 +84,9 @@ class Engine:
         with torch.inference_mode(False), torch.no_grad():
             self.gate_logits = torch.zeros(frames, self.stages, 2, dtype=self.wide, device=self.device)
             self.frame_logits = torch.zeros(frames, self.backbone.num_classes, dtype=self.dtype, device=self.device)
+            # What the consensus takes of the frames.
+            width = self.readout.consensus.embedded_features
+            self.frame_values = self.frame_logits.new_zeros(frames, width) if width else self.frame_logits
             # For each gate, the state after the frame in flight, if that is used. Only with one frame in flight.
             self.proposed = [tuple(s.clone() for s in state) for state in self.states] if window == 1 else []
             self.pending = torch.zeros(frames, dtype=torch.bool)  # on the host: waits for a decision
@@ -97,11 +101,21 @@ class Engine:
         for gate, state in zip(self.gates, self.states, strict=True):
             for old, new in zip(state, gate.initial_state(len(videos)), strict=True):
                 old[index] = new
-        for table in (*self.sums, self.seen, self.ended):
+        for old, new in zip(self.tally, self._nothing_counted(len(videos)), strict=True):
+            old[index] = new
+        for table in (self.seen, self.ended):
             table[index] = 0
         self.ran[videos], self.judged[videos] = 0.0, 0.0
         for row in videos.tolist():
             self.furthest[row], self.answered[row] = None, False
+
+    def _nothing_counted(self, videos: int) -> rules.Tally:
+        zeros = torch.zeros(videos, self.backbone.num_classes, dtype=torch.float64, device=self.device)
+        return rules.nothing_counted(self.readout, zeros)
+
+    def running(self) -> Tensor:
+        """Return the running prediction of every video, `(V, K)`."""
+        return rules.running(self.readout, self.tally, self.wide).to(self.dtype)
 
     # Features
 
@@ -123,7 +137,10 @@ class Engine:
             if final or last < self.stages:
                 self._judge(n, frames, index, embedded)
         if last == self.stages:
-            put(self.frame_logits, index, self.backbone.head(carry).to(self.dtype))
+            logits = self.backbone.head(carry).to(self.dtype)
+            put(self.frame_logits, index, logits)
+            if self.frame_values is not self.frame_logits:
+                put(self.frame_values, index, rules.embed(self.readout, logits))
         if self.counts:
             self.ran[:, first : last + 1] += self._videos(frames).bincount(minlength=self.videos)[:, None]
         self.features.move(frames, carry, last + 1)
@@ -249,16 +266,16 @@ class Engine:
         ]
 
     def _count(self, videos: Tensor, rows: Tensor | None, stop: Tensor, new: Tensor | None) -> Decisions:
-        """Count frames in their videos' means (those that are `new`, or all), and end videos."""
+        """Count frames in their videos' answers (those that are `new`, or all), and end videos."""
         stopped_at = stop if new is None else torch.where(new, stop, rules.UNSEEN)
-        frame_logits = take(self.frame_logits.unflatten(0, (self.videos, self.window)), rows)
-        before = rules.Sums(*(take(table, rows) for table in self.sums))
-        after = rules.count(stopped_at, frame_logits, self.model.repeats, before)
+        values = take(self.frame_values.unflatten(0, (self.videos, self.window)), rows)
+        before = tuple(take(table, rows) for table in self.tally)
+        after = rules.count(self.readout, stopped_at, values, before)
         seen = take(self.seen, rows)[:, None] + (1 if new is None else new.cumsum(1))
-        running, ended = rules.running(after, self.wide), take(self.ended, rows)
+        running, ended = rules.running_after(self.readout, after, self.wide), take(self.ended, rows)
         ends, last = None, self.window - 1
         if self.model.terminator is not None:
-            ends = rules.ends(self.model.terminator, running, seen, self.model.activation)
+            ends = rules.ends(self.model.terminator, running, seen, self.readout.activation)
             ends = ends if new is None else ends & new
             ended = ended | ends.any(1)
         if ends is not None and new is not None:
@@ -267,7 +284,7 @@ class Engine:
             tables = [at_column(table, at) for table in (*after, seen)]
         else:
             tables = [table[:, last] for table in (*after, seen)]
-        for table, value in zip((*self.sums, self.seen, self.ended), (*tables, ended), strict=True):
+        for table, value in zip((*self.tally, self.seen, self.ended), (*tables, ended), strict=True):
             put(table, rows, value)
         codes = stopped_at if new is None else torch.where(new, stopped_at, stop + self.stages + 2)
         codes = torch.cat([codes, ended[:, None].long()], 1)

@@ -23,13 +23,16 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dynskip import calibrate, metrics
+from dynskip._check import Lengths, with_lengths
 from dynskip._targets import as_rows
 from dynskip.activation import Activation, named_classes
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
 from dynskip.output import EncodedVideo, SkipOutput
+from dynskip.rules import UNSEEN
 from dynskip.wrapper import StopOrForward
 
 MODES = ("dense", "gates", "gates + early termination")
@@ -162,9 +165,11 @@ def evaluate(
         model: the model; it is set to eval mode.
         loader: batches of videos `(B, T, C, H, W)`, normalised and on the model's device, targets (`(B,)` class
             indices or `(B, K)` with ones; with one output, `(B,)` zeros and ones), and a key for each video. All
-            videos have `T` frames of one size.
+            videos have frames of one size. Videos of different length are padded, and are `(videos, lengths)` in the
+            place of `videos`.
         modes: which of `MODES`: every frame without gates, with gates, and also ending videos early.
-        relevant: `(T,)` boolean, the frames that show the action, by the videos' keys.
+        relevant: `(T,)` boolean, the frames that show the action, by the videos' keys; for each video, as many as it
+            has frames.
 
     Returns:
         Results, records and tables.
@@ -176,15 +181,18 @@ def evaluate(
     outputs: dict[str, list[SkipOutput]] = {mode: [] for mode in modes}
     milliseconds: dict[str, list[float]] = {mode: [] for mode in modes}
     targets: list[Tensor] = []
+    lengths: list[Tensor] = []
     keys: list[str] = []
-    for video, labels, names in loader:
+    for given, labels, names in loader:
+        video, ends = with_lengths(given)
         for mode in modes:
             if not keys:
-                run(model, video, mode)  # first calls allocate and choose kernels: not timed
+                run(model, video, mode, ends)  # first calls allocate and choose kernels: not timed
             begin = _clock(video.device)
-            outputs[mode].append(run(model, video, mode))
+            outputs[mode].append(run(model, video, mode, ends))
             milliseconds[mode] += [1000 * (_clock(video.device) - begin) / len(video)] * len(video)
         targets.append(as_rows(labels.cpu(), len(video), model.backbone.num_classes))
+        lengths.append(torch.full((len(video),), video.shape[1]) if ends is None else torch.as_tensor(ends).cpu())
         keys += names
     if not keys:
         raise DynskipError("There are no videos to evaluate, or none of them could be read.")
@@ -194,9 +202,12 @@ def evaluate(
     for mode in modes:
         joined = {
             name: torch.cat([getattr(output, name) for output in outputs[mode]]).cpu()
-            for name in ("probabilities", "stopped_at", "macs", "fallback_frame")
+            for name in ("probabilities", "macs", "fallback_frame")
         }
-        videos = _Videos(keys, torch.cat(targets), relevant or {}, milliseconds[mode], model.activation, **joined)
+        rows = [row.cpu() for output in outputs[mode] for row in output.stopped_at]
+        joined["stopped_at"] = pad_sequence(rows, batch_first=True, padding_value=UNSEEN)
+        joined |= {"targets": torch.cat(targets), "lengths": torch.cat(lengths)}
+        videos = _Videos(keys, relevant or {}, milliseconds[mode], model.activation, **joined)
         results.append(_result(mode, videos, lookup))
         records += _records(mode, videos, model.class_names)
     batch = len(targets[0])
@@ -205,12 +216,12 @@ def evaluate(
 
 
 @torch.no_grad()
-def run(model: StopOrForward, video: Tensor, mode: str) -> SkipOutput:
-    """Run a model in one of `MODES`; `video` is `(B, T, C, H, W)`."""
+def run(model: StopOrForward, video: Tensor, mode: str, lengths: Lengths | None = None) -> SkipOutput:
+    """Run a model in one of `MODES`; `video` is `(B, T, C, H, W)`, with `(B,)` lengths where it is padded."""
     terminator = model.terminator
     model.terminator = terminator if mode == MODES[2] else None
     try:
-        output: SkipOutput = model(video, dense=mode == MODES[0])
+        output: SkipOutput = model(video, lengths=lengths, dense=mode == MODES[0])
         return output
     finally:
         model.terminator = terminator
@@ -252,13 +263,14 @@ def machine(device: str | torch.device) -> str:
 
 @dataclass(frozen=True)
 class _Videos:
-    """What one way of running gave for `V` videos of `T` frames."""
+    """What one way of running gave for `V` videos of up to `T` frames."""
 
     keys: Sequence[str]
-    targets: Tensor  # (V, K)
     relevant: Mapping[str, Tensor]  # (T,) by key
     milliseconds: Sequence[float]
     activation: Activation
+    targets: Tensor  # (V, K)
+    lengths: Tensor  # (V,)
     probabilities: Tensor  # (V, K)
     stopped_at: Tensor  # (V, T)
     macs: Tensor  # (V,)
@@ -271,16 +283,19 @@ def _result(mode: str, videos: _Videos, lookup: FLOPsLookup) -> Result:
     marked = [row for row, key in enumerate(videos.keys) if key in videos.relevant]
     relevance = None
     if marked:
-        relevant = torch.stack([videos.relevant[videos.keys[row]] for row in marked])
-        relevance = metrics.frame_relevance(videos.stopped_at[marked] == stages, relevant)
+        used = videos.stopped_at[marked] == stages
+        relevant = torch.zeros_like(used)
+        for row, place in enumerate(marked):
+            relevant[row, : int(videos.lengths[place])] = videos.relevant[videos.keys[place]]
+        relevance = metrics.frame_relevance(used, relevant, videos.lengths[marked])
     return Result(
         mode=mode,
         top1=metrics.top_k_accuracy(scores, targets) if classes > 1 else math.nan,
         top5=metrics.top_k_accuracy(scores, targets, min(5, classes)) if classes > 1 else math.nan,
         mean_ap=metrics.mean_average_precision(scores, targets),
         plain_ap=metrics.mean_average_precision(scores, targets, interpolated=False),
-        compute=metrics.executed_compute(videos.macs, videos.stopped_at.shape[1], lookup),
-        usage=metrics.frame_usage(videos.stopped_at, stages),
+        compute=metrics.executed_compute(videos.macs, videos.lengths, lookup),
+        usage=metrics.frame_usage(videos.stopped_at, stages, videos.lengths),
         relevance=relevance,
         milliseconds=sum(videos.milliseconds) / len(videos.keys),
         fallbacks=int((videos.fallback_frame >= 0).sum()),
@@ -307,7 +322,9 @@ def _records(mode: str, videos: _Videos, class_names: Sequence[str] | None) -> l
             "best": {names[i]: p for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)},
             "gmacs": float(videos.macs[row]) / 1e9,
             "milliseconds": videos.milliseconds[row],
-            "stopped_at": videos.stopped_at[row].tolist(),  # a stage; their number where used, -1 where unseen
+            "stopped_at": videos.stopped_at[
+                row, : int(videos.lengths[row])
+            ].tolist(),  # a stage; their number where used, -1 where unseen
             "fallback_frame": int(videos.fallback_frame[row]),  # -1 where frames were used
         }
         if key in videos.relevant:

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dynskip._modes import in_mode
 from dynskip.backbone import StagedBackbone
+from dynskip.consensus import Consensus
 from dynskip.errors import DynskipError
 from dynskip.gates import parts_of
 
@@ -92,7 +93,11 @@ class FLOPsLookup:
     @classmethod
     @torch.no_grad()
     def measure(
-        cls, backbone: StagedBackbone, image_size: int | tuple[int, int], gates: Sequence[nn.Module] = ()
+        cls,
+        backbone: StagedBackbone,
+        image_size: int | tuple[int, int],
+        gates: Sequence[nn.Module] = (),
+        consensus: Consensus | None = None,
     ) -> FLOPsLookup:
         """Count the MACs of one frame through each part.
 
@@ -108,6 +113,7 @@ class FLOPsLookup:
             backbone: the staged backbone.
             image_size: `(H, W)` of the frames, or one number for squares.
             gates: the gates, one a stage; none to leave their cost out.
+            consensus: the consensus. What it does with each used frame (its `embed`) counts with the head.
 
         Returns:
             The table, in MACs.
@@ -120,15 +126,18 @@ class FLOPsLookup:
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         takes_channels_last(backbone)  # tried now, so that nobody who counts a run counts the trial
         try:
-            return cls._measured(_on_meta(backbone), size, [_on_meta(gate) for gate in gates])
+            ghosts = [_on_meta(gate) for gate in gates]
+            return cls._measured(_on_meta(backbone), size, ghosts, consensus and _on_meta(consensus))
         except Exception:  # the meta device lacks an operator, or has no values to look at
-            parts = nn.ModuleList([backbone, *gates])
+            parts = nn.ModuleList([backbone, *gates, *([] if consensus is None else [consensus])])
             devices = {tensor.device for tensor in parts.parameters() if tensor.is_cuda}
             with in_mode(parts, False), torch.random.fork_rng(devices):
-                return cls._measured(backbone, size, gates)
+                return cls._measured(backbone, size, gates, consensus)
 
     @classmethod
-    def _measured(cls, backbone: StagedBackbone, size: tuple[int, int], gates: Sequence[Any]) -> FLOPsLookup:
+    def _measured(
+        cls, backbone: StagedBackbone, size: tuple[int, int], gates: Sequence[Any], consensus: Consensus | None
+    ) -> FLOPsLookup:
         count, names = _Count(), backbone.stage_names
         carry = backbone.start(_images(backbone, 1, size))
         stage_macs, gate_macs = [], []
@@ -144,7 +153,10 @@ class FLOPsLookup:
                         f"{this} cannot run after stage {name!r}: {error}. Build it for {backbone.num_features[n]} "
                         "input features."
                     ) from error
-        head_macs, _ = count("the head", backbone.head, carry)
+        head_macs, logits = count("the head", backbone.head, carry)
+        if consensus is not None and consensus.embedded_features:
+            macs, _ = count("the consensus", consensus.embed, logits)
+            head_macs += macs
         whole, steps, shared = zip(*gate_macs, strict=True) if gates else (None, None, None)
         table = cls(stage_macs, head_macs, whole, steps=steps, shared=shared, stage_names=names, image_size=size)
         if count.unknown:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dynskip._check import check_lengths, present
 from dynskip._targets import as_rows
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
@@ -164,36 +165,38 @@ def mean_average_precision(scores: Tensor, targets: Tensor, interpolated: bool =
     return sum(precisions) / len(precisions)
 
 
-def frame_usage(stopped_at: Tensor, num_stages: int) -> FrameUsage:
+def frame_usage(stopped_at: Tensor, num_stages: int, lengths: Tensor | None = None) -> FrameUsage:
     """Count what happened to the frames of one or many videos.
 
     Args:
         stopped_at: `(B, T)` or `(T,)`: the stage a frame stopped after, `num_stages` if it was used,
             `UNSEEN` if it was never looked at.
         num_stages: Number of stages N of the model.
+        lengths: `(B,)` frames of each video where they are padded (`SkipOutput.lengths`); `None` for all.
 
     Returns:
-        The shares of all frames given.
+        The shares of all frames given, padding left out.
 
     Raises:
-        DynskipError: if `stopped_at` is empty, has another shape, or has values outside -1 to N.
+        DynskipError: if `stopped_at` is empty, has another shape, or has values outside -1 to N, or the lengths do not
+            fit it.
 
     Reference:
         Thesis Fig. 4.1.
     """
     check_stopped_at(stopped_at, num_stages)
     # Shifted by one, because bincount cannot count UNSEEN = -1.
-    counts = torch.bincount(stopped_at.flatten().cpu() - UNSEEN, minlength=num_stages + 2).double()
+    counts = torch.bincount(_real(stopped_at, lengths) - UNSEEN, minlength=num_stages + 2).double()
     unseen, *stopped, used = (counts / counts.sum()).tolist()
     return FrameUsage(used=used, stopped=tuple(stopped), unseen=unseen)
 
 
-def executed_compute(macs: Tensor, num_frames: int, lookup: FLOPsLookup) -> ExecutedCompute:
+def executed_compute(macs: Tensor, num_frames: int | Tensor, lookup: FLOPsLookup) -> ExecutedCompute:
     """Compare what videos executed with the dense backbone.
 
     Args:
         macs: `(B,)` executed MACs of each video, `SkipOutput.macs`.
-        num_frames: Frames T of a video.
+        num_frames: Frames T of a video, or `(B,)` lengths of the videos.
         lookup: The cost table they were counted by, `model.lookup_for(image_size)`.
 
     Returns:
@@ -202,7 +205,8 @@ def executed_compute(macs: Tensor, num_frames: int, lookup: FLOPsLookup) -> Exec
     Raises:
         DynskipError: if there are no videos or frames, or the table does not count MACs.
     """
-    if macs.dim() != 1 or len(macs) == 0 or num_frames < 1:
+    frames = torch.as_tensor(num_frames).double().cpu()
+    if macs.dim() != 1 or len(macs) == 0 or frames.shape not in ((), macs.shape) or frames.min() < 1:
         raise DynskipError(
             f"macs has shape {tuple(macs.shape)} for videos of {num_frames} frames; expected (B,), not empty, and at "
             "least one frame. Give the macs of a SkipOutput, and the number of frames of each video."
@@ -210,7 +214,8 @@ def executed_compute(macs: Tensor, num_frames: int, lookup: FLOPsLookup) -> Exec
     if lookup.unit != "MACs":
         raise DynskipError(f"The cost table counts {lookup.unit}, which are not MACs; average them yourself.")
     per_video = macs.double().mean().item() / 1e9
-    return ExecutedCompute(per_video, per_video / num_frames, num_frames * lookup.dense / 1e9)
+    mean = frames.mean().item()
+    return ExecutedCompute(per_video, per_video / mean, mean * lookup.dense / 1e9)
 
 
 def sample_times(num_frames: int, duration: float) -> Tensor:
@@ -252,12 +257,13 @@ def relevant_frames(times: Tensor, segments: Iterable[tuple[float, float]]) -> T
     return marks
 
 
-def frame_relevance(used: Tensor, relevant: Tensor) -> FrameRelevance:
+def frame_relevance(used: Tensor, relevant: Tensor, lengths: Tensor | None = None) -> FrameRelevance:
     """Compare the used frames with the relevant ones: how many of the used frames show the action.
 
     Args:
         used: `(B, T)` or `(T,)` boolean, `SkipOutput.used`.
         relevant: Boolean of the same shape (`relevant_frames`).
+        lengths: As in `frame_usage`.
 
     Returns:
         Precision, recall, and the share of relevant frames to compare the precision with.
@@ -273,13 +279,20 @@ def frame_relevance(used: Tensor, relevant: Tensor) -> FrameRelevance:
             f"used is {used.dtype} of shape {tuple(used.shape)} and relevant {relevant.dtype} of shape "
             f"{tuple(relevant.shape)}; expected bool of the same shape (B, T) or (T,), not empty, for both."
         )
-    used, relevant = used.cpu(), relevant.cpu()
+    used, relevant = _real(used, lengths), _real(relevant, lengths)
     both = (used & relevant).sum().double()
     return FrameRelevance(
         precision=(both / used.sum()).item(),
         recall=(both / relevant.sum()).item(),
         relevant=relevant.double().mean().item(),
     )
+
+
+def _real(values: Tensor, lengths: Tensor | None) -> Tensor:
+    """Return the values of all frames that are no padding, `(M,)` on the CPU."""
+    values = values.cpu()
+    lengths = None if lengths is None else check_lengths(lengths, *torch.atleast_2d(values).shape)
+    return values.flatten() if lengths is None else values[present(lengths, values.shape[1])]
 
 
 def check_stopped_at(stopped_at: Tensor, num_stages: int) -> None:

@@ -6,7 +6,7 @@ One quantity has one name everywhere. `used` is of a frame, `frames_used` of a v
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from dynskip import rules
+from dynskip._check import present
 from dynskip.activation import Activation, probabilities
+from dynskip.consensus import Readout
 from dynskip.flops import FLOPsLookup
 
 
@@ -62,7 +64,8 @@ class VideoResult:
     Shapes are those of a session. The result of a stream has no `B`, and numbers in place of `(B,)` tensors.
 
     Attributes:
-        logits: `(B, K)` mean over the used frames, or the fallback frame's; NaN where neither exists.
+        logits: `(B, K)` what the used frames make (their mean, or another consensus), or the fallback frame alone; NaN
+            where neither exists.
         frames_used: `(B,)` number of frames used.
         frames_seen: `(B,)` number of frames looked at.
         fallback_frame: `(B,)` where no frame was used, the stopped frame that was run to the end; else -1.
@@ -94,9 +97,9 @@ class SkipOutput:
     """What a pass over videos decided, predicted and cost. What was not evaluated is NaN or 0.
 
     Attributes:
-        logits: `(B, K)` logits of each video: the mean over its used frames (Eq. 3.6). A frame that a gate with
-            `repeats_last` stops counts the last used one once more. In eval, frames whose logits are not finite do not
-            count.
+        logits: `(B, K)` logits of each video: the mean over its used frames (Eq. 3.6), or what another consensus makes
+            of them. A frame that a gate with `repeats_last` stops counts the last used one once more. In eval, frames
+            whose logits are not finite do not count.
         forward: `(B, T, N)` decisions, 1 forward and 0 stop; straight-through in training, 0 where a gate was not
             evaluated.
         used: `(B, T)` boolean, frames that passed every gate.
@@ -111,6 +114,7 @@ class SkipOutput:
         speculative_macs: `(B,)` float64 cost of what ran ahead of the decisions, in vain; not in `macs`. Zero unless
             stored videos are really skipped.
         activation: the model's head activation, which makes probabilities of logits.
+        lengths: `(B,)` frames of each video, where the batch is padded; `None` for all. Padding is unseen.
     """
 
     logits: Tensor
@@ -125,15 +129,16 @@ class SkipOutput:
     evaluated: Tensor
     speculative_macs: Tensor = None  # type: ignore[assignment]  # zeros like `macs`
     activation: Activation = "softmax"
+    lengths: Tensor | None = None
 
     def __repr__(self) -> str:
         """Say what happened, in counts."""
-        batch, frames, stages = self.forward.shape
-        used, unseen = int(self.used.sum()), int((~self.seen).sum())
+        (batch, frames, stages), looked_at = self.forward.shape, int(self.seen.sum())
+        used, total = int(self.used.sum()), batch * frames if self.lengths is None else int(self.lengths.sum())
         return (
-            f"SkipOutput({batch} videos of {frames} frames, {stages} stages, {self.logits.shape[-1]} classes: {used} "
-            f"frames used, {batch * frames - used - unseen} stopped, {unseen} unseen; mean macs "
-            f"{float(self.macs.mean()):.4g})"
+            f"SkipOutput({batch} videos of {_lengths(frames, self.lengths)} frames, {stages} stages, "
+            f"{self.logits.shape[-1]} classes: {used} frames used, {looked_at - used} stopped, {total - looked_at} "
+            f"unseen; mean macs {float(self.macs.mean()):.4g})"
         )
 
     def __post_init__(self) -> None:
@@ -160,6 +165,15 @@ class SkipOutput:
         """`(B, T)` boolean, frames that were looked at."""
         return self.stopped_at != rules.UNSEEN
 
+    @property
+    def weights(self) -> Tensor | None:
+        """`(B, T)` what each frame weighs in means over videos and frames; `None` where all weigh the same.
+
+        Padding weighs nothing, and a short video in all as much as a long one.
+        """
+        frames = self.used.shape[1]
+        return None if self.lengths is None else present(self.lengths, frames) * (frames / self.lengths[:, None])
+
 
 @dataclass
 class EncodedVideo:
@@ -171,18 +185,25 @@ class EncodedVideo:
         pooled: for each of `N` stages `(B, T, C_n)` pooled features.
         frame_logits: `(B, T, K)` logits of every frame.
         image_size: `(H, W)` of the frames, for the cost table.
+        lengths: `(B,)` frames of each video, where the batch is padded; `None` for all. What is stored of padding does
+            not matter; `encode` gives zeros.
     """
 
     pooled: tuple[Tensor, ...]
     frame_logits: Tensor
     image_size: tuple[int, int]
+    lengths: Tensor | None = None
 
     def __repr__(self) -> str:
         """Show sizes instead of values."""
         batch, frames, classes = self.frame_logits.shape
         channels = ", ".join(str(features.shape[-1]) for features in self.pooled)
-        size = "x".join(map(str, self.image_size))
-        return f"EncodedVideo({batch} videos of {frames} frames of {size}: channels {channels}, {classes} classes)"
+        size, count = "x".join(map(str, self.image_size)), _lengths(frames, self.lengths)
+        return f"EncodedVideo({batch} videos of {count} frames of {size}: channels {channels}, {classes} classes)"
+
+
+def _lengths(frames: int, lengths: Tensor | None) -> str:
+    return str(frames) if lengths is None else f"{int(lengths.min())} to {int(lengths.max())}"
 
 
 # Wrappers of modules find the tensors of what a module returns by torch's pytrees. Without this,
@@ -196,12 +217,12 @@ def masked_output(
     gate_logits: Tensor,
     frame_logits: Tensor,
     lookup: FLOPsLookup,
-    repeats: Sequence[bool],
+    readout: Readout,
     *,
     fallback_frame: Tensor | None = None,
     inner_logits: Tensor | None = None,
     logits: Tensor | None = None,
-    activation: Activation = "softmax",
+    lengths: Tensor | None = None,
 ) -> SkipOutput:
     """Make the output of a skipping pass: mask what the decisions did not ask for.
 
@@ -210,11 +231,11 @@ def masked_output(
         gate_logits: `(B, T, N, 2)`.
         frame_logits: `(B, T, K)`.
         lookup: costs at the frames' size.
-        repeats: for each gate, whether frames that it stops repeat the last used one.
+        readout: how the model's frames make answers.
         fallback_frame: `(B,)`; chosen here by default.
         inner_logits: `(B, T, N, K)`, if inner classifiers ran.
-        logits: `(B, K)` the videos' answers; by default the mean of the answering frames' logits.
-        activation: the model's head activation.
+        logits: `(B, K)` the videos' answers; by default what the answering frames make.
+        lengths: `(B,)` frames of each video, where the batch is padded.
     """
     stages = gate_logits.shape[2]
     if fallback_frame is None:
@@ -222,7 +243,7 @@ def masked_output(
     answering = rules.answering(stopped_at, stages, fallback_frame)
     if logits is None:
         # A fallback frame counts as the one used frame of its video.
-        counted = rules.read(torch.where(answering, stages, stopped_at), frame_logits, repeats)
+        counted = rules.read(readout, torch.where(answering, stages, stopped_at), frame_logits)
         logits = counted[:, -1].to(frame_logits.dtype)
     depth = torch.arange(stages, device=stopped_at.device)
     evaluated = depth <= stopped_at[..., None]
@@ -237,26 +258,31 @@ def masked_output(
         macs=lookup.cost(stopped_at, fallback_frame),
         fallback_frame=fallback_frame,
         evaluated=evaluated,
-        activation=activation,
+        activation=readout.activation,
+        lengths=lengths,
     )
 
 
 def dense_output(
-    frame_logits: Tensor, stages: int, lookup: FLOPsLookup, activation: Activation = "softmax"
+    frame_logits: Tensor, lookup: FLOPsLookup, readout: Readout, lengths: Tensor | None = None
 ) -> SkipOutput:
-    """Make the output of a pass without gates, which uses every frame: `(B, T, K)` logits."""
+    """Make the output of a pass without gates, which uses every frame: `(B, T, K)` logits, finite in padding, too."""
     batch, frames, _ = frame_logits.shape
-    device = frame_logits.device
+    device, stages = frame_logits.device, len(readout.repeats)
+    used = torch.ones(batch, frames, dtype=torch.bool, device=device) if lengths is None else present(lengths, frames)
+    stopped_at = torch.where(used, stages, rules.UNSEEN)
+    weights = None if lengths is None else used.to(frame_logits.dtype)
     return SkipOutput(
-        logits=frame_logits.mean(1),
-        forward=frame_logits.new_ones(batch, frames, stages),
-        used=torch.ones(batch, frames, dtype=torch.bool, device=device),
-        stopped_at=torch.full((batch, frames), stages, device=device),
-        frame_logits=frame_logits,
+        logits=rules.weighted(readout, stopped_at, frame_logits, weights),
+        forward=used[..., None].to(frame_logits.dtype).repeat(1, 1, stages),
+        used=used,
+        stopped_at=stopped_at,
+        frame_logits=frame_logits if lengths is None else rules.known(frame_logits, used),
         gate_logits=None,
         inner_logits=None,
-        macs=torch.full((batch,), frames * lookup.dense, dtype=torch.float64, device=device),
+        macs=used.sum(1).double() * lookup.dense,
         fallback_frame=torch.full((batch,), -1, device=device),
         evaluated=torch.zeros(batch, frames, stages, dtype=torch.bool, device=device),
-        activation=activation,
+        activation=readout.activation,
+        lengths=lengths,
     )

@@ -4,7 +4,7 @@ Shapes: `B` videos of `T` frames, `N` gates, `K` classes. All functions are pure
 
     margins    forward logit minus stop logit            nearness, score    how far a stopped frame got
     forwards   does a frame go forward?                  further, fallback  which frame answers for its video
-    draw       the same, drawn or with gradients         count              what adds to a video's mean
+    draw       the same, drawn or with gradients         count, weighted    what adds to a video's answer
     stopped    the first gate that says stop             running, ends      the running prediction; a video's end
     keep       which rows keep a new state               known              NaN for what was not computed
 """
@@ -13,16 +13,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from dynskip.activation import Activation, probabilities
+from dynskip.activation import Activation, probabilities, to_logits
+from dynskip.consensus import ConsensusState, MeanOfLogits, Readout, moved
 from dynskip.gates import FORWARD, STOP, GateState, logit
 
 UNSEEN = -1  # `stopped_at` of a frame that was never looked at, because the video had ended
 SATURATED = 100.0  # no threshold overrules a margin as wide as this
+# What videos' answers are made of: the consensus' state; then, where a gate repeats, what the consensus took of the
+# last used frame, `(B, E)`, NaN before it.
+Tally: TypeAlias = tuple[Tensor, ...]
 
 # One frame's decision
 
@@ -152,31 +156,28 @@ def answering(stopped_at: Tensor, stages: int, fallback_frame: Tensor) -> Tensor
     return (stopped_at == stages) | (frames == fallback_frame[:, None])
 
 
-# A video's mean, and its end
+# A video's answer, and its end
 
 
-class Sums(NamedTuple):
-    """What a video's mean is made of.
-
-    Attributes:
-        total: `(B, K)` float64 sum of the logits that count.
-        counted: `(B,)` number of them.
-        last: `(B, K)` float64 logits of the last used frame; a frame that repeats it adds them once more.
-    """
-
-    total: Tensor
-    counted: Tensor
-    last: Tensor
+def nothing_counted(readout: Readout, zeros: Tensor) -> Tally:
+    """Return what videos' answers are made of before the first frame, from `(B, K)` float64 zeros."""
+    state = readout.consensus.initial(zeros)
+    if not any(readout.repeats):
+        return state
+    width = readout.consensus.embedded_features or zeros.shape[1]
+    return (*state, zeros.new_full((len(zeros), width), math.nan))
 
 
-def nothing_counted(videos: int, classes: int, device: torch.device) -> Sums:
-    """Return the sums before the first frame."""
-    zeros = torch.zeros(videos, classes, dtype=torch.float64, device=device)
-    return Sums(zeros, torch.zeros(videos, dtype=torch.long, device=device), zeros.clone())
+def embed(readout: Readout, logits: Tensor) -> Tensor:
+    """Return what the consensus takes of frames, `(M, E)` from logits `(M, K)`; the logits where it has no `embed`."""
+    consensus = readout.consensus
+    if not consensus.embedded_features:
+        return logits
+    return consensus.embed(probabilities(logits, readout.activation) if consensus.of_probabilities else logits)
 
 
 def source(stopped_at: Tensor, repeats: Sequence[bool]) -> Tensor:
-    """Return the number of the frame whose logits each frame adds to its video's mean, `(B, T)`; -1 for none.
+    """Return the number of the frame whose logits each frame adds to its video's answer, `(B, T)`; -1 for none.
 
     Args:
         stopped_at: `(B, T)` what became of each frame.
@@ -191,46 +192,79 @@ def source(stopped_at: Tensor, repeats: Sequence[bool]) -> Tensor:
 
 
 def times_counted(stopped_at: Tensor, repeats: Sequence[bool]) -> Tensor:
-    """Return how often each frame's logits count in its video's mean, `(B, T)`; 1 for frames that nothing repeats."""
+    """Return how often each frame's logits count in its video's answer, `(B, T)`; 1 for frames that nothing repeats."""
     at = source(stopped_at, repeats)
     counts = torch.zeros_like(stopped_at).scatter_add(1, at.clamp(min=0), (at >= 0).long())
     return counts.clamp(min=1)
 
 
-def count(stopped_at: Tensor, frame_logits: Tensor, repeats: Sequence[bool], before: Sums) -> Sums:
-    """Add frames to their videos' sums, one after the other. Logits that are not finite do not count.
+def count(readout: Readout, stopped_at: Tensor, values: Tensor, before: Tally) -> Tally:
+    """Add frames to their videos' answers, one after the other. Those whose logits are not finite do not count.
 
     Args:
+        readout: how the model's frames make answers.
         stopped_at: `(B, T)` what became of each frame.
-        frame_logits: `(B, T, K)` logits; only those of used frames matter.
-        repeats: for each of `N` gates, whether frames that it stops repeat the last used one.
-        before: the sums before the first of these frames.
+        values: `(B, T, E)` what `embed` returned; only those of used frames matter.
+        before: the tally before the first of these frames.
 
     Returns:
-        The sums after each of them: `(B, T, K)`, `(B, T)`, `(B, T, K)`.
+        The tally after each of them: tensors `(B, T, ...)`.
     """
-    used = stopped_at == len(repeats)
-    wide = frame_logits.double()
+    repeats, used = readout.repeats, stopped_at == len(readout.repeats)
+    wide, counts, state = values.double(), used, before
     if any(repeats):
+        state, recent = before[:-1], before[-1]
         at = torch.where(used, torch.arange(1, used.shape[1] + 1, device=used.device), 0).cummax(1).values
-        shown = torch.cat([before.last[:, None], wide], 1)
-        last = shown.gather(1, at[..., None].expand(-1, -1, wide.shape[-1]))
-        seen_one = (at > 0) | (before.counted > 0)[:, None]
-        added, counts = last, used | (_repeating(stopped_at, repeats) & seen_one)
-    else:
-        last, added, counts = before.last[:, None].expand_as(wide), wide, used
-    counts = counts & _finite(added)
-    added = torch.where(counts[..., None], added, 0.0)
-    if used.shape[1] == 1:
-        return Sums(before.total[:, None] + added, before.counted[:, None] + counts, last)
-    # Added one by one, as if frames arrived one by one: another order would round differently.
-    total = torch.cat([before.total[:, None], added], 1).cumsum(1)[:, 1:]
-    return Sums(total, before.counted[:, None] + counts.cumsum(1), last)
+        shown = torch.cat([recent[:, None], wide], 1)
+        wide = shown.gather(1, at[..., None].expand(-1, -1, wide.shape[-1]))
+        counts = used | _repeating(stopped_at, repeats)
+    counts = counts & _finite(wide)
+    added = torch.where(counts[..., None], _shown(readout, wide), 0.0)
+    after = readout.consensus.add_window(state, added, counts)
+    return (*after, wide) if any(repeats) else after
 
 
-def running(sums: Sums, dtype: torch.dtype) -> Tensor:
-    """Return the running prediction, mean logits `(..., K)`; NaN before the first frame that counts."""
-    return (sums.total / sums.counted[..., None]).to(dtype)
+def running(readout: Readout, tally: Tally, dtype: torch.dtype) -> Tensor:
+    """Return the running prediction, logits `(B, K)` from a tally; NaN before the first frame that counts."""
+    return _answer(readout, tally[:-1] if any(readout.repeats) else tally, dtype)
+
+
+def running_after(readout: Readout, tally: Tally, dtype: torch.dtype) -> Tensor:
+    """Return the running prediction after each frame, `(B, T, K)` from what `count` returned."""
+    rows = running(readout, tuple(part.flatten(0, 1) for part in tally), dtype)
+    return rows.view(*tally[0].shape[:2], -1)
+
+
+def weighted(readout: Readout, stopped_at: Tensor, frame_logits: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the answers of videos whose frames count with weights, `(B, K)`; differentiable.
+
+    Weights of 0 and 1 give what `read` gives, but that a NaN is not left out.
+
+    Args:
+        readout: how the model's frames make answers.
+        stopped_at: `(B, T)` what became of each frame.
+        frame_logits: `(B, T, K)` logits.
+        weights: `(B, T)` weights, 1 for used frames and 0 for others, with gradients; `None` where all are used.
+    """
+    consensus, repeats = readout.consensus, readout.repeats
+    if type(consensus) is MeanOfLogits:  # Eq. 3.6
+        if weights is None:
+            return frame_logits.mean(1)
+        weights = weights * times_counted(stopped_at, repeats)
+        return (weights[..., None] * frame_logits).sum(1) / weights.sum(1, keepdim=True)
+    weights = torch.ones_like(frame_logits[..., 0]) if weights is None else weights
+    values = _shown(readout, embed(readout, frame_logits.flatten(0, 1)).double()).unflatten(0, weights.shape)
+    steps = list(zip(values.unbind(1), weights.unbind(1), strict=True))
+    if any(repeats):  # after each frame, the last used one once more where this frame repeats it
+        at = source(stopped_at, repeats)
+        again = weights.gather(1, at.clamp(min=0)) * (_repeating(stopped_at, repeats) & (at >= 0))
+        values = values.gather(1, at.clamp(min=0)[..., None].expand_as(values))
+        repeated = zip(values.unbind(1), again.unbind(1), strict=True)
+        steps = [step for pair in zip(steps, repeated, strict=True) for step in pair]
+    state = consensus.initial(frame_logits.new_zeros(frame_logits[:, 0].shape, dtype=torch.float64))
+    for value, weight in steps:
+        state = moved(state, consensus.add(state, value), weight)
+    return _answer(readout, state, frame_logits.dtype)
 
 
 def ends(terminator: nn.Module, running_logits: Tensor, seen: Tensor, activation: Activation) -> Tensor:
@@ -268,16 +302,18 @@ def unseen_after(ended: Tensor, stopped_at: Tensor) -> Tensor:
     return stopped_at.masked_fill(ended.cumsum(1) > ended, UNSEEN)
 
 
-def read(stopped_at: Tensor, frame_logits: Tensor, repeats: Sequence[bool]) -> Tensor:
+def read(readout: Readout, stopped_at: Tensor, frame_logits: Tensor) -> Tensor:
     """Return the running predictions of whole videos, `(B, T, K)` in float32 or better; see `count`."""
-    before = nothing_counted(len(stopped_at), frame_logits.shape[-1], stopped_at.device)
+    before = nothing_counted(readout, frame_logits.new_zeros(frame_logits[:, 0].shape, dtype=torch.float64))
+    values = embed(readout, frame_logits.flatten(0, 1)).unflatten(0, stopped_at.shape)
     wide = torch.promote_types(frame_logits.dtype, torch.float32)
-    return running(count(stopped_at, frame_logits, repeats, before), wide)
+    return running_after(readout, count(readout, stopped_at, values, before), wide)
 
 
-def answer(fallback_logits: Tensor) -> Tensor:
-    """Return the answer of fallback frames' `(..., K)` logits: NaN for a frame whose logits are not all finite."""
-    return known(fallback_logits, _finite(fallback_logits))
+def answer(readout: Readout, fallback_logits: Tensor) -> Tensor:
+    """Return the answers of fallback frames, `(B, K)`: each counts as the one used frame of its video."""
+    stopped_at = torch.full((len(fallback_logits), 1), len(readout.repeats), device=fallback_logits.device)
+    return read(readout, stopped_at, fallback_logits[:, None]).squeeze(1)
 
 
 def known(values: Tensor, where: Tensor) -> Tensor:
@@ -287,6 +323,19 @@ def known(values: Tensor, where: Tensor) -> Tensor:
 
 def _finite(logits: Tensor) -> Tensor:
     return (logits - logits == 0).all(-1)  # as `isfinite`, in fewer launches
+
+
+def _shown(readout: Readout, values: Tensor) -> Tensor:
+    """Turn float64 logits into probabilities, where the consensus adds these and `embed` has not done so."""
+    consensus = readout.consensus
+    if consensus.of_probabilities and not consensus.embedded_features:
+        return probabilities(values, readout.activation)
+    return values
+
+
+def _answer(readout: Readout, state: ConsensusState, dtype: torch.dtype) -> Tensor:
+    answer: Tensor = readout.consensus.answer(state)
+    return (to_logits(answer, readout.activation) if readout.consensus.of_probabilities else answer).to(dtype)
 
 
 def _repeating(stopped_at: Tensor, repeats: Sequence[bool]) -> Tensor:

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from dynskip import rules
-from dynskip._check import check_eval, check_video
+from dynskip._check import Lengths, check_eval, check_video, present, settings_of
 from dynskip._fit import Wrapper, check_encoded, check_parts
 from dynskip._pretrained import Pretrained
 from dynskip.activation import Activation
 from dynskip.backbone import StagedBackbone, encode_images
+from dynskip.consensus import Consensus, MeanOfLogits
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
 from dynskip.gates import parts_of
+from dynskip.order import FrameOrder, check_order, in_steps, in_time, looked_at
 from dynskip.output import EncodedVideo, FrameResult, SkipOutput, VideoResult, dense_output, masked_output
 from dynskip.runtime.clip import LookAhead, run_clip, tune
 from dynskip.runtime.online import Session
@@ -46,6 +48,8 @@ class StopOrForward(Pretrained, Wrapper):
         forward_threshold: a frame goes forward where the gate's forward probability exceeds this; one number for all
             gates, or one a gate. 0.5 is the arg-max. No threshold overrules saturated logits (`dynskip.rules`).
         activation: how logits become probabilities: `"softmax"`, one class holds; `"sigmoid"`, each class holds or not.
+        consensus: how used frames make a video's answer; `None` is `MeanOfLogits()` (Eq. 3.6).
+        order: in which order the frames of stored videos are looked at, such as `CoarseToFine()`; `None` in time.
 
     Settings are checked whenever they are set.
 
@@ -75,26 +79,37 @@ class StopOrForward(Pretrained, Wrapper):
         state_update: Literal["used", "reached"] = "used",
         forward_threshold: float | Sequence[float] = 0.5,
         activation: Activation = "softmax",
+        consensus: Consensus | None = None,
+        order: FrameOrder | None = None,
     ) -> None:
         check_parts(backbone, gates, inner, lookup)
         super().__init__(backbone, forward_threshold, activation, lookup)
         self.gates = nn.ModuleList(gates)
         self.inner = nn.ModuleList(inner) if inner is not None else None
         self.terminator: EarlyTerminator | None = terminator
+        self.consensus: Consensus = consensus if consensus is not None else MeanOfLogits()
         self.state_update: Literal["used", "reached"] = state_update
         self.look_ahead: LookAhead | None = None
+        self._trained_in: str | None = "unknown"  # the order of frames that gates have seen in training
+        self.order: FrameOrder | None = order
 
     def check_setting(self, name: str, value: Any) -> Any:
         """Refuse settings that make no sense; return thresholds as one a gate."""
         if name == "look_ahead" and not isinstance(value, LookAhead | None):
             raise DynskipError(f"look_ahead={value!r} is no look-ahead; give a LookAhead(frames, stages), or None.")
+        if name == "order":
+            check_order(value, self._trained_in, self.gates)
         return super().check_setting(name, value)
 
-    def forward(self, video: Tensor, *, dense: bool = False, sample: bool | None = None) -> SkipOutput:
+    def forward(
+        self, video: Tensor, *, lengths: Lengths | None = None, dense: bool = False, sample: bool | None = None
+    ) -> SkipOutput:
         """Classify videos.
 
         Args:
-            video: `(B, T, C, H, W)` normalised frames in order, floating point.
+            video: `(B, T, C, H, W)` normalised frames in time, floating point.
+            lengths: `(B,)` frames of each video, where they are padded to `T` frames; `None` for all. Padding is never
+                run, counted or averaged, and its values do not matter.
             dense: leave the gates out and use every frame (the plain backbone; also the recipe's warm-up).
             sample: draw decisions from the gates' probabilities instead of taking the more probable one; by default in
                 training only.
@@ -103,26 +118,29 @@ class StopOrForward(Pretrained, Wrapper):
             The output; differentiable in training, without gradients when frames are really skipped.
 
         Raises:
-            DynskipError: if the video has the wrong rank, channels or dtype, no frames, or NaN or infinite values.
+            DynskipError: if the video has the wrong rank, channels or dtype, no frames, or NaN or infinite values, or
+                the lengths do not fit it.
         """
         if dense:
-            encoded = self.encode(video)
+            encoded = self.encode(video, lengths)
             lookup = self.lookup_for(encoded.image_size)
-            return dense_output(encoded.frame_logits, self.backbone.num_stages, lookup, self.activation)
+            encoded, table = looked_at(self.order, encoded)
+            return in_time(dense_output(encoded.frame_logits, lookup, self.readout, encoded.lengths), table)
         if self.training:
-            return self.decide(self.encode(video), sample=sample)
+            return self.decide(self.encode(video, lengths), sample=sample)
         # A frame's draw must not depend on how far the clip looks ahead, so a sampled pass goes frame by frame.
-        return run_clip(self, video, window=1 if sample else None, sample=bool(sample))
+        return run_clip(self, video, lengths, window=1 if sample else None, sample=bool(sample))
 
-    def run_clip(self, video: Tensor, window: int | None = None) -> SkipOutput:
+    def run_clip(self, video: Tensor, window: int | None = None, lengths: Lengths | None = None) -> SkipOutput:
         """Classify stored videos, really skipping: as `model(video)` in eval, with a window that you choose.
 
         A window of frames of every video goes through each stage as one batch, before all decisions are made that they
         depend on. Outputs do not depend on the window: it trades `speculative_macs` for larger batches.
 
         Args:
-            video: `(B, T, C, H, W)` normalised frames in order, floating point.
+            video: `(B, T, C, H, W)` normalised frames in time, floating point.
             window: frames of a video in flight; 1 goes frame by frame. By default as `look_ahead` says.
+            lengths: as in `forward`.
 
         Returns:
             The output, without gradients.
@@ -130,20 +148,21 @@ class StopOrForward(Pretrained, Wrapper):
         Raises:
             DynskipError: as `forward`, and if the window is not positive or a part is in training mode.
         """
-        return run_clip(self, video, window)
+        return run_clip(self, video, lengths, window)
 
-    def tune(self, video: Tensor) -> LookAhead:
+    def tune(self, video: Tensor, lengths: Lengths | None = None) -> LookAhead:
         """Measure with which look-ahead clips run fastest on this machine, and keep it as `look_ahead`.
 
         Answers do not depend on it. It depends on the videos' number and length, and on what the gates decide.
 
         Args:
             video: `(B, T, C, H, W)` normalised frames, like those to come.
+            lengths: as in `forward`.
 
         Returns:
             The look-ahead.
         """
-        self.look_ahead = tune(self, video)
+        self.look_ahead = tune(self, video, lengths)
         return self.look_ahead
 
     def stream(self, batch: int = 1) -> Session:
@@ -207,18 +226,21 @@ class StopOrForward(Pretrained, Wrapper):
     def _rules(self) -> list[str]:
         return [
             f"Gates remember frames that were {self.state_update}.",
+            f"Used frames make the answer by {self.consensus!r}.",
             f"A video ends early: {self.terminator.extra_repr()}." if self.terminator else "Every frame is looked at.",
+            *([f"Frames of stored videos are looked at in the order {settings_of(self.order)}."] if self.order else []),
         ]
 
     def extra_repr(self) -> str:
         """Show the rules, and what a frame costs where that has been counted."""
         return f"state_update={self.state_update!r}, {super().extra_repr()}"
 
-    def encode(self, video: Tensor) -> EncodedVideo:
+    def encode(self, video: Tensor, lengths: Lengths | None = None) -> EncodedVideo:
         """Run the whole backbone on every frame.
 
         Args:
             video: `(B, T, C, H, W)` normalised frames.
+            lengths: as in `forward`. Padding is not run, and has zeros.
 
         Returns:
             Pooled features of every stage and logits of every frame.
@@ -228,11 +250,18 @@ class StopOrForward(Pretrained, Wrapper):
         """
         if not self.training:
             check_eval(self, "`encode`")
-        video = check_video(video, self.backbone)
+        video, ends = check_video(video, self.backbone, lengths)
         batch, frames, _, height, width = video.shape
-        pooled, logits = encode_images(self.backbone, video.flatten(0, 1))
-        pooled, logits = [x.unflatten(0, (batch, frames)) for x in pooled], logits.unflatten(0, (batch, frames))
-        return EncodedVideo(tuple(pooled), logits, (height, width))
+        images, real = video.flatten(0, 1), None
+        if ends is not None:
+            real = present(ends, frames).flatten().nonzero().squeeze(1).to(video.device, non_blocking=True)
+            images, ends = images[real], ends.to(video.device, non_blocking=True)
+        pooled, logits = encode_images(self.backbone, images)
+        found = [*pooled, logits]
+        if real is not None:
+            found = [x.new_zeros(batch * frames, x.shape[1]).index_copy(0, real, x) for x in found]
+        *pooled, logits = (x.unflatten(0, (batch, frames)) for x in found)
+        return EncodedVideo(tuple(pooled), logits, (height, width), ends)
 
     def decide(self, encoded: EncodedVideo, *, sample: bool | None = None, noise: Tensor | None = None) -> SkipOutput:
         """Gate every frame from its stored features, and mask what the gates stop.
@@ -252,12 +281,17 @@ class StopOrForward(Pretrained, Wrapper):
         """
         check_encoded(encoded, self.backbone)
         sample = self.training if sample is None else sample
-        frame_logits, stages = encoded.frame_logits, self.backbone.num_stages
-        batch, frames, _ = frame_logits.shape
+        stages, (batch, frames, _) = self.backbone.num_stages, encoded.frame_logits.shape
         if noise is not None and noise.shape != (wanted := (batch, frames, stages, 2)):
             raise DynskipError(f"The noise has shape {tuple(noise.shape)}; expected (B, T, N, 2) = {wanted}.")
         if not self.training:
             check_eval(self, "`decide`")
+        if self.training:
+            self._trained_in = settings_of(self.order)
+        encoded, table = looked_at(self.order, encoded)
+        noise = None if noise is None else in_steps(noise, table)
+        frame_logits = encoded.frame_logits
+        real = None if encoded.lengths is None else present(encoded.lengths, frames)
         states = [gate.initial_state(batch) for gate in self.gates]
         parts = [parts_of(gate) for gate in self.gates]
         bounds = rules.bounds(self.forward_threshold).tolist()
@@ -280,7 +314,8 @@ class StopOrForward(Pretrained, Wrapper):
             all_logits.append(torch.stack(said, 1))
             all_decisions.append(torch.stack(decisions, 1))
             all_inner += [torch.stack(inner, 1)] if inner else []
-            stops.append(rules.stopped(all_decisions[-1].detach() > 0.5))
+            stop = rules.stopped(all_decisions[-1].detach() > 0.5)
+            stops.append(stop if real is None else stop.masked_fill(~real[:, t], rules.UNSEEN))
             states = [rules.keep(stops[-1] >= n, *both) for n, *both in zip(keeps_from, proposed, states, strict=True)]
 
         gate_logits, forward, stopped_at = (torch.stack(each, 1) for each in (all_logits, all_decisions, stops))
@@ -289,42 +324,50 @@ class StopOrForward(Pretrained, Wrapper):
         if not self.training:
             if self.terminator is not None:
                 # Frames after a video's end were decided in vain: no result depends on them.
-                running = rules.read(stopped_at, frame_logits, self.repeats)
+                running = rules.read(self.readout, stopped_at, frame_logits)
                 stopped_at = rules.end_videos(self.terminator, running, stopped_at, self.activation)
-            return masked_output(
+            output = masked_output(
                 stopped_at,
                 gate_logits,
                 frame_logits,
                 lookup,
-                self.repeats,
+                self.readout,
                 inner_logits=inner_logits,
-                activation=self.activation,
+                lengths=encoded.lengths,
             )
+            return in_time(output, table)
+        evaluated = torch.ones_like(forward, dtype=torch.bool)
+        if real is not None:
+            evaluated = real[..., None].expand_as(forward)
+            forward, gate_logits = forward.masked_fill(~evaluated, 0.0), rules.known(gate_logits, real)
+            inner_logits = None if inner_logits is None else rules.known(inner_logits, real)
         fallback_frame = rules.fallback(stopped_at, gate_logits)
         used = stopped_at == stages
         # The product of the decisions carries the gates' gradients; a fallback frame counts with a constant 1.
         given = rules.answering(stopped_at, stages, fallback_frame) & ~used
-        weights = (forward.prod(-1) + given.to(forward.dtype)) * rules.times_counted(stopped_at, self.repeats)
-        return SkipOutput(
-            logits=(weights[..., None] * frame_logits).sum(1) / weights.sum(1, keepdim=True),
+        weights = forward.prod(-1) + given.to(forward.dtype)
+        output = SkipOutput(
+            logits=rules.weighted(self.readout, stopped_at, frame_logits, weights),
             forward=forward,
             used=used,
             stopped_at=stopped_at,
-            frame_logits=frame_logits,
+            frame_logits=frame_logits if real is None else rules.known(frame_logits, real),
             gate_logits=gate_logits,
             inner_logits=inner_logits,
             macs=lookup.cost(stopped_at, fallback_frame),
             fallback_frame=fallback_frame,
-            evaluated=torch.ones_like(forward, dtype=torch.bool),
+            evaluated=evaluated,
             activation=self.activation,
+            lengths=encoded.lengths,
         )
+        return in_time(output, table)
 
     def optimize(self, clips: Tensor, **options: Any) -> tuple[StopOrForward, Agreement]:
         """Build a faster copy and compare its decisions; see `dynskip.runtime.optimize.optimize`.
 
         Args:
             clips: `(B, T, C, H, W)` normalised calibration clips, at the frame size to optimise for.
-            **options: `compile`, `dtype`, `buckets`, `backend`.
+            **options: `lengths`, `compile`, `dtype`, `buckets`, `backend`.
 
         Returns:
             The faster model, and how its decisions on `clips` compare with this model's.

@@ -17,19 +17,27 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dynskip import (
+    AttentionMean,
+    Consensus,
     EarlyTerminator,
     InnerClassifier,
+    MaxOfLogits,
+    MeanOfLogits,
+    MeanOfProbabilities,
     PolicyGate,
     SkipOutput,
     StagedBackbone,
     StopOrForward,
+    TopKMean,
     sofnet,
     stage_model,
 )
+from dynskip.activation import Activation
 
 Temporal: TypeAlias = Literal["lstm"] | None
 StateUpdate: TypeAlias = Literal["used", "reached"]
 BOTH_TEMPORAL: tuple[Temporal, ...] = ("lstm", None)
+ACTIVATIONS: tuple[Activation, ...] = ("softmax", "sigmoid")
 BOTH_UPDATES: tuple[StateUpdate, ...] = ("used", "reached")
 
 CLASSES = 4
@@ -144,6 +152,13 @@ def random_inner(count: int, seed: int, hidden: int = 5, detach: bool = True, sc
     return [
         randomise(InnerClassifier(hidden, CLASSES, detach=detach).double(), seed * 107 + n, scale) for n in range(count)
     ]
+
+
+def consensuses(classes: int = CLASSES, dtype: torch.dtype = torch.float32) -> list[Consensus]:
+    """Build each consensus; the attention's scores vary."""
+    attention = AttentionMean(classes, hidden=3).to(dtype)
+    randomise(attention, 7, scale=2.0)
+    return [MeanOfLogits(), MeanOfProbabilities(), MaxOfLogits(), TopKMean(2), attention.eval()]
 
 
 def toy_model(

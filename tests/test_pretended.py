@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from dynskip import (
+    CoarseToFine,
     ConfidenceGate,
     EarlyExit,
     EarlyTerminator,
@@ -234,6 +235,32 @@ def test_any_window(counts: Counts, window: int) -> None:
     moved, frames = there(model), video.to(DEVICE)
     assert_same(on_host(moved.run_clip(frames, window)), model(video))
     assert len(moved(frames, sample=True).macs) == 3
+
+
+@pytest.mark.parametrize("order", [None, CoarseToFine()])
+def test_videos_of_different_length_in_any_order(counts: Counts, order: Any) -> None:
+    model, video = small(order=order)
+    moved, frames, lengths = there(model), video.to(DEVICE), torch.tensor([2, 6, 3])
+    for given in (lengths, lengths.to(DEVICE)):
+        assert_same(on_host(moved(frames, lengths=given)), model(video, lengths=lengths))
+    assert_same(on_host(moved.run_clip(frames, 2, lengths)), model.run_clip(video, 2, lengths))
+    with torch.no_grad():
+        encoded = moved.encode(frames, lengths)
+        assert_same(on_host(moved.decide(encoded)), model.decide(model.encode(video, lengths)))
+        assert_same(on_host(moved(frames, lengths=lengths, dense=True)), model(video, lengths=lengths, dense=True))
+    output = moved.train()(frames, lengths=lengths)
+    SoFLoss(moved.lookup_for((SIZE, SIZE)))(output, torch.tensor([0, 1, 2])).total.backward()
+
+
+def test_an_order_adds_no_waits(counts: Counts) -> None:
+    model, video = small()
+    moved, frames, waited = there(model), video.to(DEVICE), []
+    for moved.order in (None, CoarseToFine()):
+        moved(frames)
+        counts.clear()
+        moved(frames)
+        waited.append(counts.waited)
+    assert waited[0] == waited[1]
 
 
 def test_a_video_without_used_frames(counts: Counts) -> None:

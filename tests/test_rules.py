@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import generator
-from hypothesis import assume, example, given
+from helpers import ACTIVATIONS, consensuses, generator
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import dynskip_onnx
-from dynskip import EarlyTerminator, rules
+from dynskip import Consensus, EarlyTerminator, MeanOfLogits, rules
+from dynskip.activation import Activation, probabilities, to_logits
+from dynskip.consensus import Readout
+from dynskip.runtime.export import describe_consensus
 
 NAN, INF = math.nan, math.inf
 WIDE = (NAN, INF, -INF, 0.0, 50.0, -50.0, 99.0, 100.0, -100.0, 3e38, -3e38, 1e-8)
@@ -63,16 +66,20 @@ def assert_close(actual: Any, expected: Any) -> None:
     np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=1e-12, atol=1e-12)
 
 
+def readout(repeats: Sequence[bool], activation: Activation = "softmax", consensus: Consensus | None = None) -> Readout:
+    return Readout(consensus or MeanOfLogits(), activation, tuple(repeats))
+
+
 # The copy without torch
 
 
 def test_the_copy_has_rules_of_the_same_names() -> None:
     section = inspect.getsource(dynskip_onnx).split("\n# What comes out")[0]
     copied = {name for name, f in inspect.getmembers(dynskip_onnx, inspect.isfunction) if f"\ndef {name}(" in section}
-    copied -= {"_logit", "_softmax"}
+    copied -= {"_logit"}
     wanted = {"margins", "bounds", "forwards", "stopped", "nearness", "score", "tie", "further"}
     wanted |= {"nothing_counted", "count", "running", "ends"}
-    assert copied == wanted <= set(dir(rules))
+    assert copied - {"probabilities", "confidence", "to_logits"} == wanted <= set(dir(rules))
     assert dynskip_onnx.UNSEEN == rules.UNSEEN
     assert dynskip_onnx.SATURATED == rules.SATURATED
     assert dynskip_onnx.tie(np.float32) == TIE
@@ -119,27 +126,48 @@ def test_the_copy_takes_nearly_equal_scores_for_equal(best: float, ties: float) 
     assert dynskip_onnx.further(each, best, TIE) == (ties > 1)
 
 
-@given(histories())
-def test_the_copy_counts_alike(drawn: tuple[Tensor, Tensor, list[bool]]) -> None:
+@settings(max_examples=200)
+@given(histories(), st.sampled_from(ACTIVATIONS), st.data())
+def test_the_copy_counts_alike(
+    drawn: tuple[Tensor, Tensor, list[bool]], activation: Activation, data: st.DataObject
+) -> None:
     stopped_at, frame_logits, repeats = drawn
     videos, frames, classes = frame_logits.shape
-    start = rules.nothing_counted(videos, classes, torch.device("cpu"))
-    after = rules.count(stopped_at, frame_logits, repeats, start)
-    wanted = rules.running(after, torch.float32)
+    consensus = data.draw(st.sampled_from(consensuses(classes)))
+    entry = describe_consensus(consensus)
+    how = readout(repeats, activation, consensus)
+    copied = dynskip_onnx.Readout(
+        dynskip_onnx._consensus_of(entry, classes, None),
+        activation,
+        repeats,
+        entry["of_probabilities"],
+        entry["embedded_features"] > 0,
+    )
+    values = rules.embed(how, frame_logits).detach()
+    start = rules.nothing_counted(how, torch.zeros(videos, classes, dtype=torch.float64))
+    wanted = rules.running_after(how, rules.count(how, stopped_at, values, start), torch.float32)
     for b in range(videos):
-        sums = dynskip_onnx.nothing_counted(classes)
-        assert_equal(dynskip_onnx.running(sums), rules.running(start, torch.float32)[b])
+        tally = dynskip_onnx.nothing_counted(copied, np.zeros(classes))
+        assert_equal(dynskip_onnx.running(copied, tally), rules.running(how, start, torch.float32)[b])
         for t in range(frames):
-            sums = dynskip_onnx.count(int(stopped_at[b, t]), frame_logits[b, t].numpy(), repeats, sums)
-            assert sums.total.dtype == np.float64
-            assert_close(sums.total, after.total[b, t])
-            assert sums.counted == after.counted[b, t]
-            if any(repeats):  # nobody asks for the last used frame where nothing repeats it
-                assert_equal(sums.last, after.last[b, t])
-            mean = dynskip_onnx.running(sums)
-            assert mean.dtype == np.float32
-            np.testing.assert_allclose(mean, wanted[b, t], rtol=1e-6)
-        assert dynskip_onnx.count(rules.UNSEEN, frame_logits[b, 0].numpy(), repeats, sums) == sums
+            tally = dynskip_onnx.count(copied, int(stopped_at[b, t]), values[b, t].numpy(), tally)
+            answer = dynskip_onnx.running(copied, tally)
+            assert answer.dtype == np.float32
+            np.testing.assert_allclose(answer, wanted[b, t], rtol=1e-5, atol=1e-6)
+        assert dynskip_onnx.count(copied, rules.UNSEEN, values[b, 0].numpy(), tally) == tally
+
+
+@given(
+    st.lists(st.one_of(st.floats(-800, 800), st.floats(-8, 8)), min_size=1, max_size=4), st.sampled_from(ACTIVATIONS)
+)
+def test_the_copy_makes_probabilities_alike(values: list[float], activation: Activation) -> None:
+    logits = torch.tensor(values, dtype=torch.float64)
+    ours, theirs = probabilities(logits, activation), dynskip_onnx.probabilities(logits.numpy(), activation)
+    np.testing.assert_allclose(theirs, ours, rtol=1e-12, atol=1e-300)
+    again = to_logits(ours, activation)
+    assert again.isfinite().all()
+    np.testing.assert_allclose(dynskip_onnx.to_logits(ours.numpy(), activation), again, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(probabilities(again, activation), ours, rtol=1e-12, atol=1e-15)
 
 
 @given(
@@ -160,7 +188,7 @@ def test_the_copy_ends_videos_alike(values: list[float], threshold: float, min_f
     assume(not 0 < abs(sure - single(threshold)) < 1e-6)
     wanted = rules.ends(EarlyTerminator(threshold, min_frames), mean[None], torch.tensor([[seen]]), "softmax")
     rule = {"threshold": threshold, "min_frames": min_frames}
-    assert dynskip_onnx.ends(rule, mean[0].numpy(), seen) == bool(wanted)
+    assert dynskip_onnx.ends(rule, mean[0].numpy(), seen, "softmax") == bool(wanted)
 
 
 # Slow and literal
@@ -301,22 +329,23 @@ def test_means_are_of_the_used_frames_and_those_that_repeat_them(
         stopped_at = stopped_at.clone()
         stopped_at[:, -1] = rules.UNSEEN
     videos, frames, classes = frame_logits.shape
-    sums = start = rules.nothing_counted(videos, classes, torch.device("cpu"))
-    assert rules.running(start, torch.float64).isnan().all()
+    how = readout(repeats)
+    tally = start = rules.nothing_counted(how, torch.zeros(videos, classes, dtype=torch.float64))
+    assert rules.running(how, start, torch.float64).isnan().all()
     slow = [slow_count(*pair, repeats) for pair in zip(stopped_at.tolist(), frame_logits.tolist(), strict=True)]
     means, counted = torch.tensor([s[0] for s in slow], dtype=torch.float64), torch.tensor([s[1] for s in slow])
     places = [0, *(place for place in itertools.accumulate(cuts) if place < frames), frames]
     parts = []
     for first, last in itertools.pairwise(places):  # the sums go from call to call
-        after = rules.count(stopped_at[:, first:last], frame_logits[:, first:last], repeats, sums)
-        sums = rules.Sums(*(table[:, -1] for table in after))
+        after = rules.count(how, stopped_at[:, first:last], frame_logits[:, first:last], tally)
+        tally = tuple(table[:, -1] for table in after)
         parts.append(after)
-    whole = rules.count(stopped_at, frame_logits, repeats, start)
-    for after in (whole, rules.Sums(*(torch.cat(tables, 1) for tables in zip(*parts, strict=True)))):
-        assert_equal(after.counted, counted)
+    whole = rules.count(how, stopped_at, frame_logits, start)
+    for after in (whole, tuple(torch.cat(tables, 1) for tables in zip(*parts, strict=True))):
+        assert_equal(after[1], counted)
         scale = torch.where(frame_logits.isfinite(), frame_logits, 0.0).abs().max().double() + 1
-        assert_close(rules.running(after, torch.float64) / scale, means / scale)
-    assert_equal(rules.read(stopped_at, frame_logits, repeats).isnan(), means.isnan())
+        assert_close(rules.running_after(how, after, torch.float64) / scale, means / scale)
+    assert_equal(rules.read(how, stopped_at, frame_logits).isnan(), means.isnan())
 
 
 @given(histories())

@@ -19,6 +19,7 @@ for needed in ("av", "PIL", "safetensors", "tqdm"):
 
 from dynskip.video import (  # noqa: E402
     Clips,
+    EvaluationLoader,
     Item,
     Preprocessing,
     StoredFeatures,
@@ -28,7 +29,9 @@ from dynskip.video import (  # noqa: E402
     open_source,
     pick_split,
     stored,
+    training_batches,
 )
+from dynskip.video.clips import Sample  # noqa: E402
 from dynskip.video.stick_figures import CLASSES  # noqa: E402
 from dynskip.video.stored import classifier, fit_linear  # noqa: E402
 
@@ -86,6 +89,36 @@ def test_deciding_from_features_equals_running_the_model(clips: Clips, tmp_path:
     assert torch.equal(decided.macs, skipped.macs)
     torch.testing.assert_close(decided.logits, skipped.logits)
     assert torch.equal(chosen.stopped_at, skipped.stopped_at[[4, 1]])
+
+
+class Growing(Clips):
+    """Clips of different length: the first has one frame, the next one two, and so on."""
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        sample = super().__getitem__(key)
+        return sample if sample.video is None else sample._replace(video=sample.video[: 1 + sample.position])
+
+
+def test_clips_of_different_length_are_padded_and_stored(
+    items: list[Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, growing = build(), Growing(items, CLASSES, PREP)
+    monkeypatch.setattr(stored, "VIDEOS_A_FILE", 2)  # files of different length, too
+    features = encode_clips(model, growing, tmp_path)
+    wanted = [1, 2, 3, 4, 4, 4]
+    assert features.lengths is not None
+    assert features.lengths.tolist() == wanted
+    ((video, lengths), _, keys) = next(iter(EvaluationLoader(growing, batch_size=6)))
+    assert video.shape[:2] == (6, 4)
+    assert lengths.tolist() == wanted
+    assert len(keys) == 6
+    rows = features.rows(model, slice(None))
+    decided, skipped = model.decide(rows), model(video, lengths=lengths)
+    assert torch.equal(decided.stopped_at, skipped.stopped_at)
+    torch.testing.assert_close(decided.logits, skipped.logits)
+    torch.testing.assert_close(features.means()[1], features.embedding[1, :2].mean(0))
+    fit_classifier(model, features, torch.arange(6))
+    assert isinstance(next(iter(training_batches(growing, 0, 6))).lengths, Tensor)
 
 
 def test_rows_have_the_logits_of_the_present_classifier(clips: Clips, tmp_path: Path) -> None:

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from dynskip import rules
+from dynskip._check import check_lengths, present, with_lengths
 from dynskip._modes import in_mode
 from dynskip.activation import probabilities
 from dynskip.calibrate._points import CurvePoint, Gated, check_fits
 from dynskip.errors import DynskipError
 from dynskip.metrics import sample_times, top_k_accuracy
+from dynskip.order import in_steps, in_time, steps
 from dynskip.output import EncodedVideo, SkipOutput, masked_output
 
-Video = Tensor | EncodedVideo
+Video = Tensor | tuple[Tensor, Tensor] | EncodedVideo
 Batches = Iterable[tuple[Video, Tensor] | tuple[Video, Tensor, Sequence[str]]]
 Metric = Callable[[Tensor, Tensor], float]
 
@@ -31,8 +33,8 @@ def encode(model: Gated, batches: Batches) -> list[tuple[EncodedVideo, Tensor]]:
 
     Args:
         model: the model; videos are moved to its device.
-        batches: `(videos, targets)` or `(videos, targets, keys)`, each a batch; videos that are encoded already stay as
-            they are.
+        batches: `(videos, targets)` or `(videos, targets, keys)`, each a batch. Videos of different length are padded,
+            and are `(videos, lengths)` in the place of `videos`. Those that are encoded already stay as they are.
 
     Returns:
         The encoded batches, on the model's device.
@@ -57,16 +59,20 @@ def encode(model: Gated, batches: Batches) -> list[tuple[EncodedVideo, Tensor]]:
                 )
             videos, targets = batch[0], torch.as_tensor(batch[1])
             if not isinstance(videos, EncodedVideo):
-                videos = model.encode(videos)
+                videos, lengths = with_lengths(videos)
+                run: Any = model.encode
+                videos = run(videos) if lengths is None else run(videos, lengths)
             pooled, logits = tuple(part.to(device) for part in videos.pooled), videos.frame_logits.to(device)
             if targets.ndim not in (1, 2) or len(targets) != len(logits):
                 raise DynskipError(
                     f"Got targets {tuple(targets.shape)} for {len(logits)} videos; give one class index a video, or "
                     "one row of a multi-hot table."
                 )
-            if not all(part.isfinite().all() for part in (*pooled, logits)):
+            lengths = None if videos.lengths is None else videos.lengths.to(device)
+            real = ... if lengths is None else present(lengths, logits.shape[1])
+            if not all(part[real].isfinite().all() for part in (*pooled, logits)):
                 raise DynskipError("Features or logits have NaN or infinite values. Check the weights; encode again.")
-            encoded.append((EncodedVideo(pooled, logits, videos.image_size), targets))
+            encoded.append((EncodedVideo(pooled, logits, videos.image_size, lengths), targets))
     if not encoded:
         raise DynskipError(
             "There are no validation videos. Give an iterable of (videos, targets); a generator can be read only once."
@@ -126,9 +132,9 @@ def uniform_frames(model: Gated, batches: Batches, *, metric: Metric = top_k_acc
         DynskipError: if there are no videos, or something does not fit.
     """
 
-    def pick(count: int, shape: tuple[int, int]) -> Tensor:
-        frames = torch.arange(shape[1])
-        return torch.isin(frames, sample_times(min(count, len(frames)), len(frames)).long()).expand(shape)
+    def pick(count: int, lengths: Tensor, frames: int) -> Tensor:
+        own = [sample_times(min(count, length), length).long() for length in lengths.tolist()]
+        return torch.stack([torch.isin(torch.arange(frames), numbers) for numbers in own])
 
     return Replay(model, batches, metric).by_count(pick)
 
@@ -151,9 +157,13 @@ def random_frames(
         DynskipError: if there are no videos, or something does not fit.
     """
     generator = torch.Generator().manual_seed(seed)
-    return Replay(model, batches, metric).by_count(
-        lambda count, shape: torch.rand(shape, generator=generator).argsort(1).argsort(1) < count
-    )
+
+    def pick(count: int, lengths: Tensor, frames: int) -> Tensor:
+        real = present(lengths, frames)
+        drawn = torch.rand(real.shape, generator=generator).masked_fill(~real, 2.0)
+        return (drawn.argsort(1).argsort(1) < count) & real
+
+    return Replay(model, batches, metric).by_count(pick)
 
 
 class Replay:
@@ -165,9 +175,13 @@ class Replay:
         if len({target.shape[1:] for target in targets}) > 1:
             raise DynskipError("Targets of some batches are class indices and of others multi-hot; give one kind.")
         self.targets = torch.cat(targets)
+        self.tables = [_table(model, encoded) for encoded, _ in self.videos]
 
     def decide(self, forward_threshold: tuple[float, ...]) -> list[tuple[SkipOutput, Tensor]]:
-        """Gate all videos, to their ends. With each output come the predictions after each frame, `(B, T, K)`."""
+        """Gate all videos, to their ends. With each output come the predictions after each frame, `(B, T, K)`.
+
+        Both are in the order in which the model looks at frames.
+        """
         model = self.model
         own, terminator = model.forward_threshold, model.terminator
         try:
@@ -176,10 +190,12 @@ class Replay:
                 outputs = [model.decide(encoded) for encoded, _ in self.videos]
         finally:
             model.forward_threshold, model.terminator = own, terminator
-        return [
-            (output, rules.read(output.stopped_at, encoded.frame_logits, model.repeats))
-            for output, (encoded, _) in zip(outputs, self.videos, strict=True)
-        ]
+        decided = []
+        for output, (encoded, _), table in zip(outputs, self.videos, self.tables, strict=True):
+            looked = in_time(output, None if table is None else table.argsort(1))
+            logits = in_steps(encoded.frame_logits, table)
+            decided.append((looked, rules.read(model.readout, looked.stopped_at, logits)))
+        return decided
 
     def end(
         self,
@@ -198,31 +214,32 @@ class Replay:
                 outputs[i] = masked_output(
                     rules.end_videos(terminator, running, output.stopped_at, self.model.activation),
                     output.gate_logits,
-                    encoded.frame_logits,
+                    in_steps(encoded.frame_logits, self.tables[i]),
                     self.model.lookup_for(encoded.image_size),
-                    self.model.repeats,
-                    activation=self.model.activation,
+                    self.model.readout,
                 )
         logits, macs = [output.logits for output in outputs], [output.macs for output in outputs]
         return self._measure(logits, macs, forward_threshold, termination_threshold)
 
-    def frames(self, pick: Callable[[tuple[int, int]], Tensor]) -> CurvePoint:
-        """Measure the plain backbone on the frames that `pick((B, T))` marks."""
+    def frames(self, pick: Callable[[Tensor, int], Tensor]) -> CurvePoint:
+        """Measure the plain backbone on the frames that `pick(lengths, T)` marks, `(B, T)`."""
         logits, macs = [], []
-        for encoded, _ in self.videos:
+        for (encoded, _), table in zip(self.videos, self.tables, strict=True):
             batch, frames, _ = encoded.frame_logits.shape
-            picked = pick((batch, frames)).to(encoded.frame_logits.device)
+            lengths = torch.full((batch,), frames) if encoded.lengths is None else encoded.lengths.cpu()
+            picked = in_steps(pick(lengths, frames).to(encoded.frame_logits.device), table)
             # As a model of one gate that stops all frames except the picked ones.
-            logits.append(rules.read(picked.long(), encoded.frame_logits, (False,))[:, -1])
+            readout = self.model.readout._replace(repeats=(False,))
+            logits.append(rules.read(readout, picked.long(), in_steps(encoded.frame_logits, table))[:, -1])
             macs.append(picked.sum(1).double() * self.model.lookup_for(encoded.image_size).dense)
         return self._measure(logits, macs)
 
     def dense(self) -> CurvePoint:
         """Measure the plain backbone on all frames."""
-        return self.frames(lambda shape: torch.ones(shape, dtype=torch.bool))
+        return self.frames(present)
 
-    def by_count(self, pick: Callable[[int, tuple[int, int]], Tensor]) -> tuple[CurvePoint, ...]:
-        """Measure the plain backbone on 1, 2, ... frames of each video, which `pick(count, (B, T))` marks."""
+    def by_count(self, pick: Callable[[int, Tensor, int], Tensor]) -> tuple[CurvePoint, ...]:
+        """Measure the plain backbone on 1, 2, ... frames of each video, which `pick(count, lengths, T)` marks."""
         most = max(encoded.frame_logits.shape[1] for encoded, _ in self.videos)
         return tuple(self.frames(partial(pick, count)) for count in range(1, most + 1))
 
@@ -230,3 +247,8 @@ class Replay:
         """Compare all videos' answers with the targets."""
         answers = torch.cat([probabilities(part, self.model.activation) for part in logits]).cpu()
         return CurvePoint(float(self.metric(answers, self.targets)), float(torch.cat(macs).mean()), *thresholds)
+
+
+def _table(model: Gated, encoded: EncodedVideo) -> Tensor | None:
+    batch, frames, _ = encoded.frame_logits.shape
+    return steps(model.order, batch, frames, check_lengths(encoded.lengths, batch, frames))

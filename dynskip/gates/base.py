@@ -36,7 +36,7 @@ class Gate(Checked):
         has_memory: whether logits depend on the state. Gates without memory decide on many frames at once. A gate with
             an empty state has no memory.
         repeats_last: whether a frame that this gate stops shows what the last used frame showed. The stopped frame then
-            counts as the last used one once more in the video's mean. Frames that other gates stop do not count.
+            counts as the last used one once more in the video's answer. Frames that other gates stop do not count.
         broadcasts: whether `step` also takes a window of `S` frames with one state a video: `(B, S, E)` and `(B, ...)`
             give logits `(B, S, 2)` and states `(B, S, ...)`. The work on the state is then done once a video.
     """

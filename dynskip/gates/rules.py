@@ -37,7 +37,7 @@ class SimilarityGate(_Rule):
     up to `threshold`. The first frame has nothing before it; its distance is 1. The forward probability is
     `distance / (distance + threshold)`.
 
-    A frame that it stops counts as the last used one once more in the video's mean (`repeats_last`), so a still shot
+    A frame that it stops counts as the last used one once more in the video's answer (`repeats_last`), so a still shot
     weighs as much as it lasts. With `state_update="reached"` the gate compares with the last frame that reached it, and
     stopped frames do not count.
 

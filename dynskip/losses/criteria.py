@@ -55,7 +55,7 @@ class EfficiencyLoss(nn.Module):
     def forward(self, output: SkipOutput) -> Tensor:
         """Return the scalar loss of an output."""
         _check_table(len(self.remaining), output)
-        return functional.efficiency_loss(output.forward, self.remaining)
+        return functional.efficiency_loss(output.forward, self.remaining, output.weights)
 
     def extra_repr(self) -> str:
         """Show what forwarding at each gate may cost."""
@@ -95,7 +95,7 @@ class SelfSupervisionLoss(nn.Module):
         margins = output.gate_logits[..., FORWARD] - output.gate_logits[..., STOP]
         ran = torch.cat([output.evaluated, ~output.frame_logits.isnan().any(-1, keepdim=True)], -1)
         mask = ran[..., :-1] & ran[..., 1:]
-        return functional.self_supervision_loss(margins[..., :taught], labels, mask[..., :taught])
+        return functional.self_supervision_loss(margins[..., :taught], labels, mask[..., :taught], output.weights)
 
     def extra_repr(self) -> str:
         """Show the option."""
@@ -161,7 +161,7 @@ class TargetRateLoss(nn.Module):
             raise DynskipError(
                 f"Got {len(self.target)} target rates for {output.num_stages} gates; give one number or one a gate."
             )
-        return functional.target_rate_loss(output.forward, self.target)
+        return functional.target_rate_loss(output.forward, self.target, output.weights)
 
     def extra_repr(self) -> str:
         """Show the targets."""
@@ -177,7 +177,7 @@ class UsageUniformityLoss(nn.Module):
 
     def forward(self, output: SkipOutput) -> Tensor:
         """Return the scalar loss of an output."""
-        return functional.usage_uniformity_loss(output.forward)
+        return functional.usage_uniformity_loss(output.forward, output.weights)
 
 
 class BudgetLoss(nn.Module):
@@ -208,7 +208,7 @@ class BudgetLoss(nn.Module):
     def forward(self, output: SkipOutput) -> Tensor:
         """Return the scalar loss of an output: the share of the plain backbone's cost above the budget."""
         _check_table(len(self.costs), output)
-        return functional.budget_loss(output.forward, self.costs, self.head, self.budget)
+        return functional.budget_loss(output.forward, self.costs, self.head, self.budget, output.weights)
 
     def extra_repr(self) -> str:
         """Show the budget."""
@@ -238,7 +238,7 @@ class DistillationLoss(nn.Module):
         """Return the scalar loss of an output."""
         inner, final = _inner(output), output.frame_logits
         ran = ~(inner.isnan().any(-1) | final.isnan().any(-1)[..., None])
-        return functional.distillation_loss(inner, final, self.temperature, ran, output.activation)
+        return functional.distillation_loss(inner, final, self.temperature, ran, output.activation, output.weights)
 
     def extra_repr(self) -> str:
         """Show the temperature."""

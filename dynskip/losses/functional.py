@@ -33,17 +33,18 @@ def classification_loss(logits: Tensor, targets: Tensor, activation: Activation 
     return _cross_entropy(logits, targets, activation).mean()
 
 
-def efficiency_loss(forward: Tensor, remaining: Tensor) -> Tensor:
+def efficiency_loss(forward: Tensor, remaining: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean cost that forwarding may still cause, Eq. 3.11.
 
     Args:
         forward: `(B, T, N)` decisions in [0, 1].
         remaining: `(N,)` cost of the rest of the network after each gate, in any unit (the thesis: GMACs).
+        weights: `(B, T)` what each frame weighs, `SkipOutput.weights`; the same by default.
 
     Returns:
         Scalar in that unit, mean over videos, frames and gates.
     """
-    return (forward * remaining.to(forward)).mean()
+    return (_rates(forward, weights) * remaining.to(forward)).mean()
 
 
 def inner_classification_loss(
@@ -95,28 +96,33 @@ def self_supervision_targets(
     return (losses[..., 1:] < losses[..., :-1]).to(inner_logits.dtype)
 
 
-def self_supervision_loss(margins: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+def self_supervision_loss(
+    margins: Tensor, labels: Tensor, mask: Tensor | None = None, weights: Tensor | None = None
+) -> Tensor:
     """Binary cross-entropy between gates and their pseudo-labels, Eq. 3.15.
 
     Args:
         margins: `(B, T, M)` forward logit minus stop logit of the first `M` gates.
         labels: `(B, T, M)` pseudo-labels in {0, 1}.
         mask: `(B, T, M)` boolean, where a gate and the classifier after it ran; everywhere by default.
+        weights: as in `efficiency_loss`.
 
     Returns:
         Scalar, mean over videos, frames and gates (over the mask where given; 0 if it is empty).
     """
     if mask is None:
-        return F.binary_cross_entropy_with_logits(margins, labels)
-    return _mean(F.binary_cross_entropy_with_logits(torch.where(mask, margins, 0.0), labels, reduction="none"), mask)
+        mask = torch.ones_like(margins, dtype=torch.bool)
+    losses = F.binary_cross_entropy_with_logits(torch.where(mask, margins, 0.0), labels, reduction="none")
+    return _mean(losses, _weighed(mask, weights))
 
 
-def target_rate_loss(forward: Tensor, target: Tensor) -> Tensor:
+def target_rate_loss(forward: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
     """Squared distance of each gate's forward rate from its target.
 
     Args:
         forward: `(B, T, N)` decisions in [0, 1].
         target: `(N,)` wanted share of frames that each gate forwards.
+        weights: as in `efficiency_loss`.
 
     Returns:
         Scalar, sum over gates; a rate is the mean over all videos and frames of the batch.
@@ -124,16 +130,17 @@ def target_rate_loss(forward: Tensor, target: Tensor) -> Tensor:
     Reference:
         Veit and Belongie, "Convolutional networks with adaptive inference graphs", ECCV 2018 (ConvNet-AIG).
     """
-    return (forward.mean((0, 1)) - target.to(forward)).square().sum()
+    return (_rates(forward, weights) - target.to(forward)).square().sum()
 
 
-def usage_uniformity_loss(forward: Tensor) -> Tensor:
+def usage_uniformity_loss(forward: Tensor, weights: Tensor | None = None) -> Tensor:
     """Squared distance of the outcomes' shares from equal shares.
 
     A frame has `N + 1` outcomes: one of the gates stops it, or it is used.
 
     Args:
         forward: `(B, T, N)` decisions in [0, 1].
+        weights: as in `efficiency_loss`.
 
     Returns:
         Scalar, sum over outcomes; a share is the mean over all videos and frames of the batch.
@@ -142,11 +149,11 @@ def usage_uniformity_loss(forward: Tensor) -> Tensor:
         Meng et al., "AR-Net: adaptive frame resolution for efficient action recognition", ECCV 2020.
     """
     passed = forward.cumprod(-1)
-    shares = (F.pad(passed, (1, 0), value=1.0) - F.pad(passed, (0, 1))).mean((0, 1))
+    shares = _rates(F.pad(passed, (1, 0), value=1.0) - F.pad(passed, (0, 1)), weights)
     return (shares - 1 / len(shares)).square().sum()
 
 
-def budget_loss(forward: Tensor, costs: Tensor, head: float, budget: float) -> Tensor:
+def budget_loss(forward: Tensor, costs: Tensor, head: float, budget: float, weights: Tensor | None = None) -> Tensor:
     """Cost of a frame above a budget; 0 below it.
 
     Args:
@@ -154,6 +161,7 @@ def budget_loss(forward: Tensor, costs: Tensor, head: float, budget: float) -> T
         costs: `(N,)` cost of each stage with its gate.
         head: cost of what follows the last gate, in the same unit.
         budget: cost a frame may have on average, in the same unit.
+        weights: as in `efficiency_loss`.
 
     Returns:
         Scalar in that unit: the mean cost over all videos and frames of the batch less the budget, or 0 if negative.
@@ -161,7 +169,7 @@ def budget_loss(forward: Tensor, costs: Tensor, head: float, budget: float) -> T
     Reference:
         After Verelst and Tuytelaars, "Dynamic convolutions", CVPR 2020, whose hinges bound the cost of single blocks.
     """
-    reached = F.pad(forward.cumprod(-1), (1, 0), value=1.0).mean((0, 1))
+    reached = _rates(F.pad(forward.cumprod(-1), (1, 0), value=1.0), weights)
     cost = (reached[:-1] * costs.to(forward)).sum() + reached[-1] * head
     return (cost - budget).clamp(min=0.0)
 
@@ -172,6 +180,7 @@ def distillation_loss(
     temperature: float = 1.0,
     mask: Tensor | None = None,
     activation: Activation = "softmax",
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Kullback-Leibler divergence of the inner classifiers' answers from the head's. The head gets no gradient.
 
@@ -183,6 +192,7 @@ def distillation_loss(
         temperature: divides all logits. The loss is multiplied by its square, so that gradients stay as large.
         mask: `(B, T, N)` boolean, where an inner classifier and the head ran; everywhere by default.
         activation: how logits become probabilities.
+        weights: as in `efficiency_loss`.
 
     Returns:
         Scalar, mean over videos, frames and gates (over the mask where given; 0 if it is empty).
@@ -206,7 +216,19 @@ def distillation_loss(
     else:
         _refuse_one_class(student)
         losses = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-    return temperature**2 * _mean(losses, mask)
+    return temperature**2 * _mean(losses, _weighed(mask, weights))
+
+
+def _rates(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the mean over videos and frames: `(B, T, M) -> (M,)`."""
+    if weights is None:
+        return values.mean((0, 1))
+    return (values * weights[..., None].to(values)).sum((0, 1)) / weights.sum().to(values)
+
+
+def _weighed(mask: Tensor, weights: Tensor | None) -> Tensor:
+    """Weigh a `(B, T, M)` mask by frames."""
+    return mask if weights is None else mask * weights[..., None]
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, activation: Activation) -> Tensor:

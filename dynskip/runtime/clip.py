@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from dynskip import rules
-from dynskip._check import check_eval, check_video
+from dynskip._check import Lengths, check_eval, check_video
 from dynskip.engine import Engine
 from dynskip.errors import DynskipError
 from dynskip.features import run_to_end
 from dynskip.flops import FLOPsLookup
+from dynskip.order import in_time, steps
 from dynskip.output import SkipOutput, masked_output
 
 if TYPE_CHECKING:
@@ -51,25 +52,40 @@ class LookAhead:
 
 
 @torch.no_grad()
-def run_clip(model: StopOrForward, video: Tensor, window: int | None = None, sample: bool = False) -> SkipOutput:
+def run_clip(
+    model: StopOrForward,
+    video: Tensor,
+    lengths: Lengths | None = None,
+    window: int | None = None,
+    sample: bool = False,
+) -> SkipOutput:
     """Classify stored videos, really skipping; see `StopOrForward.run_clip`. `sample` needs a window of 1."""
     check_eval(model, "`run_clip`")
-    video = check_video(video, model.backbone)
+    video, ends = check_video(video, model.backbone, lengths)
     if window is not None and window < 1:
         raise DynskipError(f"window={window}: a window has at least one frame; give 1 to go frame by frame.")
     lookup = model.lookup_for((video.shape[3], video.shape[4]))  # first: an error here needs no run
     try:
-        return _run(model, video, lookup, window, sample)
+        return _run(model, video, ends, lookup, window, sample)
     except DynskipError:
         raise
     except Exception:
         if window == 1:
             raise
-    return _run(model, video, lookup, 1, sample)  # the videos may never get to the frame that raised
+    return _run(model, video, ends, lookup, 1, sample)  # the videos may never get to the frame that raised
 
 
-def _run(model: StopOrForward, video: Tensor, lookup: FLOPsLookup, window: int | None, sample: bool) -> SkipOutput:
+def _run(
+    model: StopOrForward,
+    video: Tensor,
+    lengths: Tensor | None,
+    lookup: FLOPsLookup,
+    window: int | None,
+    sample: bool,
+) -> SkipOutput:
     batch, frames = video.shape[:2]
+    table = steps(model.order, batch, frames, lengths)
+    ends = torch.full((batch,), frames) if lengths is None else lengths
     engine = Engine(model, batch, counts=True, sample=sample)
     on_cpu, live, start = engine.device.type == "cpu", torch.arange(batch), 0
     plan = model.look_ahead or _usual(model, batch, frames, on_cpu, engine.in_order)
@@ -78,12 +94,13 @@ def _run(model: StopOrForward, video: Tensor, lookup: FLOPsLookup, window: int |
     grows = window is None and on_cpu and model.look_ahead is None
     sure = 0 if model.terminator is None else model.terminator.min_frames + 1  # no video ends before
     stops, gate_logits, frame_logits = [], [], []
-    while start < frames and len(live):
-        engine.open(min(size, frames - start))
+    while len(live := live[ends[live] > start]):
+        engine.open(min(size, int(ends[live].max()) - start))
         # In these cases the host hears each gate before the next stage.
         stages = 0 if engine.reached or engine.window == 1 else plan.stages
         before = live
-        stopped_at, live = _run_window(engine, video, start, live, stages, 1 if on_cpu else engine.window)
+        chosen = _images(engine, video, start, live, ends, table)
+        stopped_at, live = _run_window(engine, *chosen, live, stages, 1 if on_cpu else engine.window)
         stops.append(stopped_at)
         gate_logits.append(engine.gate_logits.unflatten(0, (batch, engine.window)))
         frame_logits.append(engine.frame_logits.unflatten(0, (batch, engine.window)))
@@ -93,10 +110,12 @@ def _run(model: StopOrForward, video: Tensor, lookup: FLOPsLookup, window: int |
             in_vain = (ran - stopped_at[before] - 1).clamp(min=0).sum() > ran.sum() / 4
             size = max(1, size // 2) if in_vain else min(2 * size, max(size, LONGEST_STEP), bound)
     tables = _joined(stops, frames, rules.UNSEEN), _joined(gate_logits, frames), _joined(frame_logits, frames)
-    return _output(engine, lookup, *tables)
+    output = in_time(_output(engine, lookup, *tables), table)
+    output.lengths = None if lengths is None else engine.upload(lengths)
+    return output
 
 
-def tune(model: StopOrForward, video: Tensor) -> LookAhead:
+def tune(model: StopOrForward, video: Tensor, lengths: Lengths | None = None) -> LookAhead:
     """Measure which look-ahead is fastest on videos like these; see `StopOrForward.tune`."""
     frames, stages, own = video.shape[1], model.backbone.num_stages, model.look_ahead
     sizes = sorted({min(size, frames) for size in (4, 8, 16, 32, frames)})
@@ -106,7 +125,7 @@ def tune(model: StopOrForward, video: Tensor) -> LookAhead:
         for _ in range(4):  # the first round does not count
             for model.look_ahead in choices:
                 started = time.perf_counter()
-                float(model(video).logits.sum())  # waits until a GPU is done
+                float(model(video, lengths=lengths).logits.sum())  # waits until a GPU is done
                 times[model.look_ahead].append(time.perf_counter() - started)
     finally:
         model.look_ahead = own
@@ -123,16 +142,30 @@ def _usual(model: StopOrForward, batch: int, frames: int, on_cpu: bool, in_order
     return LookAhead(sure if in_order else math.ceil(sure / math.ceil(sure / LONGEST_STEP)))
 
 
-def _run_window(
-    engine: Engine, video: Tensor, start: int, live: Tensor, stages: int, again: int
-) -> tuple[Tensor, Tensor]:
-    """Decide on the next frames of the `live` videos; return what became of them, and which videos go on."""
+def _images(
+    engine: Engine, video: Tensor, start: int, live: Tensor, ends: Tensor, table: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the next frames of the `live` videos, up to their `ends`, as `Engine.load` takes them."""
     size = engine.window
     columns = torch.arange(size)
-    frames = (live[:, None] * size + columns).flatten()
-    images = video[:, start : start + size]
-    images = images if len(live) == engine.videos else images[engine.upload(live)]
-    engine.load(frames, images.flatten(0, 1), (start + columns).repeat(len(live)))
+    frames, numbers = live[:, None] * size + columns, (start + columns).expand(len(live), -1)
+    if table is None and int(ends[live].min()) >= start + size:
+        images = video[:, start : start + size]
+        images = images if len(live) == engine.videos else images[engine.upload(live)]
+        return frames.flatten(), images.flatten(0, 1), numbers.flatten()
+    real = numbers < ends[live, None]
+    shown = numbers if table is None else table[live, start : start + size]
+    rows = live[:, None].expand_as(real)
+    images = video[engine.upload(rows[real]), engine.upload(shown[real])]
+    return frames[real], images, numbers[real]
+
+
+def _run_window(
+    engine: Engine, frames: Tensor, images: Tensor, numbers: Tensor, live: Tensor, stages: int, again: int
+) -> tuple[Tensor, Tensor]:
+    """Decide on frames of the `live` videos; return what became of them, and which videos go on."""
+    size, columns = engine.window, torch.arange(engine.window)
+    engine.load(frames, images, numbers)
     stopped_at = torch.full((engine.videos, size), rules.UNSEEN)
     left = live
     while len(left):
@@ -159,6 +192,7 @@ def _output(
 ) -> SkipOutput:
     """Answer for videos without a used frame, and put everything together."""
     fallback = torch.full((engine.videos,), -1)
+    answers = engine.running()
     left = {row: furthest for row, furthest in enumerate(engine.furthest) if furthest is not None}
     executed = torch.tensor([engine.executed(row, lookup) for row in range(engine.videos)], dtype=torch.float64)
     if left:
@@ -166,15 +200,16 @@ def _output(
         fallback[rows] = at
         logits = run_to_end(engine.backbone, list(left.values()))
         frame_logits[engine.upload(rows), engine.upload(at)] = logits.to(frame_logits.dtype)
+        answers[engine.upload(rows)] = rules.answer(engine.readout, logits).to(engine.dtype)
         executed[rows] += lookup.completion[[furthest.depth - 1 for furthest in left.values()]]
     output = masked_output(
         engine.upload(stopped_at),
         gate_logits.to(engine.dtype),
         frame_logits,
         lookup,
-        engine.model.repeats,
+        engine.readout,
         fallback_frame=engine.upload(fallback),
-        activation=engine.model.activation,
+        logits=answers,
     )
     # Costs are computed on the host, where the decisions are known.
     output.speculative_macs = engine.upload((executed - lookup.cost(stopped_at, fallback)).clamp(min=0.0))

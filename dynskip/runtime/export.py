@@ -15,15 +15,18 @@ import torch
 from torch import Tensor, nn
 
 import dynskip
+from dynskip import rules
 from dynskip.backbone import Carry
 from dynskip.backbone.carry import count_samples, flatten, restore
+from dynskip.consensus import Consensus, Readout, TopKMean
 from dynskip.errors import DynskipError
+from dynskip.order import FrameOrder, RandomOrder
 from dynskip.terminate import EarlyTerminator
 
 if TYPE_CHECKING:
     from dynskip.wrapper import StopOrForward
 
-VERSION = 1  # of the manifest; raise it when readers have to change
+VERSION = 2  # of the manifest; raise it when readers have to change
 
 
 @torch.no_grad()
@@ -72,7 +75,10 @@ def export(
         "input": {"shape": [model.backbone.input_size[0], *size], "mean": _floats(mean), "std": _floats(std)},
         "num_classes": model.backbone.num_classes,
         "class_names": list(class_names) if class_names is not None else None,
+        "activation": model.activation,
+        "consensus": describe_consensus(model.consensus),
         "state_update": model.state_update,
+        "order": describe_order(model.order),
         "termination": ends and {"threshold": float(ends.threshold), "min_frames": int(ends.min_frames)},
         "unit": model.lookup_for(size).unit,
         "stages": stages,
@@ -115,7 +121,9 @@ def _write_parts(
                 "macs": _known(lookup.per_stage[n]),
             }
         )
-    file = _write(folder, "head", _Part(backbone, _run_head, carry), ["logits"])
+    parts = nn.ModuleList([backbone, model.consensus])
+    outputs = ["logits", "values"][: 2 if model.consensus.embedded_features else 1]
+    file = _write(folder, "head", _Part(parts, partial(_run_head, model.readout), carry), outputs)
     return stages, {"file": file, "macs": _known(lookup.head)}
 
 
@@ -129,8 +137,10 @@ def _run_gate(gate: Any, carry: Carry) -> tuple[Tensor, ...]:
     return logits, *state
 
 
-def _run_head(backbone: Any, carry: Carry) -> tuple[Tensor, ...]:
-    return (backbone.head(carry),)
+def _run_head(readout: Readout, parts: Any, carry: Carry) -> tuple[Tensor, ...]:
+    logits = parts[0].head(carry)
+    values = rules.embed(readout, logits)
+    return (logits,) if values is logits else (logits, values.to(logits.dtype))
 
 
 class _Part(nn.Module):
@@ -183,6 +193,29 @@ def _fill(state: Tensor, stage: int) -> dict[str, Any]:
             "Let `initial_state` return zeros and add what is learned inside the gate's forward."
         )
     return {"shape": list(state.shape[1:]), "value": value}
+
+
+def describe_order(order: FrameOrder | None) -> dict[str, Any] | None:
+    """Name a frame order. The runner knows dynskip's own, and is given others."""
+    if order is None:
+        return None
+    return {"name": _name(order), "seed": order.seed if isinstance(order, RandomOrder) else None}
+
+
+def describe_consensus(consensus: Consensus) -> dict[str, Any]:
+    """Name a consensus. The runner knows dynskip's own, and is given others."""
+    return {
+        "name": _name(consensus),
+        "k": consensus.k if isinstance(consensus, TopKMean) else None,
+        "of_probabilities": consensus.of_probabilities,
+        "embedded_features": consensus.embedded_features,
+    }
+
+
+def _name(part: nn.Module) -> str:
+    cls = type(part)
+    own = cls.__module__ in (Consensus.__module__, FrameOrder.__module__)
+    return cls.__name__ if own else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _known(cost: float | Tensor) -> float | None:

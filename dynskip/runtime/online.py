@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynskip import rules
-from dynskip._check import check_eval, check_frames, refuse_not_finite, running_parts
+from dynskip._check import check_eval, check_frames, refuse_not_finite, running_parts, settings_of
 from dynskip.backbone import Carry
 from dynskip.engine import Engine
 from dynskip.errors import DynskipError
@@ -21,7 +20,7 @@ from dynskip.output import FrameResult, VideoResult
 if TYPE_CHECKING:
     from dynskip.wrapper import StopOrForward
 
-FORMAT = "dynskip session 3"
+FORMAT = "dynskip session 4"
 
 
 class Session:
@@ -87,7 +86,7 @@ class Session:
             stopped_at, running = decisions.stopped_at.squeeze(1), decisions.running_logits.squeeze(1)
         else:
             stopped_at = torch.full((self.batch,), rules.UNSEEN, device=engine.device)
-            running = rules.running(engine.sums, engine.dtype)
+            running = engine.running()
             if len(rows):
                 stopped_at[engine.upload(rows)] = decisions.stopped_at.squeeze(1)
         used = stopped_at == stages
@@ -147,12 +146,13 @@ class Session:
             The prediction.
         """
         engine = self._engine
-        logits = rules.running(engine.sums, engine.dtype)
+        logits = engine.running()
         macs, fallback_frame = self._macs.clone(), torch.full_like(self._used, -1)
         left = {row: furthest for row, furthest in enumerate(engine.furthest) if furthest is not None}
         if left and self._image_size is not None:
             rows = engine.upload(torch.tensor(list(left)))
-            logits[rows] = rules.answer(run_to_end(self.model.backbone, list(left.values()))).to(logits.dtype)
+            answers = rules.answer(engine.readout, run_to_end(self.model.backbone, list(left.values())))
+            logits[rows] = answers.to(logits.dtype)
             fallback_frame[rows] = engine.upload(torch.tensor([f.frame for f in left.values()]))
             completion = self.model.lookup_for(self._image_size).completion
             macs[rows] += engine.upload(completion[[f.stopped_at for f in left.values()]])
@@ -203,7 +203,7 @@ class Session:
     def _tensors(self) -> dict[str, Tensor]:
         engine = self._engine
         named = {"macs": self._macs, "used": self._used, "seen": engine.seen, "ended": engine.ended}
-        named |= {"logit_sum": engine.sums.total, "counted": engine.sums.counted, "last": engine.sums.last}
+        named |= {f"tally {i}": tensor for i, tensor in enumerate(engine.tally)}
         for n, gate in enumerate(engine.states):
             named |= {f"gate {n} state {i}": tensor for i, tensor in enumerate(gate)}
         return named
@@ -253,18 +253,13 @@ def _identity(model: StopOrForward) -> dict[str, Any]:
         "stage_names": list(model.backbone.stage_names),
         "state_update": model.state_update,
         "activation": model.activation,
+        "consensus": settings_of(model.consensus),
         "forward_threshold": list(model.forward_threshold),
-        "gates": [_settings(gate) for gate in model.gates],
-        "terminator": None if model.terminator is None else _settings(model.terminator),
+        "gates": [settings_of(gate) for gate in model.gates],
+        "terminator": settings_of(model.terminator),
+        "order": settings_of(model.order),
         "weights": _hash(torch.cat(samples) if samples else None),
     }
-
-
-def _settings(part: nn.Module) -> str:
-    """Name a part's class and the numbers and strings among its arguments, which parts keep under their own names."""
-    values = ((name, getattr(part, name, None)) for name in inspect.signature(type(part)).parameters)
-    shown = [f"{name}={value!r}" for name, value in values if isinstance(value, int | float | str)]
-    return f"{type(part).__name__}({', '.join(shown)})"
 
 
 def _hash(value: Any) -> str:

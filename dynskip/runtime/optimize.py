@@ -17,7 +17,7 @@ from torch._inductor import config as inductor_config
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._pytree import tree_map_only
 
-from dynskip._check import check_video
+from dynskip._check import Lengths, check_video, present
 from dynskip.backbone import Carry, StagedBackbone
 from dynskip.backbone.carry import batch_of, flatten
 from dynskip.errors import DynskipError
@@ -64,21 +64,24 @@ class Agreement:
 
 
 @torch.no_grad()
-def compare(plain: StopOrForward, other: StopOrForward, clips: Tensor) -> Agreement:
+def compare(plain: StopOrForward, other: StopOrForward, clips: Tensor, lengths: Lengths | None = None) -> Agreement:
     """Run two models on the same clips and compare their decisions.
 
     Args:
         plain: the model to compare with, in eval mode.
         other: a model of the same stages, in eval mode and in any dtype.
         clips: `(B, T, C, H, W)` normalised frames.
+        lengths: `(B,)` frames of each clip, where they are padded.
 
     Returns:
         The comparison.
     """
-    wanted, got = (model(clips.to(next(model.parameters()).dtype)) for model in (plain, other))
+    wanted, got = (model(clips.to(next(model.parameters()).dtype), lengths=lengths) for model in (plain, other))
+    equal = got.stopped_at == wanted.stopped_at
+    equal = equal if wanted.lengths is None else equal[present(wanted.lengths, equal.shape[1])]
     return Agreement(
         clips=len(clips),
-        decisions=(got.stopped_at == wanted.stopped_at).double().mean().item(),
+        decisions=equal.double().mean().item(),
         predictions=(got.logits.argmax(-1) == wanted.logits.argmax(-1)).double().mean().item(),
         probability_gap=(got.probabilities.double() - wanted.probabilities.double()).abs().max().item(),
         plain_macs=wanted.macs.mean().item(),
@@ -90,6 +93,7 @@ def optimize(
     model: StopOrForward,
     clips: Tensor,
     *,
+    lengths: Lengths | None = None,
     compile: bool = True,
     dtype: torch.dtype | None = None,
     buckets: Sequence[int] | None = None,
@@ -104,6 +108,7 @@ def optimize(
         model: the model, in eval mode; it stays as it is.
         clips: `(B, T, C, H, W)` normalised calibration clips. The copy is for their frame size, and the decisions on
             them are compared.
+        lengths: `(B,)` frames of each clip, where they are padded.
         compile: compile the stages. `False` only folds and changes the layout, which is quick.
         dtype: compute in this precision, such as `torch.bfloat16`; videos must then have it, too.
         buckets: batch sizes to pad to, such as `(1, 2, 4, 8)`. Stages are compiled for these sizes alone, on a GPU as
@@ -120,18 +125,19 @@ def optimize(
         raise DynskipError("Only a model in eval mode can be optimised, since BatchNorm is folded. Call model.eval().")
     if buckets is not None and (not buckets or min(buckets) < 1):
         raise DynskipError(f"buckets={tuple(buckets)} are no batch sizes; give positive numbers, such as (1, 2, 4, 8).")
-    clips = check_video(clips, model.backbone)
+    clips, ends = check_video(clips, model.backbone, lengths)
     images = clips[:, 0]
     backbone = fold(model.backbone, images).to(dtype=dtype)
     # A copy of the whole model keeps its class and its settings; the memo puts the folded backbone in.
     fast = copy.deepcopy(model, {id(model.backbone): backbone})
     fast.gates.to(dtype=dtype)
+    fast.consensus.to(dtype=dtype)
     fast.inner = None
     fast._given_lookup = model.lookup_for((clips.shape[3], clips.shape[4]))
     fast.eval().requires_grad_(False)
     if compile:
         _compile(backbone, images[:1].to(dtype=dtype), sorted(set(buckets or ())), backend)
-    return fast, compare(model, fast, clips)
+    return fast, compare(model, fast, clips, ends)
 
 
 @torch.no_grad()

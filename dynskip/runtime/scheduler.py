@@ -289,7 +289,7 @@ class Scheduler:
             furthest, frame, macs, speculative = engine.furthest[stream.row], -1, stream.macs, 0.0
             logits = answers.get(stream, stream.logits)
             if logits is None:
-                logits = rules.running(engine.sums, engine.dtype)[stream.row]
+                logits = engine.running()[stream.row]
             if self.look_ahead > 1 and stream.lookup is not None:
                 speculative = max(engine.executed(stream.row, stream.lookup) - macs, 0.0)  # in this order, NaN stays
             if stream in answers:
@@ -307,7 +307,8 @@ class Scheduler:
     def _answer(self, streams: list[Stream]) -> list[tuple[Stream, Tensor]]:
         """Run the furthest frames of streams without a used one to the end."""
         frames = [furthest for stream in streams if (furthest := self._engine.furthest[stream.row]) is not None]
-        logits = rules.answer(run_to_end(self.model.backbone, frames)).to(self._engine.dtype)
+        engine = self._engine
+        logits = rules.answer(engine.readout, run_to_end(self.model.backbone, frames)).to(engine.dtype)
         return list(zip(streams, logits.unbind(0), strict=True))
 
 

@@ -12,7 +12,15 @@ except ImportError as error:
     raise ImportError(f"dynskip.video needs {error.name}. Run `pip install 'dynskip[video]'`.") from error
 
 from dynskip.video.annotations import Item, Segment, class_names, held_out_split, pick_split
-from dynskip.video.clips import Batch, Clips, EvaluationLoader, Preprocessing, derive_seed, training_batches
+from dynskip.video.clips import (
+    Batch,
+    Clips,
+    EvaluationLoader,
+    Preprocessing,
+    collate_padded,
+    derive_seed,
+    training_batches,
+)
 from dynskip.video.formats import AnnotationReader, load_items, read_items, relevant_frames
 from dynskip.video.source import FrameSource, VideoError, open_source, open_video, sample_frames, to_array
 from dynskip.video.stick_figures import render_set
@@ -30,6 +38,7 @@ __all__ = [
     "StoredFeatures",
     "VideoError",
     "class_names",
+    "collate_padded",
     "derive_seed",
     "encode_clips",
     "fit_classifier",

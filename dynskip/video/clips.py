@@ -13,7 +13,8 @@ import numpy as np
 import torch
 import torchvision.transforms.v2 as T
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from dynskip.activation import Activation, check_activation
@@ -259,27 +260,50 @@ class Batch:
         targets: `(B,)` class indices, or with a sigmoid `(B, K)` with ones.
         positions: place of each video in the data set.
         errors: why videos could not be read.
+        lengths: `(B,)` frames of each video, where the clips were of different length and are padded; else `None`.
     """
 
     video: Tensor
     targets: Tensor
     positions: list[int]
     errors: list[str]
+    lengths: Tensor | None = None
 
     def pin_memory(self) -> Batch:
         """Move to memory that a GPU copies from faster."""
         return replace(self, video=self.video.pin_memory(), targets=self.targets.pin_memory())
 
 
+def collate_padded(samples: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
+    """Make a batch of videos of different length: `DataLoader(..., collate_fn=collate_padded)`.
+
+    Args:
+        samples: `(video, target)` or `(video, target, key)`, and more if you like; videos are `(T, C, H, W)`.
+
+    Returns:
+        `((video, lengths), targets, ...)`: videos padded to `(B, T, C, H, W)`, their lengths `(B,)`, and the rest as
+        torch collates it. Calibration and evaluation take such batches.
+    """
+    videos, *rest = zip(*samples, strict=True)
+    return padded(videos), *(default_collate(list(column)) for column in rest)
+
+
+def padded(values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Pad tensors `(T, ...)` to one batch `(B, T, ...)`; return also their lengths `(B,)`."""
+    return pad_sequence(list(values), batch_first=True), torch.tensor([len(value) for value in values])
+
+
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Batch the clips that could be read."""
+    """Batch the clips that could be read; those of different length are padded."""
     videos = [sample.video for sample in samples if sample.video is not None]
     good = [sample for sample in samples if sample.video is not None]
+    video, lengths = padded(videos) if videos else (torch.empty(0), torch.empty(0))
     return Batch(
-        torch.stack(videos) if videos else torch.empty(0),
+        video,
         torch.stack([torch.as_tensor(sample.target) for sample in good]) if good else torch.empty(0, dtype=torch.long),
         [sample.position for sample in good],
         [error for sample in samples for error in sample.errors],
+        lengths if len(lengths.unique()) > 1 else None,
     )
 
 
@@ -330,7 +354,8 @@ def training_batches(
 class EvaluationLoader:
     """Clips in order as `dynskip.evaluation.evaluate` takes them: `(video, targets, keys)`.
 
-    Videos `(B, T, 3, H, W)` are normalised and on the device, targets `(B, K)` have all labels, keys are paths.
+    Videos `(B, T, 3, H, W)` are normalised and on the device, targets `(B, K)` have all labels, keys are paths. Where
+    clips are of different length, the batch is `((video, lengths), targets, keys)`.
 
     Args:
         clips: the videos.
@@ -349,7 +374,7 @@ class EvaluationLoader:
     def __len__(self) -> int:
         return -(-len(self.clips) // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    def __iter__(self) -> Iterator[tuple[Any, Tensor, list[str]]]:
         self.unreadable = []
         keys = [(0, position) for position in range(len(self.clips))]
         for batch in DataLoader(
@@ -359,7 +384,8 @@ class EvaluationLoader:
             if batch.positions:
                 video = self.clips.prep.normalize(batch.video.to(self.device))
                 paths = [str(self.clips.items[position].path) for position in batch.positions]
-                yield video, self.clips.multi_hot(batch.positions), paths
+                videos = video if batch.lengths is None else (video, batch.lengths)
+                yield videos, self.clips.multi_hot(batch.positions), paths
 
 
 def derive_seed(*parts: int) -> int:

@@ -21,6 +21,7 @@ from typing import Any
 
 import safetensors
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -30,7 +31,7 @@ from dynskip.activation import Activation
 from dynskip.errors import DynskipError
 from dynskip.losses import classification_loss
 from dynskip.output import EncodedVideo
-from dynskip.video.clips import Batch, Clips, collate
+from dynskip.video.clips import Batch, Clips, collate, padded
 from dynskip.wrapper import StopOrForward
 
 VIDEOS_A_FILE = 32  # as many can be lost when encoding is interrupted
@@ -45,12 +46,14 @@ class StoredFeatures:
         embedding: `(V, T, D)` what the classifier, the network's last layer, reads.
         positions: `(V,)` place of each video in the data set; unreadable ones are left out.
         image_size: `(H, W)` of the frames in pixels.
+        lengths: `(V,)` frames of each video, where they differ and features are padded with zeros; else `None`.
     """
 
     pooled: tuple[Tensor, ...]
     embedding: Tensor
     positions: Tensor
     image_size: tuple[int, int]
+    lengths: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -59,7 +62,13 @@ class StoredFeatures:
         """Return some videos as `StopOrForward.decide` takes them, with logits of the model's present classifier."""
         device = next(model.backbone.parameters()).device
         pooled = tuple(features[rows].to(device) for features in self.pooled)
-        return EncodedVideo(pooled, classifier(model)(self.embedding[rows].to(device)), self.image_size)
+        lengths = None if self.lengths is None else self.lengths[rows].to(device)
+        return EncodedVideo(pooled, classifier(model)(self.embedding[rows].to(device)), self.image_size, lengths)
+
+    def means(self) -> Tensor:
+        """Return the mean embedding of each video, `(V, D)`."""
+        # Padding is zeros.
+        return self.embedding.mean(1) if self.lengths is None else self.embedding.sum(1) / self.lengths[:, None]
 
 
 def classifier(model: StopOrForward) -> nn.Module:
@@ -109,10 +118,19 @@ def encode_clips(model: StopOrForward, clips: Clips, folder: Path, workers: int 
     parts = [tensors for tensors, _ in read if len(tensors["positions"])]
     if not parts:
         raise DynskipError("None of the videos could be read, so there are no features.")
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    pooled = tuple(joined[f"pooled_{n}"] for n in range(model.backbone.num_stages))
-    size = clips.prep.size
-    return StoredFeatures(pooled, joined["embedding"], joined["positions"], (size, size))
+    # Files of earlier versions have no lengths: their videos are all of the same length.
+    for part in parts:
+        part.setdefault("lengths", torch.full_like(part["positions"], part["embedding"].shape[1]))
+    lengths = torch.cat([part["lengths"] for part in parts])
+    frames, size = int(lengths.max()), clips.prep.size
+
+    def join(name: str) -> Tensor:
+        return torch.cat([F.pad(part[name], (0, 0, 0, frames - part[name].shape[1])) for part in parts])
+
+    pooled = tuple(join(f"pooled_{n}") for n in range(model.backbone.num_stages))
+    places = torch.cat([part["positions"] for part in parts])
+    different = lengths if int(lengths.min()) < frames else None
+    return StoredFeatures(pooled, join("embedding"), places, (size, size), different)
 
 
 def fit_classifier(model: StopOrForward, features: StoredFeatures, targets: Tensor, weight_decay: float = 0.03) -> None:
@@ -133,7 +151,7 @@ def fit_classifier(model: StopOrForward, features: StoredFeatures, targets: Tens
     layer = classifier(model)
     if not isinstance(layer, nn.Linear):
         raise DynskipError(f"The classifier is a {type(layer).__name__}; only a linear one can be fitted to features.")
-    fit_linear(layer, features.embedding.mean(1), targets, weight_decay, model.activation)
+    fit_linear(layer, features.means(), targets, weight_decay, model.activation)
 
 
 def fit_linear(
@@ -161,7 +179,7 @@ def fit_linear(
 def _encode(model: StopOrForward, clips: Clips, batches: Iterable[Batch]) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors to store of some videos, and why others cannot be read."""
     device = next(model.backbone.parameters()).device
-    embeddings: list[Tensor] = []
+    embeddings: list[Tensor] = []  # of each video, as the loader gives one at a time
     hook = classifier(model).register_forward_pre_hook(lambda _, inputs: embeddings.append(inputs[0]))
     pooled: list[tuple[Tensor, ...]] = []
     done: list[int] = []
@@ -176,8 +194,10 @@ def _encode(model: StopOrForward, clips: Clips, batches: Iterable[Batch]) -> tup
         hook.remove()
     tensors = {"positions": torch.tensor(done, dtype=torch.long)}
     if done:
-        tensors |= {f"pooled_{n}": torch.cat(stage).cpu() for n, stage in enumerate(zip(*pooled, strict=True))}
-        tensors["embedding"] = torch.stack(embeddings).cpu()
+        stages = [[features.squeeze(0) for features in stage] for stage in zip(*pooled, strict=True)]
+        tensors |= {f"pooled_{n}": padded(stage)[0].cpu() for n, stage in enumerate(stages)}
+        embedding, tensors["lengths"] = padded(embeddings)
+        tensors["embedding"] = embedding.cpu()
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, errors
 
 
