@@ -140,7 +140,8 @@ class _Standing:
 
 
 def _cloned(values: Any) -> Any:
-    return tree_map_only(Tensor, torch.clone, values)
+    # torch makes tuples of sizes that it maps over.
+    return tree_map_only(Tensor, torch.clone, values, is_leaf=lambda value: isinstance(value, torch.Size))
 
 
 def _same(a: Any, b: Any) -> bool:
