@@ -139,26 +139,6 @@ def ends(termination: dict[str, Any], running_logits: Array, seen: int, activati
     return bool(confident) and seen > int(termination["min_frames"])
 
 
-def coarse_to_fine(num_frames: int) -> list[int]:
-    """Return which frame each step looks at in FrameExit's order; see `dynskip.CoarseToFine`."""
-    found, parts = [num_frames // 2, 0, num_frames - 1], 4
-    while 2 * parts <= num_frames:
-        found += [num_frames * part // parts for part in _outwards(parts)]
-        parts *= 2
-    return list(dict.fromkeys(found + _outwards(num_frames)))
-
-
-def random_order(num_frames: int, seed: int) -> list[int]:
-    """Return which frame each step looks at in a random order; see `dynskip.RandomOrder`."""
-    source = random.Random(str(seed))
-    keys = [source.random() for _ in range(num_frames)]
-    return sorted(range(num_frames), key=keys.__getitem__)
-
-
-def _outwards(count: int) -> list[int]:
-    return sorted(range(count), key=lambda n: (abs(n - count // 2), n))
-
-
 def _logit(probability: float) -> float:
     if probability in (0.0, 1.0):
         return math.inf if probability else -math.inf
@@ -247,6 +227,29 @@ CONSENSUSES: dict[str, Any] = {
     "MaxOfLogits": TopKMean,
     "AttentionMean": AttentionMean,
 }
+
+
+# Those of `dynskip.order`
+
+
+def coarse_to_fine(num_frames: int) -> list[int]:
+    """Return which frame each step looks at in FrameExit's order; see `dynskip.CoarseToFine`."""
+    found, parts = [num_frames // 2, 0, num_frames - 1], 4
+    while 2 * parts <= num_frames:
+        found += [num_frames * part // parts for part in _outwards(parts)]
+        parts *= 2
+    return list(dict.fromkeys(found + _outwards(num_frames)))
+
+
+def random_order(num_frames: int, seed: int) -> list[int]:
+    """Return which frame each step looks at in a random order; see `dynskip.RandomOrder`."""
+    source = random.Random(str(seed))
+    keys = [source.random() for _ in range(num_frames)]
+    return sorted(range(num_frames), key=keys.__getitem__)
+
+
+def _outwards(count: int) -> list[int]:
+    return sorted(range(count), key=lambda n: (abs(n - count // 2), n))
 
 
 # What comes out

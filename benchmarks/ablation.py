@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import statistics
 import sys
 import time
@@ -29,7 +30,8 @@ from typing import Any, Literal
 
 import common
 import torch
-from compose_untrimmed import STEPS, Composition, compose, split_off_validation
+from compose_untrimmed import CLIP_STEPS as STEPS
+from compose_untrimmed import GROUP, Composition, compose, frames_of, relevant_frames, split_off_validation
 from torch import Tensor, nn
 
 from dynskip import (
@@ -147,6 +149,7 @@ class Part:
     features: StoredFeatures
     targets: Tensor  # (V,)
     relevant: Tensor  # (V, T) the frames of the action
+    groups: list[str]  # the session in which each video's action was filmed
 
     def batches(self, model: StopOrForward) -> list[tuple[EncodedVideo, Tensor]]:
         """Return the videos as `dynskip.calibrate` takes them."""
@@ -178,18 +181,16 @@ def put_together(
         rows: each clip's row in its features.
     """
     source = clips["test" if compositions[0].split == "test" else "train"]
-    clip = torch.tensor([[rows[item.path] for item, _ in composition.steps] for composition in compositions])
-    step = torch.tensor([[step for _, step in composition.steps] for composition in compositions])
+    clip, step = frames_of(compositions, rows)
     pooled = tuple(features[clip, step] for features in source.pooled)
     return StoredFeatures(pooled, source.embedding[clip, step], torch.arange(len(compositions)), source.image_size)
 
 
-def relevant_frames(compositions: Sequence[Composition]) -> Tensor:
-    """Mark the frames of each video that show its action, `(V, STEPS)`."""
-    relevant = torch.zeros(len(compositions), STEPS, dtype=torch.bool)
-    for row, composition in enumerate(compositions):
-        relevant[row, slice(*composition.segment)] = True
-    return relevant
+def session(composition: Composition) -> str:
+    """Name the session in which a video's action was filmed."""
+    name = composition.shots[composition.action].clip.path.name
+    found = re.search(GROUP, name)
+    return f"{composition.label} {found[1] if found else name}"
 
 
 @lru_cache(maxsize=len(SEEDS))
@@ -214,7 +215,7 @@ def load(data: Path, weights: Path, folder: Path, size: int, irrelevant: tuple[s
     def composed(split: str, version: int = 0) -> Part:
         own = compose(pick_split(divided, split), irrelevant, COPIES[split], seed + 1000 * version)
         targets = torch.tensor([classes.index(composition.label) for composition in own])
-        return Part(put_together(clips, own, rows), targets, relevant_frames(own))
+        return Part(put_together(clips, own, rows), targets, relevant_frames(own), [session(each) for each in own])
 
     return Data({split: composed(split) for split in COPIES}, classes, composed)
 
@@ -257,17 +258,8 @@ def joined(outputs: Sequence[SkipOutput], name: str) -> Tensor:
 
 def run_gates(run: Run, data: Data, model: StopOrForward) -> dict[str, Any]:
     """Train gates; measure them at the arg-max and with early termination, and calibrate the whole method."""
-    parts = data.parts
-    lookup = model.lookup_for((run.size, run.size))
-    criterion = SoFLoss(lookup, run.alpha, run.beta)
-    if criterion.guidance is not None:
-        criterion.guidance.self_supervision = SelfSupervisionLoss(run.supervise_last)
-    group = RECIPE.parameter_groups(model)[1]
-    optimizer = torch.optim.AdamW([group], RECIPE.lr, weight_decay=RECIPE.weight_decay)
-    for epoch in range(RECIPE.epochs):
-        logged = train_epoch(model, data.training(epoch), criterion, optimizer, epoch, run.seed)
-        common.progress(f"epoch {epoch + 1}/{RECIPE.epochs} {logged['total']:.3f}", end="")
-    common.progress("")
+    parts, lookup = data.parts, model.lookup_for((run.size, run.size))
+    logged = train_gates(run, data.training, model)
     results: dict[str, Any] = {"last_epoch": logged}
     if run.beta is not None:
         results["asked_for"] = asked_for(model, parts["val"])
@@ -284,12 +276,26 @@ def run_gates(run: Run, data: Data, model: StopOrForward) -> dict[str, Any]:
     if run != Run("gates", seed=run.seed):
         return results
     model.terminator = EarlyTerminator(THRESHOLD, MIN_FRAMES)
-    calibration = calibrate.to_accuracy(model, parts["val"].batches(model), 0.0)
+    calibration = calibrate.to_accuracy(model, parts["val"].batches(model), 0.0, per_gate=False)
     results["curve"] = replayed(model, calibration.curve, parts)
     calibration.apply(model)
     results["modes"]["calibrated"] = {split: measure(model, parts[split]) for split in ("val", "test")}
     results["calibrated_thresholds"] = asdict(calibration.point)
     return results
+
+
+def train_gates(run: Run, training: Callable[[int], Part], model: StopOrForward) -> dict[str, float]:
+    """Train gates and inner classifiers on the training videos of each epoch; return what the last epoch logged."""
+    criterion = SoFLoss(model.lookup_for((run.size, run.size)), run.alpha, run.beta)
+    if criterion.guidance is not None:
+        criterion.guidance.self_supervision = SelfSupervisionLoss(run.supervise_last)
+    group = RECIPE.parameter_groups(model)[1]
+    optimizer = torch.optim.AdamW([group], RECIPE.lr, weight_decay=RECIPE.weight_decay)
+    for epoch in range(RECIPE.epochs):
+        logged = train_epoch(model, training(epoch), criterion, optimizer, epoch, run.seed)
+        common.progress(f"epoch {epoch + 1}/{RECIPE.epochs} {logged['total']:.3f}", end="")
+    common.progress("")
+    return logged
 
 
 def train_epoch(
@@ -413,14 +419,12 @@ def point(measured: calibrate.CurvePoint) -> dict[str, float]:
     return {"top1": measured.accuracy, "gmacs": measured.macs / 1e9}
 
 
-def perform(run: Run, args: argparse.Namespace) -> dict[str, Any]:
-    """Do one run and return what goes into its file."""
+def prepare(run: Run, args: argparse.Namespace) -> tuple[Data, StopOrForward]:
+    """Return a run's videos, and its model with a classifier that is fitted to them and gates that are new."""
     data = load(args.data, args.weights, args.cache, run.size, IRRELEVANT[run.irrelevance], run.seed)
-    parts, classes = data.parts, data.classes
-    started = time.perf_counter()
     torch.manual_seed(run.seed)
     model = sofnet(
-        network(args.weights, len(classes)),
+        network(args.weights, len(data.classes)),
         hidden=HIDDEN,
         temporal=run.temporal,
         guidance=run.beta is not None,
@@ -429,7 +433,15 @@ def perform(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         state_update=run.state_update,
     )
     model.backbone.requires_grad_(False)
-    fit_classifier(model, parts["train"].features, parts["train"].targets, HEAD_DECAY)
+    fit_classifier(model, data.parts["train"].features, data.parts["train"].targets, HEAD_DECAY)
+    return data, model
+
+
+def perform(run: Run, args: argparse.Namespace) -> dict[str, Any]:
+    """Do one run and return what goes into its file."""
+    started = time.perf_counter()
+    data, model = prepare(run, args)
+    parts = data.parts
     results = (run_baselines if run.kind == "baselines" else run_gates)(run, data, model)
     counts = {
         split: {"videos": len(part.targets), "relevant": float(part.relevant.float().mean())}

@@ -42,6 +42,13 @@ def check_positive(value: Any, name: str) -> float:
     return value
 
 
+def check_share(value: Any, name: str) -> float:
+    """Refuse all but numbers from 0 to 1."""
+    if not (isinstance(value, int | float) and 0.0 <= value <= 1.0):
+        raise DynskipError(f"{name}={value} is out of range; give a number in [0, 1].")
+    return value
+
+
 def check_eval(model: Any, what: str) -> None:
     """Refuse to skip while a part is in training mode: a frame's answer would depend on its batch."""
     for part in running_parts(model):
@@ -129,6 +136,10 @@ def _check_batch(
     value: Any, backbone: StagedBackbone, name: str, leading: tuple[str | int, ...], hint: str, dims: Sequence[str] = ()
 ) -> Tensor:
     """Refuse all but `(*leading, C, H, W)` pixels in the model's dtype; where `dims` names dimensions, finite ones."""
+    weight = next(backbone.parameters(), value)
+    _refuse_transforms(backbone, value, weight)
+    if getattr(weight, "is_meta", False) and not getattr(value, "is_meta", False):
+        raise DynskipError("The model is on the meta device and has no values: give it its weights first.")
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise DynskipError(
@@ -141,7 +152,6 @@ def _check_batch(
         raise DynskipError(f"{name.capitalize()}s must have shape ({wanted}); got {shape}. {hint}")
     if 0 in shape:
         raise DynskipError(f"The {name} is empty: shape {shape}. Every dimension has to be at least 1.")
-    weight = next(backbone.parameters(), value)
     if value.dtype != weight.dtype and not torch.is_autocast_enabled(value.device.type):
         raise DynskipError(
             f"The {name} is {value.dtype} and the model {weight.dtype}. Convert one of them, for instance with "
@@ -151,6 +161,27 @@ def _check_batch(
         refuse_not_finite(value, *dims)
     moved: Tensor = value.to(weight.device)
     return moved
+
+
+def _refuse_transforms(backbone: StagedBackbone, *tensors: Any) -> None:
+    """Refuse to run in a transform that cannot follow decisions about frames."""
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]
+        raise DynskipError(
+            "Which stages run depends on what is in the frames, so one graph cannot hold the model. `model.export` "
+            "writes it as ONNX files, one a stage; torch.export and torch.jit.trace take `model.backbone`."
+        )
+    if torch.compiler.is_compiling():  # compilers cannot look into these tests
+        return
+    functorch = torch._C._functorch
+    if any(isinstance(x, Tensor) and functorch.is_batchedtensor(x) for x in tensors):
+        raise DynskipError(
+            "torch.func.vmap cannot follow decisions about frames. Call the model on a batch of videos; vmap takes "
+            "`model.backbone`."
+        )
+    if not backbone.training and any(isinstance(x, Tensor) and functorch.is_gradtrackingtensor(x) for x in tensors):
+        raise DynskipError(
+            "A model in evaluation mode skips, and has no gradients. Call `model.train()` before torch.func.grad."
+        )
 
 
 def refuse_not_finite(value: Tensor, *dims: str, real: Tensor | None = None) -> None:

@@ -93,6 +93,10 @@ class Wrapper(Checked):
                 raise DynskipError(
                     f"`class_names` has {len(names)} entries; give one string for each of {classes} classes."
                 )
+        if name == "preprocessing" and not isinstance(value, Mapping | None):
+            raise DynskipError(
+                f"`preprocessing` is a {type(value).__name__}; give a mapping such as {{'input_size': (3, 224, 224)}}."
+            )
         return super().check_setting(name, value)
 
     def _suit(self, terminator: EarlyTerminator, activation: Activation) -> None:
@@ -106,6 +110,8 @@ class Wrapper(Checked):
 
     def lookup_for(self, image_size: tuple[int, int]) -> FLOPsLookup:
         """Return the cost table for frames of a size. An exit's cost is its gate's and its classifier's.
+
+        Where a cost depends on the data, as in a mixture of experts, it is that of one frame of random numbers.
 
         A table is measured again once a module of the backbone or of a gate has been replaced, or a parameter has
         another shape or dtype. What was made from an earlier table stays as it is: a loss, a session, a stream in
@@ -128,14 +134,15 @@ class Wrapper(Checked):
                 )
             return given
         if (layers := _layers([self.backbone, *self.deciders, self.consensus])) != self._counted:
-            if self._counted:
-                self.backbone.channels_last = None  # new layers may not take it
             self._measured, self._counted = {}, layers
         if (lookup := self._measured.get(image_size)) is None:
             lookup = self._measured[image_size] = FLOPsLookup.measure(
                 self.backbone, image_size, self.deciders, self.consensus
             )
         return lookup
+
+    def __prepare_scriptable__(self) -> None:
+        self.backbone.__prepare_scriptable__()
 
     def summary(self, image_size: int | tuple[int, int] | None = None) -> str:
         """Describe the model stage by stage: channels, costs, gates and their rules.
@@ -145,7 +152,7 @@ class Wrapper(Checked):
                 cut, or that of the given cost table.
 
         Returns:
-            A table to print; costs are multiply-adds of one frame.
+            A table to print; costs are multiply-adds of one frame, as `lookup_for` counts them.
         """
         given = self._given_lookup.image_size if self._given_lookup is not None else None
         lookup = self.lookup_for(as_size(image_size) or given or self.backbone.input_size[1:])

@@ -19,7 +19,7 @@ from dynskip.backbone import StagedBackbone, encode_images
 from dynskip.consensus import MeanOfLogits
 from dynskip.engine import Engine
 from dynskip.errors import DynskipError
-from dynskip.gates import FixedGate, Gate, GateState
+from dynskip.gates import ConfidenceGate, FixedGate, Gate, GateState
 from dynskip.output import EncodedVideo, SkipOutput, masked_output
 
 
@@ -73,7 +73,9 @@ class EarlyExit(Pretrained, Wrapper):
     consensus = MeanOfLogits().eval()
 
     def check_setting(self, name: str, value: Any) -> Any:
-        """Refuse settings that make no sense; return thresholds as one a gate."""
+        """Refuse settings that make no sense, and those of videos; return thresholds as one a gate."""
+        if name in ("state_update", "terminator") and value != getattr(self, name):
+            raise DynskipError(f"An EarlyExit takes still images, which have no {name}. Use StopOrForward for videos.")
         value = super().check_setting(name, value)
         if name in ("activation", "exits"):
             activation = value if name == "activation" else self.activation
@@ -83,7 +85,7 @@ class EarlyExit(Pretrained, Wrapper):
                     "give the model two outputs, one for each answer."
                 )
             for n, part in enumerate(value if name == "exits" else getattr(self, "exits", ())):
-                if getattr(part.gate, "activation", activation) != activation:
+                if isinstance(part.gate, ConfidenceGate) and part.gate.activation != activation:
                     raise DynskipError(
                         f"Gate {n} measures how sure it is by a {part.gate.activation}, and the model answers by a "
                         f"{activation}. Give both the same `activation`."

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dynskip import rules
 from dynskip._tables import at_column, is_range, put, take
+from dynskip.backbone import lay_out
 from dynskip.features import Features, Furthest
 from dynskip.gates import GateState, parts_of
 from dynskip.scan import Group, scan
@@ -65,7 +66,8 @@ class Engine:
         with torch.inference_mode(False), torch.no_grad():
             # For each gate, the state that decides on each video's next frame.
             self.states: list[GateState] = [tuple(s.clone() for s in g.initial_state(videos)) for g in self.gates]
-            self.tally = tuple(part.clone() for part in self._nothing_counted(videos))
+            parts = self._nothing_counted(videos)  # which may be views of one tensor
+            self.tally = tuple(part.clone(memory_format=torch.contiguous_format) for part in parts)
             self.seen = torch.zeros(videos, dtype=torch.long, device=self.device)  # frames decided
             self.ended = torch.zeros(videos, dtype=torch.bool, device=self.device)
             # How often each video ran each stage and the head; and each gate's step, per video and per frame.
@@ -128,6 +130,8 @@ class Engine:
         """Run stages `first` to `last`, where the head is stage `N`, on `(M,)` frames that are in front of `first`."""
         carry, frames = self.features.gather(frames, self.device)
         index = self._index(frames, self.videos * self.window)
+        if first == 0 and len(self.features.pending) > 1:
+            carry = lay_out(self.backbone, carry)
         for n in range(first, min(last + 1, self.stages)):
             carry = self.backbone.run(n, carry)
             embedded = self.parts[n].embed(self.backbone.pool(n, carry))

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dynskip.backbone import Carry, StagedBackbone
-from dynskip.flops import takes_channels_last
 
 
 class Features:
@@ -28,9 +27,6 @@ class Features:
 
     def load(self, frames: Tensor, images: Tensor) -> None:
         """Take images in, `(M, C, H, W)`. Their frames are pending from now on."""
-        # For a few images, the change of layout takes longer than it saves.
-        if images.device.type == "cpu" and len(images) >= 4 and takes_channels_last(self.backbone):
-            images = images.contiguous(memory_format=torch.channels_last)
         carry = self.backbone.start(images)
         self.pending[frames] = True
         self._keep(frames, carry, 0)

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-import re
 import warnings
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from dynskip._modes import in_mode
+from dynskip._modes import DrawingApart, in_mode
 from dynskip.backbone import StagedBackbone
+from dynskip.backbone.count import Count
 from dynskip.consensus import Consensus
 from dynskip.errors import DynskipError
 from dynskip.gates import parts_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-# torch's own operators cost nothing where its counter has no formula for them, but for those that multiply.
-_FREE = ("aten", "prim", "prims", "profiler")
-_MULTIPLIES = re.compile("_mm|rnn|mkldnn|scaled_dot_product|multi_head|transformer_encoder")
 
 
 class FLOPsLookup:
@@ -124,21 +118,19 @@ class FLOPsLookup:
         if gates and len(gates) != backbone.num_stages:
             raise DynskipError(f"Got {len(gates)} gates for {backbone.num_stages} stages; give one for each stage.")
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        takes_channels_last(backbone)  # tried now, so that nobody who counts a run counts the trial
         try:
             ghosts = [_on_meta(gate) for gate in gates]
             return cls._measured(_on_meta(backbone), size, ghosts, consensus and _on_meta(consensus))
         except Exception:  # the meta device lacks an operator, or has no values to look at
             parts = nn.ModuleList([backbone, *gates, *([] if consensus is None else [consensus])])
-            devices = {tensor.device for tensor in parts.parameters() if tensor.is_cuda}
-            with in_mode(parts, False), torch.random.fork_rng(devices):
+            with in_mode(parts, False), DrawingApart():
                 return cls._measured(backbone, size, gates, consensus)
 
     @classmethod
     def _measured(
         cls, backbone: StagedBackbone, size: tuple[int, int], gates: Sequence[Any], consensus: Consensus | None
     ) -> FLOPsLookup:
-        count, names = _Count(), backbone.stage_names
+        count, names = Count(backbone), backbone.stage_names
         carry = backbone.start(_images(backbone, 1, size))
         stage_macs, gate_macs = [], []
         for n, name in enumerate(names):
@@ -162,8 +154,8 @@ class FLOPsLookup:
         if count.unknown:
             warnings.warn(
                 f"The cost of {', '.join(count.unknown)} is unknown, so it is NaN: torch cannot count "
-                f"{', '.join(count.causes)}. Register a formula (torch.utils.flop_counter.register_flop_formula), or "
-                "give the model a table: lookup=FLOPsLookup(...).",
+                f"{', '.join(count.causes.values())}. Register a formula "
+                "(torch.utils.flop_counter.register_flop_formula), or give the model a table: lookup=FLOPsLookup(...).",
                 stacklevel=4,
             )
         return table
@@ -235,70 +227,11 @@ class FLOPsLookup:
         )
 
 
-@torch.no_grad()
-def takes_channels_last(backbone: StagedBackbone) -> bool:
-    """Say whether a backbone takes images in channels-last memory. Tried once, on the meta device, and remembered.
-
-    Some modules take views that need the other layout, and raise.
-    """
-    if getattr(backbone, "channels_last", None) is None:
-        try:
-            ghost = _on_meta(backbone)
-            ghost(_images(ghost, 2, ghost.input_size[1:]).contiguous(memory_format=torch.channels_last))
-            backbone.channels_last = True
-        except Exception:  # also where the meta device lacks an operation
-            backbone.channels_last = False
-    return bool(backbone.channels_last)
-
-
 def _column(values: Sequence[float]) -> Tensor:
     return torch.tensor(list(values), dtype=torch.float64)
 
 
-class _Count:
-    """Counts the MACs of calls. Costs of the parts in `unknown` are not known, since torch cannot count `causes`."""
-
-    def __init__(self) -> None:
-        self.unknown: dict[str, None] = {}
-        self.causes: dict[str, None] = {}
-
-    def __call__(self, part: str, function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
-        """Return the MACs of a call, NaN where they are not known, and its result."""
-        counter: Any = FlopCounterMode(display=False)
-        # Its tracker of modules hooks those of all threads, and fails where a module is given a parameter.
-        counter.mod_tracker = contextlib.nullcontext()
-        counter.mod_tracker.parents = ("Global",)
-        uncounted = _Uncounted(counter.flop_registry)
-        try:
-            with uncounted, counter:  # the counter comes first, and takes operators apart
-                result = function(*args)
-        except Exception as error:
-            result = function(*args)  # raises as well, unless it was the counter that failed
-            uncounted.found[f"a call ({error})"] = None
-        if uncounted.found:
-            self.unknown[part] = None
-            self.causes |= uncounted.found
-            return math.nan, result
-        return counter.get_total_flops() // 2, result  # torch counts a multiply-add as two
-
-
-class _Uncounted(TorchDispatchMode):
-    """Notes the operators that may multiply and have no formula."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self, formulas: Container[Any]) -> None:
-        super().__init__()
-        self.formulas, self.found = formulas, dict[str, None]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        packet = getattr(func, "_overloadpacket", func)
-        if packet not in self.formulas and (func.namespace not in _FREE or _MULTIPLIES.search(func.name())):
-            self.found[str(packet)] = None
-        return func(*args, **(kwargs or {}))
-
-
-def _count_gate(count: _Count, this: str, gate: Any, pooled: Tensor) -> tuple[float, float, float]:
+def _count_gate(count: Count, this: str, gate: Any, pooled: Tensor) -> tuple[float, float, float]:
     """Return the MACs of a gate on one frame, of its step, and the part of the step that several frames share."""
     parts, state, shared = parts_of(gate), gate.initial_state(1), 0.0
     embed, embedded = count(this, parts.embed, pooled)

@@ -135,13 +135,15 @@ def looked_at(order: FrameOrder | None, encoded: EncodedVideo) -> tuple[EncodedV
     Padding shows its video's first frame, so that all that is made of it, and left out, is finite.
     """
     batch, frames, _ = encoded.frame_logits.shape
-    lengths = None if encoded.lengths is None else encoded.lengths.cpu()
+    lengths = None if encoded.lengths is None else torch.as_tensor(encoded.lengths).cpu()
     table = steps(order, batch, frames, lengths)
-    shown = table
+    shown, own = table, encoded.lengths
     if lengths is not None:
+        own = lengths.to(encoded.frame_logits.device, non_blocking=True)
         shown = torch.where(present(lengths, frames), torch.arange(frames) if table is None else table, 0)
     pooled = tuple(in_steps(features, shown) for features in encoded.pooled)
-    return replace(encoded, pooled=pooled, frame_logits=in_steps(encoded.frame_logits, shown)), table
+    frame_logits = in_steps(encoded.frame_logits, shown)
+    return replace(encoded, pooled=pooled, frame_logits=frame_logits, lengths=own), table
 
 
 def in_time(output: SkipOutput, table: Tensor | None) -> SkipOutput:

@@ -279,9 +279,25 @@ def ends(terminator: nn.Module, running_logits: Tensor, seen: Tensor, activation
     Returns:
         `(B, T)` boolean.
     """
-    wide = running_logits.to(torch.promote_types(running_logits.dtype, torch.float32))
-    ended: Tensor = terminator(probabilities(wide, activation).flatten(0, 1), seen.flatten())
+    ended: Tensor = terminator(_answers(running_logits, activation).flatten(0, 1), seen.flatten())
     return ended.view(seen.shape)
+
+
+def end_scores(terminator: Any, running_logits: Tensor, activation: Activation) -> dict[str, Tensor]:
+    """Return what a terminator compares its parameters with after each frame of whole videos.
+
+    Args:
+        terminator: the terminator.
+        running_logits: `(B, T, K)` running predictions.
+        activation: the model's head activation.
+
+    Returns:
+        `(B, T)` scores by the parameter's name, see `EarlyTerminator.scores`.
+    """
+    batch, frames, _ = running_logits.shape
+    seen = torch.arange(1, frames + 1, device=running_logits.device).expand(batch, frames)
+    scores = terminator.scores(_answers(running_logits, activation).flatten(0, 1), seen.flatten())
+    return {name: score.view(batch, frames) for name, score in scores.items()}
 
 
 def end_videos(terminator: nn.Module, running_logits: Tensor, stopped_at: Tensor, activation: Activation) -> Tensor:
@@ -319,6 +335,10 @@ def answer(readout: Readout, fallback_logits: Tensor) -> Tensor:
 def known(values: Tensor, where: Tensor) -> Tensor:
     """Replace what was not computed with NaN."""
     return values.masked_fill(~where.view(where.shape + (1,) * (values.ndim - where.ndim)), math.nan)
+
+
+def _answers(logits: Tensor, activation: Activation) -> Tensor:
+    return probabilities(logits.to(torch.promote_types(logits.dtype, torch.float32)), activation)
 
 
 def _finite(logits: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +18,8 @@ class EarlyTerminator(Checked):
 
     With a softmax, the probability of the top class has to exceed the threshold. With a sigmoid, every class has to be
     decided: its probability exceeds the threshold, or lies below 1 minus it.
+
+    A rule of your own is a subclass with other `scores`, whose parameters `dynskip.calibrate` then chooses.
 
     Args:
         threshold: probability that the prediction has to exceed, in (0, 1].
@@ -50,6 +54,21 @@ class EarlyTerminator(Checked):
             check_activation(value)
         return super().check_setting(name, value)
 
+    def scores(self, probabilities: Tensor, frames_seen: Tensor) -> dict[str, Tensor]:
+        """Return what the rule's parameters are compared with. A video ends where every score exceeds its parameter.
+
+        So the larger a parameter, the later videos end. Calibration chooses these parameters, among values between the
+        scores that it observes.
+
+        Args:
+            probabilities: as in `forward`.
+            frames_seen: as in `forward`.
+
+        Returns:
+            `(B,)` scores by the name of the attribute that holds the parameter. NaN where there is no prediction yet.
+        """
+        return {"threshold": confidence(probabilities, self.activation)}
+
     def forward(self, probabilities: Tensor, frames_seen: Tensor) -> Tensor:
         """Say which videos are finished.
 
@@ -61,7 +80,9 @@ class EarlyTerminator(Checked):
             `(B,)` boolean, true where the video ends here.
         """
         # A NaN compares as false: a video without a prediction goes on.
-        return (confidence(probabilities, self.activation) > self.threshold) & (frames_seen > self.min_frames)
+        scores = self.scores(probabilities, frames_seen).items()
+        exceeded = [score > getattr(self, name) for name, score in scores]
+        return functools.reduce(operator.and_, [*exceeded, frames_seen > self.min_frames])
 
     def extra_repr(self) -> str:
         """Show the rule."""

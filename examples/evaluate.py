@@ -62,7 +62,8 @@ def choose_thresholds(model: StopOrForward, loader: video.EvaluationLoader, args
     print(
         f"Calibrated on {sum(len(targets) for _, targets in encoded)} validation videos: {name} "
         f"{100 * point.accuracy:.1f} % at {point.macs / 1e9:.4g} GMACs/video (dense: {100 * dense.accuracy:.1f} % at "
-        f"{dense.macs / 1e9:.4g}).\nFrames go forward above {point.forward_threshold[0]:.4g}, videos end above "
+        f"{dense.macs / 1e9:.4g}).\nFrames go forward above "
+        f"{', '.join(f'{threshold:.4g}' for threshold in point.forward_threshold)}, videos end above "
         f"{point.termination_threshold}."
     )
     if args.curve:

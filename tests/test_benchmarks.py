@@ -18,6 +18,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import common  # noqa: E402
+import glance as glance_script  # noqa: E402
 import gpu  # noqa: E402
 import many_streams  # noqa: E402
 import overhead  # noqa: E402
@@ -61,6 +62,29 @@ def test_scripts_run_and_end_with_a_ratio(script: Any, tmp_path: Path, capsys: p
     assert all(row["median_ms"] > 0 and row["gmacs"] > 0 for row in content["results"].values())
     *_, (name, ratio) = content["ratios"].items()
     assert printed[-1].startswith(f"{name}: {ratio['value']:.3f}")
+
+
+def test_the_glance_script_follows_given_decisions(tmp_path: Path) -> None:
+    decisions = tmp_path / "decisions.json"
+    decisions.write_text(
+        json.dumps({"6": {"with": [3, 0, 1, 0, 0, 0, 2], "without": [0, 1, 0, 1, 0, 4], "uniform": 3}})
+    )
+    options = ("--light", "test_efficientnet", "--light-size", "16", "--decisions", str(decisions))
+    content = run(glance_script, tmp_path, *options)
+    gmacs = {name: row["gmacs"] for name, row in content["results"].items()}
+    dense = gmacs["dense TSN, 6 frames"]
+    assert gmacs["uniform, 3 of 6 frames"] == dense / 2
+    assert gmacs["gates with a glance, 6 frames"] < gmacs["gates without a glance, 6 frames"]
+    assert len(content["ratios"]) == 3
+    assert content["decisions"]["measured"]
+
+
+def test_the_stand_in_decisions_are_on_all_frames() -> None:
+    for count, given in glance_script.STAND_INS.items():
+        for kind in ("with", "without"):
+            stops = glance_script.stops(given[kind])
+            assert stops.bincount(minlength=len(given[kind])).tolist() == given[kind]
+            assert len(stops) == int(count)
 
 
 def test_start_up_is_told_in_forwards(capsys: pytest.CaptureFixture[str]) -> None:

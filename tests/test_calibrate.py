@@ -119,7 +119,7 @@ def test_calibrated_model_keeps_the_budget_for_real(
 @given(seed=st.integers(0, 10_000), max_loss=st.sampled_from([0.0, 0.1, 0.3]))
 def test_calibrated_model_keeps_the_accuracy_for_real(seed: int, max_loss: float) -> None:
     model, video, targets = setup(seed, terminator=EarlyTerminator(0.9, 2))
-    result = calibrate.to_accuracy(model, [(video, targets)], max_loss)
+    result = calibrate.to_accuracy(model, [(video, targets)], max_loss, per_gate=False)
     result.apply(model)
     accuracy, macs = really(model, video, targets)
     assert (accuracy, macs) == (result.point.accuracy, result.point.macs)
@@ -131,9 +131,11 @@ def test_more_loss_or_budget_is_worth_something() -> None:
     model, video = toy_model(0, share=0.8, terminator=EarlyTerminator(0.8, 2)), toy_video(30, 8, seed=3)
     encoded = calibrate.encode(model, [(video, model(video, dense=True).logits.argmax(-1))])
     dense = calibrate.dense(model, encoded)
-    none, much = (calibrate.to_accuracy(model, encoded, loss).point for loss in (0.0, 0.3))
+    none, much = (calibrate.to_accuracy(model, encoded, loss, per_gate=False).point for loss in (0.0, 0.3))
     assert much.macs < none.macs < 0.9 * dense.macs
-    small, large = (calibrate.to_budget(model, encoded, share * dense.macs).point for share in (0.3, 0.9))
+    small, large = (
+        calibrate.to_budget(model, encoded, share * dense.macs, per_gate=False).point for share in (0.3, 0.9)
+    )
     assert small.accuracy < large.accuracy
 
 
@@ -225,20 +227,121 @@ def test_thresholds_differ_where_gates_need_it() -> None:
     model, video, targets = setup(1)
     encoded = calibrate.encode(model, [(video, targets)])
     budget = 0.5 * calibrate.dense(model, encoded).macs
-    shared = calibrate.to_budget(model, encoded, budget).point
-    single = calibrate.to_budget(model, encoded, budget, per_gate=True).point
+    shared = calibrate.to_budget(model, encoded, budget, per_gate=False).point
+    single = calibrate.to_budget(model, encoded, budget).point
     assert len(set(shared.forward_threshold)) == 1
     assert single.accuracy >= shared.accuracy
+
+
+@pytest.mark.parametrize("use", ["to_budget", "to_accuracy", "curve"])
+def test_held_out_figures_are_those_of_videos_that_were_not_searched(use: str) -> None:
+    model, video, targets = setup(3, frames=3)
+    groups = [f"recording {n % 2}" for n in range(VIDEOS)]  # two groups make two folds
+    budget = 0.6 * calibrate.dense(model, [(video, targets)]).macs
+
+    def search(rows: slice, **options: Any) -> CurvePoint:
+        part = [(video[rows], targets[rows])]
+        if use == "to_accuracy":
+            return calibrate.to_accuracy(model, part, 0.1, per_gate=False, **options).point
+        return calibrate.to_budget(model, part, budget, per_gate=False, **options).point
+
+    halves = (slice(0, None, 2), slice(1, None, 2))
+    apart = [
+        calibrate.replay(model, [(video[own], targets[own])], search(other))
+        for own, other in (halves, reversed(halves))
+    ]
+    if use == "curve":
+        held_out: Any = calibrate.curve(model, batched(video, targets, 5), points=2, per_gate=False, groups=groups)[-1]
+        searched = {
+            p.forward_threshold for p in calibrate.to_accuracy(model, [(video, targets)], 0.0, per_gate=False).curve
+        }
+        assert held_out.forward_threshold in searched
+    else:
+        function = getattr(calibrate, use)
+        aim = 0.1 if use == "to_accuracy" else budget
+        result = function(model, batched(video, targets, 5), aim, per_gate=False, groups=groups)
+        held_out = result.held_out
+        assert (held_out.forward_threshold, held_out.termination_threshold) == (
+            result.point.forward_threshold,
+            result.point.termination_threshold,
+        )
+        assert held_out.accuracy == pytest.approx(sum(point.accuracy for point in apart) / 2)
+        assert held_out.macs == pytest.approx(sum(point.macs for point in apart) / 2)
+        assert function(model, [(video, targets)], aim, per_gate=False).held_out is None
+    assert held_out.band[0] <= held_out.accuracy <= held_out.band[1]
+
+
+def test_bands_draw_whole_groups() -> None:
+    model, video, targets = setup(0)
+    alone = calibrate.uniform_frames(model, [(video, targets)], groups=range(VIDEOS))
+    fourfold = [(video.repeat(4, 1, 1, 1, 1), targets.repeat(4))]
+    together = calibrate.uniform_frames(model, fourfold, groups=[*range(VIDEOS)] * 4)
+    assert [point.band for point in together] == [pytest.approx(point.band) for point in alone]
+    split = calibrate.uniform_frames(model, fourfold, groups=range(4 * VIDEOS))
+    for wide, narrow in zip(together, split, strict=True):
+        assert wide.accuracy == narrow.accuracy
+        assert wide.band is not None
+        assert narrow.band is not None
+        assert wide.band[0] <= narrow.band[0] <= wide.accuracy <= narrow.band[1] <= wide.band[1]
+    # About 90 % of the mean's normal distribution.
+    first = split[0]
+    assert first.band is not None
+    expected = 2 * 1.645 * math.sqrt(first.accuracy * (1 - first.accuracy) / (4 * VIDEOS))
+    assert first.band[1] - first.band[0] == pytest.approx(expected, rel=0.25)
+    assert calibrate.uniform_frames(model, [(video, targets)])[0].band is None
+
+
+@pytest.mark.parametrize(
+    ("groups", "telling"), [([1, 2], "2 groups for 14 videos"), ([1] * VIDEOS, "all videos|All videos")]
+)
+def test_bad_groups(groups: list[int], telling: str) -> None:
+    model, video, targets = setup()
+    with pytest.raises(DynskipError, match=telling):
+        calibrate.dense(model, [(video, targets)], groups=groups)
+    with pytest.raises(DynskipError, match="points=0; a curve has at least one"):
+        calibrate.curve(model, [(video, targets)], points=0)
+
+
+class Apart(EarlyTerminator):
+    """End a video when its two best classes lie far enough apart."""
+
+    def __init__(self, apart: float = 0.5, min_frames: int = 1) -> None:
+        super().__init__(min_frames=min_frames)
+        self.apart = apart
+
+    def scores(self, probabilities: Tensor, frames_seen: Tensor) -> dict[str, Tensor]:
+        best, second = probabilities.topk(2).values.unbind(-1)
+        return {"apart": best - second}
+
+
+def test_a_terminators_own_parameters_are_calibrated(tmp_path: Path) -> None:
+    model, video, _ = setup(2)
+    gates = [FixedGate() for _ in model.gates]
+    model = StopOrForward(model.backbone, gates, terminator=Apart(0.99)).eval()
+    targets = model(video, dense=True).logits.argmax(-1)
+    dense = calibrate.dense(model, [(video, targets)])
+    result = calibrate.to_budget(model, [(video, targets)], 0.9 * dense.macs, per_gate=False)
+    ends = {point.termination_threshold for point in result.curve}
+    assert len(ends) > 1
+    assert all(end is None or dict(end).keys() == {"apart"} for end in ends)  # type: ignore[call-overload]
+    ending = next(point for point in result.curve if point.termination_threshold is not None)
+    ending.apply(model)
+    assert (ending.accuracy, ending.macs) == really(model, video, targets)
+    terminator: Any = model.terminator
+    assert ending.termination_threshold == (("apart", terminator.apart),)
+    calibrate.write_curves(tmp_path / "curves.csv", {"own": result.curve})
+    with (tmp_path / "curves.csv").open(newline="") as handle:
+        assert str(terminator.apart) in [row["termination_apart"] for row in csv.DictReader(handle)]
 
 
 def test_videos_and_their_stored_features_give_the_same() -> None:
     model, video, targets = setup(2, terminator=EarlyTerminator(0.9, 2))
     budget = 0.6 * calibrate.dense(model, [(video, targets)]).macs
-    expected = calibrate.to_budget(model, [(video, targets)], budget)
+    expected = calibrate.to_budget(model, [(video, targets)], budget, per_gate=False)
     loaded: Any = ([v, t] for v, t in batched(video, targets, 4))  # as a DataLoader gives them
-    assert calibrate.to_budget(model, loaded, budget) == expected
+    assert calibrate.to_budget(model, loaded, budget, per_gate=False) == expected
     stored = calibrate.encode(model, batched(video, targets, 3))
-    assert calibrate.to_budget(model, stored, budget) == expected
+    assert calibrate.to_budget(model, stored, budget, per_gate=False) == expected
 
 
 def test_videos_of_different_lengths_and_sizes() -> None:
@@ -265,12 +368,12 @@ def test_another_metric() -> None:
 
 def test_the_model_is_left_as_it_was() -> None:
     model, video, targets = setup(0, terminator=EarlyTerminator(0.7, 2), forward_threshold=0.4)
-    terminator, expected = model.terminator, calibrate.to_accuracy(model, [(video, targets)], 0.1)
+    terminator, expected = model.terminator, calibrate.to_accuracy(model, [(video, targets)], 0.1, per_gate=False)
     model.train()
     model.gates[0].eval()
-    assert calibrate.to_accuracy(model, [(video, targets)], 0.1) == expected
+    assert calibrate.to_accuracy(model, [(video, targets)], 0.1, per_gate=False) == expected
     with pytest.raises(DynskipError, match="cannot be kept"):
-        calibrate.to_budget(model, [(video, targets)], 1.0)
+        calibrate.to_budget(model, [(video, targets)], 1.0, per_gate=False)
     assert model.forward_threshold == (0.4,) * 3
     assert model.terminator is terminator
     assert terminator is not None
@@ -384,7 +487,7 @@ BAD_BATCHES: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
     "one video": (lambda v, t: [(v[0], t[:1])], "must have shape"),
     "too few targets": (lambda v, t: [(v, t[:-1])], r"Got targets \(13,\) for 14 videos"),
     "no video": (lambda v, t: [(v[:0], t[:0])], "empty"),
-    "class too large": (lambda v, t: [(v, t + CLASSES)], "targets holds"),
+    "class too large": (lambda v, t: [(v, t + CLASSES)], "Targets range from"),
     "two kinds": (
         lambda v, t: [(v, t), (v, torch.nn.functional.one_hot(t, CLASSES))],
         "some batches are class indices and of others multi-hot",

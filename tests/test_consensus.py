@@ -7,7 +7,6 @@ import json
 import math
 import pickle
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,8 @@ from dynskip import (
 )
 from dynskip.activation import Activation, probabilities
 from dynskip.consensus import Readout
-from dynskip.runtime.export import describe_consensus
+from dynskip.order import CoarseToFine, FrameOrder, RandomOrder
+from dynskip.runtime.export import describe_consensus, describe_order
 
 KINDS = [type(each).__name__ for each in consensuses()]
 
@@ -142,41 +142,56 @@ def ready(case: Case, consensus: Consensus, activation: Activation, repeating: i
     return model
 
 
+def one_by_one(model: StopOrForward, video: Tensor, lengths: list[int]) -> list[Tensor]:
+    """Return the frames of each video in the model's order, without padding."""
+    clips = [clip[:length] for clip, length in zip(video, lengths, strict=True)]
+    return clips if model.order is None else [clip[model.order(len(clip))] for clip in clips]
+
+
 @torch.no_grad()
-def assert_all_ways(model: StopOrForward, video: Tensor, window: int) -> None:
-    masked = model.decide(model.encode(video))
+def assert_all_ways(model: StopOrForward, video: Tensor, lengths: list[int], window: int) -> None:
+    masked = model.decide(model.encode(video, lengths))
     assert masked.logits.isfinite().all()
-    assert_same(model.run_clip(video, window), masked, skip=["inner_logits"])
-    assert_same(model(video), masked, skip=["inner_logits"])
-    session = model.stream(len(video))
-    steps = [session(video[:, t]) for t in range(video.shape[1])]
-    streams = [
-        {e.key: e for e in model.serve_streams(list(video), 3, 4, ahead) if isinstance(e, VideoResult)}
-        for ahead in (1, 3)
-    ]
-    result = session.result()
-    running = torch.stack([step.running_logits for step in steps], 1)
-    has_used, unseen = masked.used.any(1), ~masked.seen
-    torch.testing.assert_close(running[has_used, -1], masked.logits[has_used])
-    assert torch.equal(torch.stack([step.stopped_at for step in steps], 1), masked.stopped_at)
-    assert torch.equal(torch.stack([step.ended for step in steps], 1)[:, :-1], unseen[:, 1:])
-    torch.testing.assert_close(result.logits, masked.logits)
-    for row, wanted in enumerate(masked.logits):
-        for events in streams:
+    assert_same(model.run_clip(video, window, lengths), masked, skip=["inner_logits"])
+    assert_same(model(video, lengths=lengths), masked, skip=["inner_logits"])
+    arriving = one_by_one(model, video, lengths)
+    for ahead in (1, 3):
+        events = {e.key: e for e in model.serve_streams(arriving, 3, 4, ahead) if isinstance(e, VideoResult)}
+        for row, wanted in enumerate(masked.logits):
             assert events[row].error is None
-            torch.testing.assert_close(events[row].logits, wanted)
             assert events[row].activation == model.activation
+            torch.testing.assert_close(events[row].logits, wanted)
+    for row, frames in enumerate(arriving):
+        session = model.stream()
+        steps = [session(frame) for frame in frames]
+        torch.testing.assert_close(session.result().logits[0], masked.logits[row])
+        assert sum(int(step.used) for step in steps) == int(masked.used[row].sum())
+        if masked.used[row].any():
+            torch.testing.assert_close(steps[-1].running_logits[0], masked.logits[row])
+        alone = model(video[row : row + 1, : lengths[row]])
+        torch.testing.assert_close(alone.logits[0], masked.logits[row])
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("kind", [*KINDS, "Fading"])
 def test_every_way_of_running_gives_the_same_answer(kind: str, activation: Activation) -> None:
-    def check(case: Case, window: int, repeating: int) -> None:
-        assert_all_ways(ready(case, make(kind), activation, repeating), case.video(), window)
+    def check(case: Case, order: FrameOrder | None, window: int, repeating: int, data: st.DataObject) -> None:
+        model = ready(case, make(kind), activation, repeating)
+        model.order = order
+        length = st.integers(1, case.frames)
+        lengths = data.draw(st.lists(length, min_size=case.batch, max_size=case.batch))
+        assert_all_ways(model, case.video(), lengths, window)
 
-    check(large_cases("lstm", "used")[1], 4, 0b010)
-    drawn = given(case=cases(), window=st.integers(1, 9), repeating=st.integers(0, 15))
-    settings(max_examples=4)(drawn(check))()
+    case = large_cases("lstm", "used")[1]
+    assert_all_ways(ready(case, make(kind), activation, 0b010), case.video(), [case.frames] * case.batch, 4)
+    drawn = given(
+        case=cases(),
+        order=st.sampled_from([None, CoarseToFine(), RandomOrder(3)]),
+        window=st.integers(1, 9),
+        repeating=st.integers(0, 15),
+        data=st.data(),
+    )
+    settings(max_examples=3)(drawn(check))()
 
 
 # Without torch
@@ -203,24 +218,25 @@ def test_onnx_gives_the_same_answer(
     exported: dict[str, Path], tmp_path: Path, kind: str, activation: Activation
 ) -> None:
     model, own = onnx_model(kind), FadingInNumpy() if kind == "Fading" else None
-    model.activation = activation
+    model.activation, model.order = activation, CoarseToFine() if activation == "sigmoid" else None
     folder = shutil.copytree(exported.get(kind, exported["MeanOfLogits"]), tmp_path / "model")
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest |= {"activation": activation, "consensus": describe_consensus(model.consensus)}
+    manifest |= {"order": describe_order(model.order)}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     runner = dynskip_onnx.load(folder, threads=1, consensus=own)
-    video = toy_video(6, 8, seed=20, dtype=torch.float32)
-    wanted, frames = model(video), video.numpy()
+    video, lengths = toy_video(6, 8, seed=20, dtype=torch.float32), [8, 5, 8, 3, 8, 1]
+    wanted = model(video, lengths=lengths)
     assert len(wanted.stopped_at.unique()) > 2
-    session = runner.stream(batch=6)
-    steps = [session(frames[:, t]) for t in range(8)]
-    has_used = wanted.used.any(1).numpy()
-    np.testing.assert_allclose(
-        steps[-1].running_probabilities[has_used], wanted.probabilities[has_used], rtol=1e-3, atol=1e-5
-    )
-    served = {end.key: end for end in runner.serve([list(clip) for clip in frames], capacity=4)}
-    for row in range(6):
-        for result in (runner.clip(frames[row]), session.result(row), served[row]):
+    arriving = [frames.numpy() for frames in one_by_one(model, video, lengths)]
+    served = {end.key: end for end in runner.serve(map(list, arriving), capacity=4)}
+    for row, frames in enumerate(arriving):
+        session = runner.stream()
+        steps = [session(frame[None]) for frame in frames]
+        if wanted.used[row].any():
+            running = steps[-1].running_probabilities[0]
+            np.testing.assert_allclose(running, wanted.probabilities[row], rtol=1e-3, atol=1e-5)
+        for result in (runner.clip(video[row, : lengths[row]].numpy()), session.result(), served[row]):
             assert result.frames_seen == int(wanted.seen[row].sum())
             np.testing.assert_allclose(result.logits, wanted.logits[row], rtol=1e-3, atol=1e-4)
             np.testing.assert_allclose(result.probabilities, wanted.probabilities[row], rtol=1e-3, atol=1e-5)
@@ -359,7 +375,7 @@ def test_attention_learns_which_frames_to_trust() -> None:
     model = toy_model(stages=1, forward_threshold=0.0).float()
     attention = AttentionMean(CLASSES, hidden=8)
     torch.manual_seed(0)
-    nn.init.normal_(attention.score[0].weight)
+    nn.init.normal_(next(attention.parameters()))
     model.consensus = attention
     targets = torch.randint(CLASSES, (128,))
     logits = 2.0 * torch.randn(128, 8, CLASSES)
@@ -424,7 +440,7 @@ def test_it_is_saved_copied_and_pickled(kind: str, tmp_path: Path) -> None:
     backbone = stage_model("test_resnet", num_classes=CLASSES, input_size=(3, 32, 32))
     gates = [LinearGate(channels) for channels in backbone.num_features]
     model = StopOrForward(backbone, gates, consensus=make(kind, torch.float32)).eval()
-    assert repr(model.consensus) in model.summary()
+    assert f"make the answer by {kind}(" in model.summary()
     folder = model.save_pretrained(tmp_path / "model")
     assert kind in (folder / "README.md").read_text()
     video, again = torch.randn(2, 3, 3, 32, 32), StopOrForward.from_pretrained(folder)
@@ -455,8 +471,8 @@ def test_a_session_goes_on_elsewhere(kind: str) -> None:
         model.stream(2).load_state_dict(state)
 
 
-def changed(**methods: Callable[..., Any]) -> Consensus:
-    return type("Mine", (MeanOfLogits,), methods)()  # type: ignore[no-any-return]
+def changed(**members: Any) -> Consensus:
+    return type("Mine", (MeanOfLogits,), members)()  # type: ignore[no-any-return]
 
 
 WRONG: dict[str, tuple[Any, str]] = {

@@ -6,11 +6,9 @@ import collections
 import copy
 import functools
 import io
-import multiprocessing
 import pickle
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,18 +84,6 @@ def test_a_pickled_session_goes_on(gate: str) -> None:
     assert torch.equal(again.result().logits, session.result().logits)
 
 
-def answer_to(path: Path, model: StopOrForward, video: Tensor) -> None:
-    torch.save(model(video).logits, path)
-
-
-def test_a_model_goes_to_a_spawned_process(tmp_path: Path) -> None:
-    model, video = toy_model(), toy_video()
-    process = multiprocessing.get_context("spawn").Process(target=answer_to, args=(tmp_path / "a", model, video))
-    process.start()
-    process.join()
-    assert torch.equal(torch.load(tmp_path / "a"), model(video).logits)
-
-
 # Beside other threads
 
 
@@ -135,7 +121,43 @@ def test_models_are_cut_beside_one_another_and_beside_one_that_serves() -> None:
     assert nn.Linear(2, 2)(torch.zeros(1, 2)).shape == (1, 2)
 
 
-def test_a_cut_in_another_thread_repeats_no_random_numbers() -> None:
+class Drawing(nn.Module):
+    """Draws numbers in training, where it cannot run on the meta device and is traced beside a real run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = (
+            nn.Conv2d(3, 4, 3),
+            nn.Sequential(nn.Conv2d(4, 4, 3), nn.Dropout()),
+            nn.Linear(4, 4),
+        )
+        self.shift = torch.ones(4, 1, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.dropout(self.one(x + 1 if x.shape[-1] % 2 == 0 else x), 0.5, self.training) + self.shift
+        x = x * torch.rand_like(x) if self.training else x
+        return self.head(self.two(x).mean((2, 3)))
+
+
+@pytest.fixture
+def drawing() -> Callable[[], Any]:
+    model = Drawing()
+
+    def cut() -> None:
+        backbone = stage_model(model, ["one", "two"], input_size=SHAPE)
+        StopOrForward(backbone, [FixedGate(), FixedGate()]).lookup_for(SHAPE[1:])
+
+    return cut
+
+
+def test_a_cut_touches_no_random_state(drawing: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    state = torch.get_rng_state()
+    monkeypatch.setattr(torch.random, "fork_rng", pytest.fail)
+    drawing()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_cut_in_another_thread_repeats_no_random_numbers(drawing: Callable[[], Any]) -> None:
     drawn: list[float] = []
     stop = threading.Event()
 
@@ -143,11 +165,10 @@ def test_a_cut_in_another_thread_repeats_no_random_numbers() -> None:
         while not stop.is_set():
             drawn.append(float(torch.rand((), dtype=torch.float64)))
 
-    model = copy.deepcopy(timm_network("test_resnet", 64))
     thread = threading.Thread(target=draw)
     thread.start()
     for _ in range(3):
-        stage_model(model, input_size=SHAPE)
+        drawing()
     stop.set()
     thread.join()
     assert len(set(drawn)) == len(drawn) > 0

@@ -568,7 +568,7 @@ SPOILS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "no manifest"),
     "garbled": (lambda f: (f / "manifest.json").write_text("{"), "no manifest of"),
     "foreign": (lambda f: (f / "manifest.json").write_text("[]"), "no manifest of"),
-    "newer": (lambda f: edit(f, lambda m: m.update(version=2)), "version 2"),
+    "newer": (lambda f: edit(f, lambda m: m.update(version=3)), "version 3"),
     "outside": (lambda f: edit(f, lambda m: m["sha256"].update({"../a.onnx": ""})), "outside"),
     "lacking": (lambda f: edit(f, lambda m: m.pop("head")), "'head'"),
     "unlisted": (lambda f: edit(f, lambda m: m["sha256"].pop("head.onnx")), "head.onnx"),

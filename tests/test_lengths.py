@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    ACTIVATIONS,
     CLASSES,
     SIZE,
     Case,
     assert_same,
     cases,
+    consensuses,
     fields_of,
     large_cases,
     randn,
@@ -24,7 +26,7 @@ from helpers import (
     toy_model,
     toy_video,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -92,8 +94,11 @@ def assert_alone(
 def test_every_way_of_running_gives_what_each_video_gives_alone() -> None:
     happened = Counter[str]()
 
-    def check(case: Case, lengths: Sequence[int], order: FrameOrder | None, window: int, ahead: int) -> None:
+    def check(
+        case: Case, lengths: Sequence[int], order: FrameOrder | None, window: int, ahead: int, answers: tuple[int, Any]
+    ) -> None:
         model, video = case.model(), case.video()
+        model.consensus, model.activation = consensuses(dtype=torch.float64)[answers[0]], answers[1]
         model.order, lengths = order, [1 + n % case.frames for n in lengths[: case.batch]]
         batch, ends = padded(video, lengths), torch.tensor(lengths)
         outputs = [model.run_clip(batch, window, ends), model.decide(model.encode(batch, lengths))]
@@ -120,10 +125,12 @@ def test_every_way_of_running_gives_what_each_video_gives_alone() -> None:
         happened["speculated"] += bool(outputs[-1].speculative_macs.any())
 
     for n, case in enumerate(large_cases("lstm", "used")[:3] + large_cases("lstm", "reached")[:1]):
-        check(case, [3, 8, 1, 5, 6], ORDERS[n % 3], 2 + n, n % 2)
+        check(case, [3, 8, 1, 5, 6], ORDERS[n % 3], 2 + n, n % 2, (n, ACTIVATIONS[n % 2]))
     numbers = st.integers(1, 8)
     lists = st.lists(numbers, min_size=5, max_size=5)
-    given(cases(), lists, st.sampled_from(ORDERS), numbers, st.integers(0, 2))(check)()
+    answers = st.tuples(st.integers(0, 4), st.sampled_from(ACTIVATIONS))
+    run = given(cases(), lists, st.sampled_from(ORDERS), numbers, st.integers(0, 2), answers)(check)
+    settings(max_examples=15)(run)()
     assert all(happened[what] for what in ("padded", "ended", "fallback", "speculated")), happened
 
 
@@ -139,6 +146,25 @@ def test_still_shots_count_as_long_as_they_last_in_each_video(order: FrameOrder 
     assert (output.stopped_at == 0).any()
     assert_alone(model, output, video, lengths)
     assert_alone(model, model.decide(model.encode(batch, lengths)), video, lengths)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", range(5))
+def test_padding_leaves_every_consensus_and_its_gradients_alone(kind: int, activation: Any) -> None:
+    model = toy_model(2, order=CoarseToFine(), consensus=consensuses(dtype=torch.float64)[kind], activation=activation)
+    lengths, targets = [4, 1, 6], torch.tensor([[0.0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
+    video, gradients = randn(3, 6, 3, SIZE, SIZE, seed=5), []
+    for dense in (False, True):
+        batches = [(padded(video, lengths), lengths)], [(video[[n], :end], [end]) for n, end in enumerate(lengths)]
+        for batch in batches:
+            model.train().zero_grad()
+            outputs = [model(frames, lengths=ends, dense=dense, sample=False) for frames, ends in batch]
+            rows = targets.split([len(ends) for _, ends in batch])
+            losses = [ClassificationLoss()(output, row) for output, row in zip(outputs, rows, strict=True)]
+            torch.stack(losses).mean().backward()
+            gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+            gradients[-1].append(torch.cat([output.logits for output in outputs]))
+        torch.testing.assert_close(gradients[-2], gradients[-1], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -218,9 +244,11 @@ def test_stored_features_keep_lengths_and_ignore_what_is_stored_of_padding() -> 
     assert encoded.lengths.tolist() == lengths
     pooled = tuple(padded(x, lengths) for x in encoded.pooled)
     dirty = EncodedVideo(pooled, padded(encoded.frame_logits, lengths), (SIZE, SIZE), encoded.lengths)
+    listed = dataclasses.replace(dirty, lengths=lengths)  # type: ignore[arg-type]
     for training in (False, True):
         model.train(training)
-        outputs = [model.decide(each, sample=False) for each in (encoded, dirty)]
+        outputs = [model.decide(each, sample=False) for each in (encoded, dirty, listed)]
+        assert_same(outputs[2], outputs[0], exact=True)
         assert_same(outputs[1], outputs[0], exact=True)
     loss = SoFLoss(model.lookup_for((SIZE, SIZE)))(outputs[1], torch.tensor([0, 1])).total
     loss.backward()

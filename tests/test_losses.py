@@ -476,8 +476,9 @@ def test_distillation_is_the_divergence_from_the_head(
                 if output.activation == "softmax":
                     total += sum(p * math.log(p / q) for p, q in zip(softmax(head), softmax(inner), strict=True))
                     continue
-                for p, q in zip(sigmoid(head), sigmoid(inner), strict=True):
-                    total += (p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))) / len(head)
+                for sign in (1, -1):  # the class holds, or not
+                    both = (sigmoid([sign * logit for logit in logits]) for logits in (head, inner))
+                    total += sum(p * math.log(p / q) for p, q in zip(*both, strict=True)) / len(head)
     expected = temperature**2 * total / count if count else 0.0
     assert DistillationLoss(temperature)(output).item() == pytest.approx(expected, abs=1e-12)
 
@@ -667,17 +668,17 @@ GOOD, ZEROS = torch.tensor([0, 3]), torch.tensor([0, 0])
             lambda: SelfSupervisionLoss()(without_inner(OUTPUT), GOOD),
             "reads inner classifiers, and the output has none",
         ),
-        (lambda: TargetRateLoss(1.2), r"target=1.2 is out of range; give shares of frames in \[0, 1\]"),
+        (lambda: TargetRateLoss(1.2), r"target=1.2 is out of range; give a number in \[0, 1\]"),
         (lambda: TargetRateLoss([]), r"target=\[\] is out of range"),
         (lambda: TargetRateLoss([0.5, 0.5])(OUTPUT), "Got 2 target rates for 3 gates; give one number or one a gate"),
         (lambda: BudgetLoss(lookup(3), 0.0), "budget=0.0 is out of range; give a share of the backbone's cost"),
         (lambda: BudgetLoss(lookup(2), 0.5)(OUTPUT), "table has 2 stages and the output 3"),
-        (lambda: DistillationLoss(0.0), "temperature=0.0 is not positive"),
-        (lambda: DistillationLoss(-1.0), "temperature=-1.0 is not positive"),
-        (lambda: DistillationLoss(math.inf), "temperature=inf is not positive and finite"),
-        (lambda: DistillationLoss(math.nan), "temperature=nan is not positive and finite"),
+        (lambda: DistillationLoss(0.0), "temperature=0.0 has to be a finite positive number"),
+        (lambda: DistillationLoss(-1.0), "temperature=-1.0 has to be a finite positive number"),
+        (lambda: DistillationLoss(math.inf), "temperature=inf has to be a finite positive number"),
+        (lambda: DistillationLoss(math.nan), "temperature=nan has to be a finite positive number"),
         (lambda: DistillationLoss()(without_inner(OUTPUT)), "reads inner classifiers, and the output has none"),
-        (lambda: SoFLoss(lookup(3), alpha=1.1), r"alpha=1.1 is out of range; .* lies in \[0, 1\]"),
+        (lambda: SoFLoss(lookup(3), alpha=1.1), r"alpha=1.1 is out of range; give a number in \[0, 1\]"),
         (lambda: SoFLoss(lookup(3), beta=-0.1), "beta=-0.1 is out of range"),
         (lambda: PolicyGuidanceLoss(math.nan), "beta=nan is out of range"),
         (lambda: ClassificationLoss()(one_class(OUTPUT), ZEROS), ONE_CLASS),

@@ -10,7 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SIZE, Case, assert_same, cases, fields_of, large_cases, randn, toy_model, toy_video
+from helpers import (
+    ACTIVATIONS,
+    SIZE,
+    Case,
+    assert_same,
+    cases,
+    consensuses,
+    fields_of,
+    large_cases,
+    randn,
+    toy_model,
+    toy_video,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -29,7 +41,7 @@ from dynskip import (
     StopOrForward,
     stage_model,
 )
-from dynskip.runtime.export import describe_order
+from dynskip.runtime.export import describe_consensus, describe_order
 from dynskip_onnx import DynskipOnnxError
 
 
@@ -210,9 +222,10 @@ def test_the_runner_without_torch_looks_at_frames_in_the_models_order(tmp_path: 
     earlier = {name: entry for name, entry in manifest.items() if name not in ("activation", "consensus")}
     (folder / "manifest.json").write_text(json.dumps({**earlier, "version": 1}))
     assert dynskip_onnx.load(folder).order(3) == [0, 1, 2]
-    for order in (CoarseToFine(), RandomOrder(3), Backwards()):
-        model.order = order
-        manifest["order"] = describe_order(order)
+    for n, order in enumerate((CoarseToFine(), RandomOrder(3), Backwards())):
+        model.order, model.consensus, model.activation = order, consensuses()[n + 1], ACTIVATIONS[n % 2]
+        entries = {"order": describe_order(order), "consensus": describe_consensus(model.consensus)}
+        manifest |= {**entries, "activation": model.activation}
         (folder / "manifest.json").write_text(json.dumps(manifest))
         if isinstance(order, Backwards):
             with pytest.raises(DynskipOnnxError, match=r"an order of its own, .*Backwards.*order=\.\.\."):

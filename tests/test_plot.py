@@ -178,6 +178,17 @@ def test_nothing_sticks_out_of_a_curve_picture_or_overlaps(count: int, dark: boo
     assert_nothing_sticks_out_or_overlaps(figure)
 
 
+def test_accuracy_compute_draws_bands_where_points_have_them() -> None:
+    banded = [CurvePoint(0.5, 1e9, band=(0.4, 0.6)), CurvePoint(0.7, 3e9, band=(0.6, 0.75))]
+    drawn = {"banded": banded, "plain": [CurvePoint(0.5, 1e9)], "half": [banded[0], CurvePoint(0.8, 2e9)]}
+    axes = plot.accuracy_compute(drawn).figure.axes[-1]
+    (band,) = axes.collections
+    corners = {(round(x, 6), round(y, 6)) for x, y in band.get_paths()[0].vertices.tolist()}
+    assert corners == {(1, 40), (1, 60), (3, 60), (3, 75)}
+    one = plot.accuracy_compute({"dense": banded[:1]}).figure.axes[-1]
+    np.testing.assert_allclose(one.collections[0].get_paths()[0].vertices, [[1, 40], [1, 60]])
+
+
 def test_accuracy_compute_needs_points() -> None:
     for drawn in ({}, {"a": [CurvePoint(1, 1)], "b": []}):
         with pytest.raises(DynskipError, match="Every curve needs a point"):
@@ -307,6 +318,9 @@ def test_stage_macs_shows_how_much_was_executed() -> None:
     stopped_at = torch.tensor([[USED, USED, 0, UNSEEN], [1, UNSEEN, UNSEEN, UNSEEN]])
     shown = set(texts(plot.stage_macs(cost_table(), stopped_at)))
     assert {"0.5 of 1", "1.5 of 4", "0.75 of 2", "0.188 of 0.5"} < shown
+    # The same where two frames of the second video are padding: six frames in all.
+    shown = set(texts(plot.stage_macs(cost_table(), stopped_at, lengths=torch.tensor([4, 2]))))
+    assert {"0.667 of 1", "2 of 4", "1 of 2", "0.25 of 0.5"} < shown
 
 
 def test_stage_macs_in_another_unit() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import dynskip_onnx
 from dynskip import Consensus, EarlyTerminator, MeanOfLogits, rules
-from dynskip.activation import Activation, probabilities, to_logits
+from dynskip.activation import Activation, confidence, probabilities, to_logits
 from dynskip.consensus import Readout
 from dynskip.runtime.export import describe_consensus
 
@@ -74,12 +74,12 @@ def readout(repeats: Sequence[bool], activation: Activation = "softmax", consens
 
 
 def test_the_copy_has_rules_of_the_same_names() -> None:
-    section = inspect.getsource(dynskip_onnx).split("\n# What comes out")[0]
+    section = inspect.getsource(dynskip_onnx).split("\n# Those of `dynskip.activation`")[0]
     copied = {name for name, f in inspect.getmembers(dynskip_onnx, inspect.isfunction) if f"\ndef {name}(" in section}
     copied -= {"_logit"}
     wanted = {"margins", "bounds", "forwards", "stopped", "nearness", "score", "tie", "further"}
     wanted |= {"nothing_counted", "count", "running", "ends"}
-    assert copied - {"probabilities", "confidence", "to_logits"} == wanted <= set(dir(rules))
+    assert copied == wanted <= set(dir(rules))
     assert dynskip_onnx.UNSEEN == rules.UNSEEN
     assert dynskip_onnx.SATURATED == rules.SATURATED
     assert dynskip_onnx.tie(np.float32) == TIE
@@ -175,20 +175,27 @@ def test_the_copy_makes_probabilities_alike(values: list[float], activation: Act
     st.sampled_from([0.3, 0.5, 0.7, 0.999, 1.0]),
     st.integers(0, 4),
     st.integers(1, 6),
+    st.sampled_from(ACTIVATIONS),
 )
-@example([0.0, 0.0], 0.5, 0, 1)
-@example([100.0, 0.0], 1.0, 0, 1)
-@example([NAN, NAN], 0.3, 0, 1)
-@example([9.0, 0.0], 0.7, 3, 3)
-@example([9.0, 0.0], 0.7, 3, 4)
-def test_the_copy_ends_videos_alike(values: list[float], threshold: float, min_frames: int, seen: int) -> None:
-    mean = torch.tensor([values])
-    sure = float(mean.softmax(-1).amax())
+@example([0.0, 0.0], 0.5, 0, 1, "softmax")
+@example([100.0, 0.0], 1.0, 0, 1, "softmax")
+@example([NAN, NAN], 0.3, 0, 1, "softmax")
+@example([9.0, 0.0], 0.7, 3, 3, "softmax")
+@example([9.0, 0.0], 0.7, 3, 4, "softmax")
+@example([9.0, -9.0], 0.7, 3, 4, "sigmoid")
+@example([9.0, 0.0], 0.7, 3, 4, "sigmoid")
+@example([9.0, NAN], 0.3, 0, 1, "sigmoid")
+def test_the_copy_ends_videos_alike(
+    values: list[float], threshold: float, min_frames: int, seen: int, activation: Activation
+) -> None:
+    mean, terminator = torch.tensor([values]), EarlyTerminator(threshold, min_frames)
+    terminator.activation = activation
+    sure = float(confidence(probabilities(mean, activation), activation))
     # Exponentials may differ in their last digit.
     assume(not 0 < abs(sure - single(threshold)) < 1e-6)
-    wanted = rules.ends(EarlyTerminator(threshold, min_frames), mean[None], torch.tensor([[seen]]), "softmax")
+    wanted = rules.ends(terminator, mean[None], torch.tensor([[seen]]), activation)
     rule = {"threshold": threshold, "min_frames": min_frames}
-    assert dynskip_onnx.ends(rule, mean[0].numpy(), seen, "softmax") == bool(wanted)
+    assert dynskip_onnx.ends(rule, mean[0].numpy(), seen, activation) == bool(wanted)
 
 
 # Slow and literal

@@ -12,16 +12,19 @@ from helpers import CLASSES, SIZE, toy_backbone, toy_model, toy_network, toy_vid
 from torch import Tensor, nn
 
 from dynskip import (
+    BudgetLoss,
     ConfidenceGate,
     DistillationLoss,
     DynskipError,
     EarlyExit,
     EarlyTerminator,
     FixedGate,
+    PolicyGuidanceLoss,
     RandomGate,
     SimilarityGate,
     SoFLoss,
     StopOrForward,
+    TargetRateLoss,
     calibrate,
     exponential_temperature,
     sofnet,
@@ -57,61 +60,69 @@ def test_one_threshold_is_widened_to_all_gates_whenever_it_is_set(make: Callable
     assert model.forward_threshold == (0.7, 0.7, 0.7)
 
 
-@pytest.mark.parametrize("make", [toy_model, images_model])
-@pytest.mark.parametrize("temperature", [0.0, -0.05, NAN, INF, "warm", None])
-def test_a_temperature_is_finite_and_positive(make: Callable[[], Any], temperature: Any) -> None:
-    model = make()
-    with pytest.raises(DynskipError, match="has to be a finite positive number"):
-        model.temperature = temperature
-    assert model.temperature == 1.0
-
-
-def test_temperatures_elsewhere() -> None:
-    with pytest.raises(DynskipError, match="temperature"):
-        DistillationLoss(temperature=INF)
+def test_schedules_stay_positive() -> None:
     with pytest.raises(DynskipError, match=r"has to stay positive\. Take a smaller `decay`"):
         exponential_temperature(60, decay=50.0)
     assert exponential_temperature(60) > 0
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "telling"),
-    [
-        ("terminator", nn.Identity(), "give an EarlyTerminator"),
-        ("terminator", 0.9, "give an EarlyTerminator"),
-        ("state_update", "sometimes", "use 'used' or 'reached'"),
-        ("look_ahead", 4, r"give a LookAhead\(frames, stages\)"),
-        ("class_names", ["cat"], "has 1 entries; give one string for each of 4 classes"),
-        ("class_names", "cats", "give one string for each"),
-        ("class_names", 4, "give one string for each"),
-        ("class_names", [1, 2, 3, 4], "give one string for each"),
-    ],
-)
-def test_other_settings_of_a_model(name: str, value: Any, telling: str) -> None:
-    model = toy_model()
-    before = getattr(model, name)
-    with pytest.raises(DynskipError, match=telling):
-        setattr(model, name, value)
-    assert getattr(model, name) is before
+def loss_parts() -> dict[str, Any]:
+    table = toy_model().lookup_for((SIZE, SIZE))
+    return {
+        "SoFLoss": SoFLoss(table),
+        "PolicyGuidanceLoss": PolicyGuidanceLoss(),
+        "BudgetLoss": BudgetLoss(table, 0.5),
+        "DistillationLoss": DistillationLoss(),
+    }
 
 
-@pytest.mark.parametrize(
-    ("part", "name", "wrong"),
-    [
-        (EarlyTerminator(), "threshold", (0.0, 1.5, NAN, "high")),
-        (EarlyTerminator(), "min_frames", (-1, 2.5, None, 2**63, 10**30)),
-        (SimilarityGate(4), "threshold", (0.0, 1.0, NAN, 7)),
-        (ConfidenceGate(4, 3), "threshold", (0.0, 1.0, NAN)),
-        (ConfidenceGate(4, 3, measure="entropy"), "threshold", (0.0, 1.0, NAN)),
-        (RandomGate(4, 0.5), "rate", (0.0, 1.0, NAN)),
-    ],
-)
-def test_settings_of_parts(part: Any, name: str, wrong: tuple[Any, ...]) -> None:
+NOT_PROBABLE = (-0.1, 1.1, NAN, INF, "high", None)
+SETTINGS: list[tuple[Callable[[], Any], str, tuple[Any, ...], str]] = [
+    (toy_model, "forward_threshold", (*NOT_PROBABLE, (0.7, 0.7)), r"no probability|thresholds for 3 gates"),
+    (images_model, "forward_threshold", (*NOT_PROBABLE, (0.7, 0.7)), r"no probability|thresholds for 3 gates"),
+    (toy_model, "temperature", (0.0, -0.05, NAN, INF, "warm", None), "has to be a finite positive number"),
+    (images_model, "temperature", (0.0, -0.05, NAN, INF, "warm", None), "has to be a finite positive number"),
+    (toy_model, "terminator", (nn.Identity(), 0.9), "give an EarlyTerminator"),
+    (images_model, "terminator", (EarlyTerminator(),), "takes still images, which have no terminator"),
+    (toy_model, "state_update", ("sometimes", None), "use 'used' or 'reached'"),
+    (images_model, "state_update", ("reached", None), "takes still images, which have no state_update"),
+    (toy_model, "look_ahead", (4,), r"give a LookAhead\(frames, stages\)"),
+    (toy_model, "class_names", (["cat"], "cats", 4, [1, 2, 3, 4]), "give one string for each of 4 classes"),
+    (toy_model, "preprocessing", (224, [3, 224, 224]), "give a mapping"),
+    (EarlyTerminator, "threshold", (0.0, *NOT_PROBABLE), "no probability"),
+    (EarlyTerminator, "min_frames", (-1, 2.5, None, 2**63, 10**30), "no whole number"),
+    (lambda: SimilarityGate(4), "threshold", (0.0, 1.0, *NOT_PROBABLE), "out of range"),
+    (lambda: ConfidenceGate(4, 3), "threshold", (0.0, 1.0, *NOT_PROBABLE), "out of range"),
+    (lambda: ConfidenceGate(4, 3, measure="entropy"), "threshold", (0.0, 1.0, *NOT_PROBABLE), "out of range"),
+    (lambda: ConfidenceGate(4, 3), "stop", ("always", None), "use 'sure' or 'unsure'"),
+    (lambda: ConfidenceGate(4, 3), "measure", ("margin", None), "use 'confidence' or 'entropy'"),
+    (lambda: RandomGate(4, 0.5), "rate", (0.0, 1.0, *NOT_PROBABLE), "out of range"),
+    (FixedGate, "stop", (True,), r"put FixedGate\(stop=True\) in its place"),
+    (lambda: loss_parts()["SoFLoss"], "alpha", NOT_PROBABLE, r"give a number in \[0, 1\]"),
+    (lambda: loss_parts()["PolicyGuidanceLoss"], "beta", NOT_PROBABLE, r"give a number in \[0, 1\]"),
+    (lambda: loss_parts()["BudgetLoss"], "budget", (0.0, *NOT_PROBABLE), r"in \(0, 1\]"),
+    (lambda: loss_parts()["DistillationLoss"], "temperature", (0.0, -1.0, NAN, INF, "warm"), "finite positive number"),
+    (lambda: TargetRateLoss(0.5), "target", (*NOT_PROBABLE, [], [0.5, 2.0]), r"give a number in \[0, 1\]"),
+]
+
+
+@pytest.mark.parametrize(("make", "name", "wrong", "telling"), SETTINGS)
+def test_a_setting_that_makes_no_sense_is_refused_when_it_is_set(
+    make: Callable[[], Any], name: str, wrong: tuple[Any, ...], telling: str
+) -> None:
+    part = make()
     before = getattr(part, name)
     for value in wrong:
-        with pytest.raises(DynskipError, match=name.replace("threshold", "hreshold")):
+        with pytest.raises(DynskipError, match=telling):
             setattr(part, name, value)
-        assert getattr(part, name) == before
+        assert getattr(part, name) is before
+    setattr(part, name, before)
+
+
+def test_a_target_rate_that_is_set_counts() -> None:
+    loss, output = TargetRateLoss(0.5), toy_model().train()(toy_video(2, 3))
+    loss.target = (0.1, 0.2, 0.9)
+    assert torch.equal(loss(output), TargetRateLoss((0.1, 0.2, 0.9))(output))
 
 
 # The softmax of one output is always 1

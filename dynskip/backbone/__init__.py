@@ -2,6 +2,6 @@
 
 from dynskip.backbone.carry import Carry
 from dynskip.backbone.cut import stage_model
-from dynskip.backbone.staged import StagedBackbone, encode_images
+from dynskip.backbone.staged import StagedBackbone, encode_images, lay_out
 
-__all__ = ["Carry", "StagedBackbone", "encode_images", "stage_model"]
+__all__ = ["Carry", "StagedBackbone", "encode_images", "lay_out", "stage_model"]

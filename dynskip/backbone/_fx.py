@@ -11,7 +11,6 @@ import itertools
 import linecache
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ from timm.models import get_notrace_functions
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
+from dynskip._modes import DrawingApart
 from dynskip.backbone.taken import Taken, layers_of, record, remove_hooks
 from dynskip.errors import DynskipError
 
@@ -39,13 +39,6 @@ _Module = TypeVar("_Module", bound=nn.Module)
 def twin(module: _Module, training: bool) -> _Module:
     """Copy a module to try things on: it shares the parameters, but no modes, buffers or attributes."""
     return copy.deepcopy(module, {id(p): p for p in module.parameters()}).train(training)
-
-
-@contextmanager
-def keeping_random_state(model: nn.Module) -> Iterator[None]:
-    """Leave the random state as it was: a model that runs in training mode draws numbers (dropout)."""
-    with _ALONE, torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}):
-        yield
 
 
 # Tracing
@@ -93,7 +86,7 @@ def trace(model: nn.Module, boundaries: Sequence[str], training: bool, images: T
         # Control flow on shapes, or a closed module that returns a tuple of unknown length.
         try:
             tracer = _WatchingTracer(inside, images)
-            with keeping_random_state(model):
+            with DrawingApart():
                 graph = tracer.trace(traced)
         except Exception as error:
             what = str(error) if isinstance(error, DynskipError) else f"{type(error).__name__}: {error}"
@@ -106,6 +99,11 @@ def trace(model: nn.Module, boundaries: Sequence[str], training: bool, images: T
         if node.op == "get_attr" and node.target.startswith("_tensor_constant"):  # torch.fx's own name for them
             name = node.meta["constant"] = f"{'train' if training else 'eval'}{node.target}"
             constants[name] = getattr(traced, node.target)
+            if constants[name].is_meta:
+                raise DynskipError(
+                    f"{type(model).__name__} makes a table between its stages, which has no values on the meta device. "
+                    "Give the model its weights before it is cut."
+                )
     # `device=self.table.device` is read while tracing, and the model may move later.
     with graph.inserting_before(next(iter(graph.nodes))):
         device = graph.create_node("get_attr", DEVICE)
@@ -119,6 +117,8 @@ def trace(model: nn.Module, boundaries: Sequence[str], training: bool, images: T
         values = read.get(module, {})
         asks |= values.pop("training", None) is not None
         layers = layers_of(model.get_submodule(name)) if name in inside else None
+        if layers is None:
+            values.pop("forward", None)  # torch.fx looks at it; stages call the module that is there
         if values or layers is not None:
             taken[name] = Taken(values, layers)
     return Trace(graph, constants, taken, not asks)
@@ -159,7 +159,11 @@ class _Tracer(fx.Tracer):
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
         # Only the image is symbolic: `attn_mask is not None` on a symbolic default would take the wrong branch.
-        return root_fn, [self.root, self.create_proxy("placeholder", "images", (), {})]
+        # And a model may have been given a `forward` of its own, which is not its class's.
+        return (lambda root, images: root.forward(images)), [
+            self.root,
+            self.create_proxy("placeholder", "images", (), {}),
+        ]
 
 
 class _WatchingTracer(_Tracer):
@@ -243,14 +247,15 @@ def same_branch(value: Any, expected: bool) -> None:
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a forward pass, called as `function(model, *constants, *values) -> values`.
+    """A piece of a forward pass, called as `function(root, *constants, *values) -> values`.
 
     Attributes:
-        function: the piece as a function of the live model.
+        function: the piece as a function of the live module that it belongs to.
         source: its code, to see whether two segments are equal.
         uses: functions and classes that the code calls by name.
         constants: names of the constants that it takes: tensors made while tracing, and `DEVICE`.
         overwrites: whether it works in place on its inputs, as an activation right behind a boundary may.
+        root: the backbone's attribute that holds this module.
     """
 
     function: Callable[..., tuple[Any, ...]]
@@ -258,22 +263,27 @@ class Segment:
     uses: dict[str, Any]
     constants: tuple[str, ...]
     overwrites: bool = False
+    root: str = "model"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Segment:
         return self  # it holds no state, and its function may have been compiled
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _from_source, (self.source, self.uses, self.constants, self.overwrites)  # functions cannot be pickled
+        # Functions cannot be pickled.
+        return from_source, (self.source, self.uses, self.constants, self.overwrites, self.root)
 
 
-def _from_source(source: str, uses: dict[str, Any], constants: tuple[str, ...], overwrites: bool = False) -> Segment:
+def from_source(
+    source: str, uses: dict[str, Any], constants: tuple[str, ...], overwrites: bool = False, root: str = "model"
+) -> Segment:
+    """Make a segment from its code."""
     namespace = dict(uses)
     # Python has no source for such code. torch 2.11's compiler then takes it for a builtin, and counts the
     # recompilations of all stages of all models against one limit. With the source, tracebacks show it, too.
     name = f"<dynskip segment {next(_serial)}>"
     linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
     exec(compile(source, name, "exec"), namespace)
-    return Segment(namespace["forward"], source, uses, constants, overwrites)
+    return Segment(namespace["forward"], source, uses, constants, overwrites, root)
 
 
 def split(graph: fx.Graph, cuts: Sequence[fx.Node]) -> list[Segment]:
@@ -324,4 +334,4 @@ def _segment(nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[Any]) ->
     modules = {name: value for name, value in code.globals.items() if isinstance(value, ModuleType)}
     imports = "".join(f"import {module.__name__} as {name}\n" for name, module in modules.items())
     uses = {name: value for name, value in code.globals.items() if name not in modules}
-    return _from_source(imports + code.src, uses, tuple(node.meta["constant"] for node in constants))
+    return from_source(imports + code.src, uses, tuple(node.meta["constant"] for node in constants))

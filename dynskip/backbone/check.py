@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from dynskip._modes import in_mode
-from dynskip.backbone._fx import BY_HAND, keeping_random_state, twin
+from dynskip._modes import DrawingApart, in_mode
+from dynskip.backbone._fx import BY_HAND, twin
 from dynskip.backbone.carry import Carry, flatten
 from dynskip.errors import DynskipError
 
@@ -209,7 +209,7 @@ def inspect(
 
 def inspect_shapes(backbone: StagedBackbone, training: bool, batches: tuple[int, int]) -> list[tuple[Any, ...]]:
     """Inspect a backbone without computing anything, on the meta device; where its code cannot run there, for real."""
-    with keeping_random_state(backbone.model):
+    with DrawingApart():
         try:
             copied = twin(backbone, training).to("meta")
             trail = inspect(copied, batches)

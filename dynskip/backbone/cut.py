@@ -75,6 +75,11 @@ def stage_model(
         raise DynskipError("`num_stages` selects among the default boundaries; leave it out when you name boundaries.")
     _check_traceable(model, boundaries or ())
     names = _default_names(model) if boundaries is None else _given_names(model, boundaries)
+    if verify and any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
+        raise DynskipError(
+            f"{type(model).__name__} is on the meta device and has no values, so its stages cannot be compared with "
+            "it. Give it its weights first, or leave the comparison out: verify=False."
+        )
     size, reference = fitting_size(model, input_size, opened(model, names), verify)
     images = probe_images(model, size)[:2]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,9 +32,10 @@ class StagedBackbone(nn.Module):
         layouts: `"NCHW"`, `"NHWC"`, `"NLC"` (tokens) or `"NC"` of the value that a stage ends with.
         num_classes: width of the logits.
         input_size: `(C, H, W)` at which the model was cut and checked.
-        channels_last: whether the stages take images in channels-last memory, in which convolutions on a CPU are
-            faster; `None` where that has not been tried.
+        channels_last: whether images are laid out channels-last where that makes convolutions faster; not for models
+            whose first stage gives tokens. It becomes `False` where a stage turns out to refuse that layout.
         classifier: what was given as `head=` to a model that ends in features; else `None`.
+        glance: what the first stages run on a small copy of the frame (`dynskip.glance`); else `None`.
         origin: `name`, `boundaries`, `num_stages` and `timm_kwargs` as given to `stage_model`, for a model made by its
             timm name; else `None`.
     """
@@ -51,24 +52,39 @@ class StagedBackbone(nn.Module):
         reference: Reference | None,
         classifier: nn.Module | None = None,
         origin: dict[str, Any] | None = None,
+        glance: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.classifier = classifier
+        self.glance: Any = glance
         self.origin = origin
         self.stage_names = tuple(stage_names)
         self.input_size = input_size
-        self.channels_last: bool | None = None
         self.training = model.training
         self._opened = opened(model, boundaries)
         # By training mode: the stages and the head, and for every stage the kinds of its values (see `Carry`).
         self._segments = segments
         self._taken = taken
         self._kinds: dict[bool, list[tuple[Any, ...]]] = {}
+        self._constants = constants
         for name, tensor in constants.items():
             # Not parameters of the model, so not in its checkpoints; but they have to follow `.to(device)`.
             self.register_buffer(name, tensor, persistent=False)
+        self.channels_last = False  # while it is inspected
         self._inspect(reference)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> StagedBackbone:
+        super()._apply(fn, recurse)
+        for name, value in self._constants.items():  # no checkpoint has what `to_empty` has emptied
+            setattr(self, name, value.to(getattr(self, name)))
+        return self
+
+    def __prepare_scriptable__(self) -> None:
+        raise DynskipError(
+            "torch.jit.script cannot read the stages of a cut model. Use torch.jit.trace or torch.export on the "
+            "backbone, `optimize`, or `export`, which writes ONNX files."
+        )
 
     @property
     def num_stages(self) -> int:
@@ -89,6 +105,8 @@ class StagedBackbone(nn.Module):
                 was cut.
         """
         check_unchanged(self.model, self._taken[self.model.training])
+        if self.glance is not None:
+            self.glance.check_unchanged()
         if images.ndim != 4 or images.shape[1] != self.input_size[0]:
             raise DynskipError(
                 f"Images of shape {tuple(images.shape)} do not fit this backbone; it takes (B, "
@@ -166,16 +184,27 @@ class StagedBackbone(nn.Module):
         return answer  # type: ignore[no-any-return]
 
     def _call(self, segment: int, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        usual = not self.channels_last or torch.compiler.is_compiling()
+        if usual or all(x.is_contiguous() for x in tree_leaves(values) if isinstance(x, Tensor)):
+            return self._call_as_is(segment, values)
+        try:
+            return self._call_as_is(segment, values)
+        except RuntimeError:  # perhaps from a `view` that needs the usual memory layout
+            result = self._call_as_is(segment, tree_map_only(Tensor, lambda x: x.contiguous(), values))
+            self.channels_last = False
+            return result
+
+    def _call_as_is(self, segment: int, values: tuple[Any, ...]) -> tuple[Any, ...]:
         mode = self.model.training
         part = self._segments[mode][segment]
         if part.overwrites:  # a carry belongs to the caller, who may go on with it
             values = tree_map_only(Tensor, torch.clone, values)
-        constants = self._constants_of(part)
+        constants, root = self._constants_of(part), getattr(self, part.root)
         # Modules inside a stage checkpoint themselves; for those that the cut has opened, the stage does it.
         glue = map(self.model.get_submodule, self._opened)
         if mode and torch.is_grad_enabled() and any(getattr(m, "grad_checkpointing", False) for m in glue):
-            return checkpoint(part.function, self.model, *constants, *values, use_reentrant=False)
-        return part.function(self.model, *constants, *values)
+            return checkpoint(part.function, root, *constants, *values, use_reentrant=False)
+        return part.function(root, *constants, *values)
 
     def _constants_of(self, part: Segment) -> list[Any]:
         return [
@@ -229,6 +258,7 @@ class StagedBackbone(nn.Module):
             found.append((i, x, _layout(x, channels, self.input_size)))
         usual = next((layout for *_, layout in found if layout in ("NCHW", "NHWC")), "NCHW")
         self.layouts = tuple(layout or usual for *_, layout in found)
+        self.channels_last = self.layouts[0] == "NCHW"
         self._positions = [i for i, *_ in found]
         # Class tokens that join later are not there yet where the tokens fill a grid.
         self._prefix_tokens = [prefix if x.shape[1] > prefix and x.shape[1] not in grids else 0 for _, x, _ in found]
@@ -292,9 +322,23 @@ def feature_info(model: nn.Module) -> list[dict[str, Any]]:
     return list(getattr(info, "info", info))
 
 
+def lay_out(backbone: StagedBackbone, carry: Carry) -> Carry:
+    """Lay the images that enter stage 0 out channels-last, where that makes convolutions faster.
+
+    That is on a CPU. With gradients it makes little difference, and there torch 2.15 crashes in RepVGG's backward pass.
+    For a single image it may take longer than it saves, so callers do this where there are several.
+    """
+    (images,) = carry.values
+    if not backbone.channels_last or images.device.type != "cpu" or torch.is_grad_enabled():
+        return carry
+    return replace(carry, values=(images.contiguous(memory_format=torch.channels_last),))
+
+
 def encode_images(backbone: StagedBackbone, images: Tensor) -> tuple[list[Tensor], Tensor]:
     """Run the whole backbone on `(B, C, H, W)` images; return pooled features of every stage, and logits."""
     carry = backbone.start(images)
+    if len(images) > 1:
+        carry = lay_out(backbone, carry)
     pooled = []
     for n in range(backbone.num_stages):
         carry = backbone.run(n, carry)

@@ -1,4 +1,4 @@
-"""Choose thresholds for a budget or an accuracy, without training.
+"""Choose thresholds for a budget, an accuracy or a risk, without training.
 
 The backbone runs once on validation videos. Gates, with their memory, are then replayed on its stored features for each
 set of thresholds. So every point of a curve is what the model does with these thresholds, not an estimate.
@@ -7,9 +7,10 @@ set of thresholds. So every point of a curve is what the model does with these t
 import warnings
 from typing import Any
 
-from dynskip.calibrate._points import Calibration, CurvePoint, Gated, write_curves
+from dynskip.calibrate._points import Calibration, CurvePoint, Gated, Termination, write_curves
 from dynskip.calibrate._replay import Batches, Metric, dense, encode, random_frames, replay, uniform_frames
-from dynskip.calibrate._search import to_accuracy, to_budget
+from dynskip.calibrate._risk import to_risk
+from dynskip.calibrate._search import curve, to_accuracy, to_budget
 
 __all__ = [
     "Batches",
@@ -17,12 +18,15 @@ __all__ = [
     "CurvePoint",
     "Gated",
     "Metric",
+    "Termination",
+    "curve",
     "dense",
     "encode",
     "random_frames",
     "replay",
     "to_accuracy",
     "to_budget",
+    "to_risk",
     "uniform_frames",
     "write_curves",
 ]

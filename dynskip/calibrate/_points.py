@@ -14,11 +14,15 @@ from dynskip.errors import DynskipError
 
 if TYPE_CHECKING:
     from dynskip.early_exit import EarlyExit
+    from dynskip.terminate import EarlyTerminator
     from dynskip.wrapper import StopOrForward
 
 
 Gated: TypeAlias = "StopOrForward | EarlyExit"
 """A model that can be calibrated."""
+
+Termination: TypeAlias = "float | tuple[tuple[str, float], ...] | None"
+"""When videos end: the terminator's threshold; names and values of its own parameters; `None` for never."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,16 @@ class CurvePoint:
         accuracy: by the metric asked for, top-1 by default; from 0 to 1.
         macs: mean executed MACs (multiply-adds) a video, gates and head included; in the cost table's unit.
         forward_threshold: forward probability that a frame must exceed, one a gate; empty for the plain backbone.
-        termination_threshold: probability that ends a video; `None` reads every video to its end.
+        termination_threshold: probability that ends a video; names and values of the parameters of a terminator that
+            has others; `None` reads every video to its end.
+        band: confidence band of the accuracy, lowest and highest; `None` where it was not asked for.
     """
 
     accuracy: float
     macs: float
     forward_threshold: tuple[float, ...] = ()
-    termination_threshold: float | None = None
+    termination_threshold: Termination = None
+    band: tuple[float, float] | None = None
 
     def apply(self, model: Gated) -> None:
         """Set a model's thresholds to these.
@@ -51,7 +58,7 @@ class CurvePoint:
         if self.termination_threshold is None:
             model.terminator = None
         elif model.terminator is not None:
-            model.terminator.threshold = self.termination_threshold
+            set_termination(model.terminator, self.termination_threshold)
 
 
 @dataclass(frozen=True)
@@ -62,11 +69,14 @@ class Calibration:
         point: the choice.
         curve: the points that no other one beats, from the cheapest to the most accurate.
         dense: the plain backbone on every frame, without gates.
+        held_out: what the same search reaches on videos that it has not seen, with its band; `None` without groups. It
+            has the thresholds of `point`.
     """
 
     point: CurvePoint
     curve: tuple[CurvePoint, ...]
     dense: CurvePoint
+    held_out: CurvePoint | None = None
 
     def apply(self, model: Gated) -> None:
         """Set a model's thresholds to the chosen ones; see `CurvePoint.apply`."""
@@ -93,6 +103,11 @@ def write_curves(file: str | Path, curves: Mapping[str, Sequence[CurvePoint]]) -
         for name, points in table.items():
             for point in points:
                 gates = {f"forward_threshold_{n}": each for n, each in enumerate(point.pop("forward_threshold"))}
+                if isinstance(own := point["termination_threshold"], tuple):
+                    del point["termination_threshold"]
+                    gates |= {f"termination_{parameter}": value for parameter, value in own}
+                if (edges := point.pop("band")) is not None:
+                    gates |= {"lowest": edges[0], "highest": edges[1]}
                 rows.append({"curve": name, **point, **gates})
         with path.open("w", newline="", encoding="utf-8") as handle:
             writer = csv.DictWriter(handle, dict.fromkeys(itertools.chain(*rows)), restval="")
@@ -100,6 +115,13 @@ def write_curves(file: str | Path, curves: Mapping[str, Sequence[CurvePoint]]) -
             writer.writerows(rows)
     else:
         raise DynskipError(f"Cannot write curves to {path.name}: its name must end in .csv or .json.")
+
+
+def set_termination(terminator: EarlyTerminator, termination: Termination) -> None:
+    """Set a terminator's parameters to those of a point that ends videos."""
+    own = termination if isinstance(termination, tuple) else (("threshold", termination),)
+    for name, value in own:
+        setattr(terminator, name, value)
 
 
 def check_fits(point: CurvePoint, model: Gated) -> None:

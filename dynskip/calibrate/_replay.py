@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from dynskip import rules
 from dynskip._check import check_lengths, present, with_lengths
 from dynskip._modes import in_mode
 from dynskip.activation import probabilities
-from dynskip.calibrate._points import CurvePoint, Gated, check_fits
+from dynskip.calibrate._groups import band, numbered
+from dynskip.calibrate._points import CurvePoint, Gated, Termination, check_fits, set_termination
 from dynskip.errors import DynskipError
 from dynskip.metrics import sample_times, top_k_accuracy
 from dynskip.order import in_steps, in_time, steps
@@ -23,6 +25,7 @@ from dynskip.output import EncodedVideo, SkipOutput, masked_output
 Video = Tensor | tuple[Tensor, Tensor] | EncodedVideo
 Batches = Iterable[tuple[Video, Tensor] | tuple[Video, Tensor, Sequence[str]]]
 Metric = Callable[[Tensor, Tensor], float]
+Groups = Sequence[Hashable] | None
 
 
 @torch.no_grad()
@@ -40,7 +43,7 @@ def encode(model: Gated, batches: Batches) -> list[tuple[EncodedVideo, Tensor]]:
         The encoded batches, on the model's device.
 
     Raises:
-        DynskipError: if there are no videos, videos or targets do not fit, or the model has one output.
+        DynskipError: if there are no videos, videos or targets do not fit, or a softmax has one output.
     """
     if model.backbone.num_classes == 1 and model.activation == "softmax":
         raise DynskipError(
@@ -80,7 +83,9 @@ def encode(model: Gated, batches: Batches) -> list[tuple[EncodedVideo, Tensor]]:
     return encoded
 
 
-def replay(model: Gated, batches: Batches, point: CurvePoint, *, metric: Metric = top_k_accuracy) -> CurvePoint:
+def replay(
+    model: Gated, batches: Batches, point: CurvePoint, *, metric: Metric = top_k_accuracy, groups: Groups = None
+) -> CurvePoint:
     """Measure thresholds on other videos, such as a test set.
 
     Args:
@@ -88,6 +93,7 @@ def replay(model: Gated, batches: Batches, point: CurvePoint, *, metric: Metric 
         batches: as in `to_budget`.
         point: the thresholds.
         metric: as in `to_budget`.
+        groups: with them, the point gets a band, as in `curve`.
 
     Returns:
         The same thresholds, with accuracy and MACs on these videos.
@@ -96,17 +102,18 @@ def replay(model: Gated, batches: Batches, point: CurvePoint, *, metric: Metric 
         DynskipError: as `CurvePoint.apply`; if there are no videos, or something does not fit.
     """
     check_fits(point, model)
-    replayed = Replay(model, batches, metric)
-    return replayed.end(replayed.decide(point.forward_threshold), point.forward_threshold, point.termination_threshold)
+    replayed = Replay(model, batches, metric, groups)
+    return replayed.point(replayed.run(point), point.forward_threshold, point.termination_threshold)
 
 
-def dense(model: Gated, batches: Batches, *, metric: Metric = top_k_accuracy) -> CurvePoint:
+def dense(model: Gated, batches: Batches, *, metric: Metric = top_k_accuracy, groups: Groups = None) -> CurvePoint:
     """Measure the plain backbone on every frame, to compare everything else with it.
 
     Args:
         model: as in `to_budget`.
         batches: as in `to_budget`.
         metric: as in `to_budget`.
+        groups: as in `replay`.
 
     Returns:
         Its accuracy and MACs.
@@ -114,16 +121,20 @@ def dense(model: Gated, batches: Batches, *, metric: Metric = top_k_accuracy) ->
     Raises:
         DynskipError: if there are no videos, or something does not fit.
     """
-    return Replay(model, batches, metric).dense()
+    replayed = Replay(model, batches, metric, groups)
+    return replayed.point(replayed.dense())
 
 
-def uniform_frames(model: Gated, batches: Batches, *, metric: Metric = top_k_accuracy) -> tuple[CurvePoint, ...]:
+def uniform_frames(
+    model: Gated, batches: Batches, *, metric: Metric = top_k_accuracy, groups: Groups = None
+) -> tuple[CurvePoint, ...]:
     """Measure the plain backbone on few frames of each video, spread evenly: a baseline for curves.
 
     Args:
         model: as in `to_budget`.
         batches: as in `to_budget`.
         metric: as in `to_budget`.
+        groups: as in `replay`.
 
     Returns:
         One point for each number of frames, from one to all. Frames that are left out cost nothing.
@@ -136,11 +147,11 @@ def uniform_frames(model: Gated, batches: Batches, *, metric: Metric = top_k_acc
         own = [sample_times(min(count, length), length).long() for length in lengths.tolist()]
         return torch.stack([torch.isin(torch.arange(frames), numbers) for numbers in own])
 
-    return Replay(model, batches, metric).by_count(pick)
+    return Replay(model, batches, metric, groups).by_count(pick)
 
 
 def random_frames(
-    model: Gated, batches: Batches, *, seed: int = 0, metric: Metric = top_k_accuracy
+    model: Gated, batches: Batches, *, seed: int = 0, metric: Metric = top_k_accuracy, groups: Groups = None
 ) -> tuple[CurvePoint, ...]:
     """Measure the plain backbone on few frames of each video, drawn at random: a baseline for curves.
 
@@ -149,6 +160,7 @@ def random_frames(
         batches: as in `to_budget`.
         seed: different seeds draw different frames.
         metric: as in `to_budget`.
+        groups: as in `replay`.
 
     Returns:
         One point for each number of frames, from one to all. Frames that are left out cost nothing.
@@ -163,19 +175,40 @@ def random_frames(
         drawn = torch.rand(real.shape, generator=generator).masked_fill(~real, 2.0)
         return (drawn.argsort(1).argsort(1) < count) & real
 
-    return Replay(model, batches, metric).by_count(pick)
+    return Replay(model, batches, metric, groups).by_count(pick)
+
+
+class Outcome(NamedTuple):
+    """What became of `V` videos: `(V, K)` probabilities and `(V,)` MACs."""
+
+    probabilities: Tensor
+    macs: Tensor
 
 
 class Replay:
-    """Encoded videos, and what a model does on them."""
+    """Encoded videos, and what a model does on them. With groups, its points have bands."""
 
-    def __init__(self, model: Gated, batches: Batches, metric: Metric) -> None:
+    def __init__(self, model: Gated, batches: Batches, metric: Metric, groups: Groups = None) -> None:
         self.model, self.metric, self.videos = model, metric, encode(model, batches)
         targets = [target.cpu() for _, target in self.videos]
         if len({target.shape[1:] for target in targets}) > 1:
             raise DynskipError("Targets of some batches are class indices and of others multi-hot; give one kind.")
         self.targets = torch.cat(targets)
         self.tables = [_table(model, encoded) for encoded, _ in self.videos]
+        self.groups = None if groups is None else numbered(groups, len(self.targets))
+
+    def rows(self, rows: Tensor) -> Replay:
+        """Return some of the videos, in their order, without groups."""
+        part = copy.copy(self)
+        marked = torch.isin(torch.arange(len(self.targets)), rows)
+        part.videos, part.groups = [], None
+        start = 0
+        for encoded, targets in self.videos:
+            own = marked[start : (start := start + len(targets))].nonzero().flatten()
+            if len(own):
+                part.videos.append((_select(encoded, own.to(encoded.frame_logits.device)), targets[own]))
+        part.targets, part.tables = self.targets[marked], [_table(self.model, encoded) for encoded, _ in part.videos]
+        return part
 
     def decide(self, forward_threshold: tuple[float, ...]) -> list[tuple[SkipOutput, Tensor]]:
         """Gate all videos, to their ends. With each output come the predictions after each frame, `(B, T, K)`.
@@ -197,32 +230,40 @@ class Replay:
             decided.append((looked, rules.read(model.readout, looked.stopped_at, logits)))
         return decided
 
-    def end(
-        self,
-        decided: Sequence[tuple[SkipOutput, Tensor]],
-        forward_threshold: tuple[float, ...],
-        termination_threshold: float | None,
-    ) -> CurvePoint:
-        """Measure what `decide` returned, as if videos ended at a threshold; `None` reads them to their ends."""
-        outputs = [output for output, _ in decided]
-        if termination_threshold is not None:
-            terminator = copy.copy(self.model.terminator)
-            assert terminator is not None
-            terminator.threshold = termination_threshold
-            for i, ((encoded, _), (output, running)) in enumerate(zip(self.videos, decided, strict=True)):
-                assert output.gate_logits is not None
-                outputs[i] = masked_output(
-                    rules.end_videos(terminator, running, output.stopped_at, self.model.activation),
-                    output.gate_logits,
-                    in_steps(encoded.frame_logits, self.tables[i]),
-                    self.model.lookup_for(encoded.image_size),
-                    self.model.readout,
-                )
-        logits, macs = [output.logits for output in outputs], [output.macs for output in outputs]
-        return self._measure(logits, macs, forward_threshold, termination_threshold)
+    def run(self, point: CurvePoint) -> Outcome:
+        """Gate all videos with a point's thresholds."""
+        return self.outcomes(self.decide(point.forward_threshold), [point.termination_threshold])[0]
 
-    def frames(self, pick: Callable[[Tensor, int], Tensor]) -> CurvePoint:
-        """Measure the plain backbone on the frames that `pick(lengths, T)` marks, `(B, T)`."""
+    def outcomes(
+        self, decided: Sequence[tuple[SkipOutput, Tensor]], terminations: Sequence[Termination]
+    ) -> list[Outcome]:
+        """Return what becomes of the videos that `decide` gated for each way to end them; `None` reads them to the end.
+
+        All ways go through the rules as one batch.
+        """
+        model, terminator = self.model, copy.copy(self.model.terminator)
+        logits, macs = [], []
+        for (encoded, _), table, (output, running) in zip(self.videos, self.tables, decided, strict=True):
+            stopped_at = []
+            for termination in terminations:
+                stopped_at.append(output.stopped_at)
+                if terminator is not None and termination is not None:
+                    set_termination(terminator, termination)
+                    stopped_at[-1] = rules.end_videos(terminator, running, output.stopped_at, model.activation)
+            assert output.gate_logits is not None
+            ended = masked_output(
+                torch.cat(stopped_at),
+                output.gate_logits.repeat(len(terminations), 1, 1, 1),
+                in_steps(encoded.frame_logits, table).repeat(len(terminations), 1, 1),
+                model.lookup_for(encoded.image_size),
+                model.readout,
+            )
+            logits.append(ended.logits.chunk(len(terminations)))
+            macs.append(ended.macs.chunk(len(terminations)))
+        return [self._joined(*each) for each in zip(zip(*logits, strict=True), zip(*macs, strict=True), strict=True)]
+
+    def frames(self, pick: Callable[[Tensor, int], Tensor]) -> Outcome:
+        """Run the plain backbone on the frames that `pick(lengths, T)` marks, `(B, T)`."""
         logits, macs = [], []
         for (encoded, _), table in zip(self.videos, self.tables, strict=True):
             batch, frames, _ = encoded.frame_logits.shape
@@ -232,21 +273,36 @@ class Replay:
             readout = self.model.readout._replace(repeats=(False,))
             logits.append(rules.read(readout, picked.long(), in_steps(encoded.frame_logits, table))[:, -1])
             macs.append(picked.sum(1).double() * self.model.lookup_for(encoded.image_size).dense)
-        return self._measure(logits, macs)
+        return self._joined(logits, macs)
 
-    def dense(self) -> CurvePoint:
-        """Measure the plain backbone on all frames."""
+    def dense(self) -> Outcome:
+        """Run the plain backbone on all frames."""
         return self.frames(present)
 
     def by_count(self, pick: Callable[[int, Tensor, int], Tensor]) -> tuple[CurvePoint, ...]:
         """Measure the plain backbone on 1, 2, ... frames of each video, which `pick(count, lengths, T)` marks."""
         most = max(encoded.frame_logits.shape[1] for encoded, _ in self.videos)
-        return tuple(self.frames(partial(pick, count)) for count in range(1, most + 1))
+        return tuple(self.point(self.frames(partial(pick, count))) for count in range(1, most + 1))
 
-    def _measure(self, logits: list[Tensor], macs: list[Tensor], *thresholds: Any) -> CurvePoint:
+    def point(self, outcome: Outcome, *thresholds: Any) -> CurvePoint:
         """Compare all videos' answers with the targets."""
-        answers = torch.cat([probabilities(part, self.model.activation) for part in logits]).cpu()
-        return CurvePoint(float(self.metric(answers, self.targets)), float(torch.cat(macs).mean()), *thresholds)
+        answers, targets = outcome.probabilities, self.targets
+        edges = None
+        if self.groups is not None:
+            edges = band(lambda rows: float(self.metric(answers[rows], targets[rows])), self.groups)
+        point = CurvePoint(float(self.metric(answers, targets)), float(outcome.macs.mean()), *thresholds)
+        return replace(point, band=edges)
+
+    def _joined(self, logits: Sequence[Tensor], macs: Sequence[Tensor]) -> Outcome:
+        answers = [probabilities(part, self.model.activation) for part in logits]
+        return Outcome(torch.cat(answers).cpu(), torch.cat(macs).cpu())
+
+
+def _select(encoded: EncodedVideo, rows: Tensor) -> EncodedVideo:
+    """Return some of the encoded videos."""
+    values = {field.name: getattr(encoded, field.name) for field in fields(encoded)}
+    values = {name: value[rows] if isinstance(value, Tensor) else value for name, value in values.items()}
+    return EncodedVideo(**{**values, "pooled": tuple(part[rows] for part in encoded.pooled)})
 
 
 def _table(model: Gated, encoded: EncodedVideo) -> Tensor | None:

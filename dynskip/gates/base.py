@@ -162,9 +162,9 @@ def _as_it_is(pooled: Tensor) -> Tensor:
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether reading a layer's weights does what calling it does: no hooks, pruning, adapters or other weights."""
+    """Whether reading a layer's weights does what calling it does: no hooks, pruning, adapters or other code."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is kind and not any(hooks)
+    return type(layer) is kind and not any(hooks) and "forward" not in vars(layer)
 
 
 def logit(probability: float) -> float:

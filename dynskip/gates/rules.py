@@ -132,20 +132,20 @@ class ConfidenceGate(_Rule):
             raise DynskipError(
                 f"num_classes={num_classes}: being sure of a class takes at least two classes, or activation='sigmoid'."
             )
-        if stop not in ("sure", "unsure"):
-            raise DynskipError(f"stop={stop!r} is unknown; use 'sure' or 'unsure', the frames that are to stop.")
-        if measure not in ("confidence", "entropy"):
-            raise DynskipError(f"measure={measure!r} is unknown; use 'confidence' or 'entropy'.")
-        self.threshold = {"confidence": 0.9, "entropy": 0.1}[measure] if threshold is None else threshold
         self.stop = stop
         self.measure = measure
         self.activation: Activation = activation
+        self.threshold = {"confidence": 0.9, "entropy": 0.1}[measure] if threshold is None else threshold
         self.in_features = in_features
         self.num_classes = num_classes
         self.classifier = InnerClassifier(in_features, num_classes)
 
     def check_setting(self, name: str, value: Any) -> Any:
-        """Refuse an unknown activation, and thresholds out of range."""
+        """Refuse rules, measures and activations that are unknown, and thresholds out of range."""
+        if name == "stop" and value not in ("sure", "unsure"):
+            raise DynskipError(f"stop={value!r} is unknown; use 'sure' or 'unsure', the frames that are to stop.")
+        if name == "measure" and value not in ("confidence", "entropy"):
+            raise DynskipError(f"measure={value!r} is unknown; use 'confidence' or 'entropy'.")
         return check_activation(value) if name == "activation" else super().check_setting(name, value)
 
     def forward(self, pooled: Tensor, state: GateState) -> tuple[Tensor, GateState]:
@@ -209,6 +209,12 @@ class FixedGate(Gate):
         super().__init__()
         self.stop = stop
         self.register_buffer("verdict", torch.tensor([50.0, -50.0] if stop else [-50.0, 50.0]), persistent=False)
+
+    def check_setting(self, name: str, value: Any) -> Any:
+        """Refuse to become another gate."""
+        if name == "stop" and hasattr(self, "stop") and value != self.stop:
+            raise DynskipError(f"A FixedGate stays what it was built as; put FixedGate(stop={value}) in its place.")
+        return super().check_setting(name, value)
 
     def forward(self, pooled: Tensor, state: GateState) -> tuple[Tensor, GateState]:
         """Decide on one frame a video; see `Gate.forward`."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import dynskip.losses.functional as functional
+from dynskip._check import Checked, check_positive, check_share
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
 from dynskip.gates import FORWARD, STOP
@@ -102,7 +104,7 @@ class SelfSupervisionLoss(nn.Module):
         return f"supervise_last={self.supervise_last}"
 
 
-class PolicyGuidanceLoss(nn.Module):
+class PolicyGuidanceLoss(Checked):
     """`beta` times inner classification plus `1 - beta` times self-supervision (Eq. 3.12).
 
     Args:
@@ -115,9 +117,13 @@ class PolicyGuidanceLoss(nn.Module):
 
     def __init__(self, beta: float = 0.9, self_supervision: SelfSupervisionLoss | None = None) -> None:
         super().__init__()
-        self.beta = _weight("beta", beta)
+        self.beta = beta
         self.inner = InnerClassificationLoss()
         self.self_supervision = self_supervision or SelfSupervisionLoss()
+
+    def check_setting(self, name: str, value: Any) -> Any:
+        """Refuse a weight out of range."""
+        return check_share(value, name) if name == "beta" else super().check_setting(name, value)
 
     def parts(self, output: SkipOutput, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the inner classification and the self-supervision loss, unweighted."""
@@ -133,7 +139,7 @@ class PolicyGuidanceLoss(nn.Module):
         return f"beta={self.beta:g}"
 
 
-class TargetRateLoss(nn.Module):
+class TargetRateLoss(Checked):
     """Keep each gate's forward rate near a target (ConvNet-AIG).
 
     Args:
@@ -150,10 +156,14 @@ class TargetRateLoss(nn.Module):
 
     def __init__(self, target: float | Sequence[float]) -> None:
         super().__init__()
-        targets = tuple(target) if isinstance(target, Sequence) else (target,)
-        if not targets or not all(0.0 <= t <= 1.0 for t in targets):
-            raise DynskipError(f"target={target} is out of range; give shares of frames in [0, 1].")
-        self.register_buffer("target", torch.tensor(targets, dtype=torch.float64), persistent=False)
+        self.register_buffer("target", self.check_setting("target", target), persistent=False)
+
+    def check_setting(self, name: str, value: Any) -> Any:
+        """Refuse targets out of range; return them as a tensor."""
+        if name == "target" and not isinstance(value, Tensor):
+            targets = value if isinstance(value, Sequence) and value else (value,)
+            value = torch.tensor([check_share(each, name) for each in targets], dtype=torch.float64)
+        return super().check_setting(name, value)
 
     def forward(self, output: SkipOutput) -> Tensor:
         """Return the scalar loss of an output."""
@@ -180,7 +190,7 @@ class UsageUniformityLoss(nn.Module):
         return functional.usage_uniformity_loss(output.forward, output.weights)
 
 
-class BudgetLoss(nn.Module):
+class BudgetLoss(Checked):
     """Penalise cost above a budget, and nothing below it.
 
     Args:
@@ -198,12 +208,16 @@ class BudgetLoss(nn.Module):
 
     def __init__(self, lookup: FLOPsLookup, budget: float) -> None:
         super().__init__()
-        if not 0.0 < budget <= 1.0:
-            raise DynskipError(f"budget={budget} is out of range; give a share of the backbone's cost in (0, 1].")
         _check_known(lookup)
         self.budget = budget
         self.head = lookup.head / lookup.dense
         self.register_buffer("costs", (lookup.per_stage + lookup.gates) / lookup.dense, persistent=False)
+
+    def check_setting(self, name: str, value: Any) -> Any:
+        """Refuse a budget out of range."""
+        if name == "budget" and not (isinstance(value, int | float) and 0.0 < value <= 1.0):
+            raise DynskipError(f"budget={value} is out of range; give a share of the backbone's cost in (0, 1].")
+        return super().check_setting(name, value)
 
     def forward(self, output: SkipOutput) -> Tensor:
         """Return the scalar loss of an output: the share of the plain backbone's cost above the budget."""
@@ -215,7 +229,7 @@ class BudgetLoss(nn.Module):
         return f"budget={self.budget:g} of the plain backbone"
 
 
-class DistillationLoss(nn.Module):
+class DistillationLoss(Checked):
     """Teach inner classifiers to answer as the head does, wherever both ran. Needs no labels.
 
     Args:
@@ -230,9 +244,11 @@ class DistillationLoss(nn.Module):
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
-        if not 0.0 < temperature < math.inf:
-            raise DynskipError(f"temperature={temperature} is not positive and finite; 1 does not soften the answers.")
         self.temperature = temperature
+
+    def check_setting(self, name: str, value: Any) -> Any:
+        """Refuse a temperature that is not positive and finite."""
+        return check_positive(value, name) if name == "temperature" else super().check_setting(name, value)
 
     def forward(self, output: SkipOutput) -> Tensor:
         """Return the scalar loss of an output."""
@@ -271,7 +287,7 @@ class LossParts:
 torch.export.register_dataclass(LossParts)  # for wrappers of modules, see `dynskip.output`
 
 
-class SoFLoss(nn.Module):
+class SoFLoss(Checked):
     """The whole loss of SoF-Net: `alpha L_cls + (1 - alpha) L_eff + L_pg` (Eq. 3.8).
 
     Args:
@@ -289,10 +305,14 @@ class SoFLoss(nn.Module):
         self, lookup: FLOPsLookup, alpha: float = 0.9, beta: float | None = 0.9, normalize: bool = False
     ) -> None:
         super().__init__()
-        self.alpha = _weight("alpha", alpha)
+        self.alpha = alpha
         self.classification = ClassificationLoss()
         self.efficiency = EfficiencyLoss(lookup, normalize)
         self.guidance = PolicyGuidanceLoss(beta) if beta is not None else None
+
+    def check_setting(self, name: str, value: Any) -> Any:
+        """Refuse a weight out of range."""
+        return check_share(value, name) if name == "alpha" else super().check_setting(name, value)
 
     def forward(self, output: SkipOutput, targets: Tensor) -> LossParts:
         """Return the total and its parts for an output against `(B,)` class indices."""
@@ -307,12 +327,6 @@ class SoFLoss(nn.Module):
     def extra_repr(self) -> str:
         """Show the weight."""
         return f"alpha={self.alpha:g}"
-
-
-def _weight(name: str, value: float) -> float:
-    if not 0.0 <= value <= 1.0:
-        raise DynskipError(f"{name}={value} is out of range; it balances two losses and lies in [0, 1].")
-    return value
 
 
 def _check_known(lookup: FLOPsLookup) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import dynskip.plot._style as _style
+from dynskip._check import check_lengths
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
 from dynskip.metrics import FrameUsage, check_stopped_at
@@ -60,7 +61,12 @@ def frame_usage(
 
 
 def stage_macs(
-    lookup: FLOPsLookup, stopped_at: Tensor | None = None, *, title: str | None = None, dark: bool = False
+    lookup: FLOPsLookup,
+    stopped_at: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    title: str | None = None,
+    dark: bool = False,
 ) -> Figure:
     """Draw what each stage costs a frame as horizontal bars, and how much of that was executed.
 
@@ -71,6 +77,7 @@ def stage_macs(
         lookup: The cost table, e.g. `model.lookup_for((224, 224))`. MACs (multiply-adds) are written in GMACs, of small
             models in MMACs; another unit as it is.
         stopped_at: `(B, T)` or `(T,)`, as in `SkipOutput.stopped_at`; `None` draws the costs alone.
+        lengths: `(B,)` frames of each video where they are padded (`SkipOutput.lengths`); `None` for all.
         title: Text above the picture; may have several lines.
         dark: Light text on a dark background.
 
@@ -85,7 +92,7 @@ def stage_macs(
     colours = [*(theme.shade(n, stages) for n in range(stages)), GATES, USED]
     scale, unit = lookup.display_unit
     full = torch.cat([lookup.per_stage, lookup.gates.sum()[None], lookup.per_stage.new_tensor([lookup.head])])
-    executed = full if stopped_at is None else _executed(lookup, stopped_at)
+    executed = full if stopped_at is None else _executed(lookup, stopped_at, lengths)
     longest = float(full.nan_to_num().max()) or 1.0
     bars = []
     for name, cost, part, colour in zip(
@@ -108,11 +115,11 @@ def accuracy_compute(
     title: str | None = None,
     dark: bool = False,
 ) -> Figure:
-    """Draw accuracy against executed compute, one line a curve.
+    """Draw accuracy against executed compute, one line a curve, with confidence bands where points have them.
 
     Args:
         curves: Points by the name of their curve, such as those of `dynskip.calibrate`; a single point, such as the
-            dense backbone, becomes a mark.
+            dense backbone, becomes a mark. Bands are drawn for curves whose points all have one.
         chosen: A point to mark with a ring, such as `Calibration.point`.
         metric: Name of the accuracy, for the axis.
         title: Text above the picture; may have several lines.
@@ -140,6 +147,13 @@ def accuracy_compute(
         ordered = sorted(points, key=lambda point: point.macs)
         x, y = [point.macs / 1e9 for point in ordered], [100 * point.accuracy for point in ordered]
         axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.6, label=name, clip_on=False, zorder=3)
+        bands = [point.band for point in ordered if point.band is not None]
+        if len(bands) == len(ordered):
+            lowest, highest = ([100 * edge for edge in edges] for edges in zip(*bands, strict=True))
+            if len(ordered) == 1:
+                axes.vlines(x, lowest, highest, color=colour, alpha=0.4, linewidth=4, zorder=2)
+            else:
+                axes.fill_between(x, lowest, highest, color=colour, alpha=0.18, linewidth=0, zorder=2)
     if chosen is not None:
         ring: dict[str, Any] = {"facecolors": "none", "edgecolors": theme.ink, "linewidths": 1.8, "clip_on": False}
         axes.scatter([chosen.macs / 1e9], [100 * chosen.accuracy], s=130, label="chosen", zorder=4, **ring)
@@ -154,7 +168,7 @@ def accuracy_compute(
     return canvas.figure
 
 
-def _executed(lookup: FLOPsLookup, stopped_at: Tensor) -> Tensor:
+def _executed(lookup: FLOPsLookup, stopped_at: Tensor, lengths: Tensor | None) -> Tensor:
     """Mean cost executed a frame in each stage, in the gates and in the head, `(N + 2,)`."""
     stages = len(lookup.per_stage)
     check_stopped_at(stopped_at, stages)
@@ -166,7 +180,8 @@ def _executed(lookup: FLOPsLookup, stopped_at: Tensor) -> Tensor:
     runs = (gated + ((furthest >= 0) & (depth > furthest))).sum(0)
     gates = gated[:, :stages].sum(0) @ lookup.gates
     costs = [runs[:stages] * lookup.per_stage, gates[None], runs[stages:] * lookup.head]
-    executed: Tensor = torch.cat(costs) / decisions.numel()
+    lengths = None if lengths is None else check_lengths(lengths, *decisions.shape)
+    executed: Tensor = torch.cat(costs) / (decisions.numel() if lengths is None else lengths.sum())
     return executed
 
 

@@ -269,7 +269,9 @@ def _hash(value: Any) -> str:
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
             digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            # A copy, for a single number may have strides that a view as bytes refuses.
+            plain = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            digest.update(plain.flatten().view(torch.uint8).numpy().data)
         elif isinstance(value, dict | tuple | list):
             digest.update(f"{type(value).__name__} {len(value)}".encode())
             for item in sorted(value.items()) if isinstance(value, dict) else value:
