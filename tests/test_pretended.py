@@ -22,7 +22,7 @@ from torch.utils import backend_registration
 if not hasattr(backend_registration, "_DummyBackendModule"):
     pytest.skip(f"torch {torch.__version__} takes no device written in Python", allow_module_level=True)
 
-from helpers import CLASSES, SIZE, assert_same, fields_of, toy_backbone, toy_model, toy_video
+from helpers import CLASSES, SIZE, assert_same, consensuses, fields_of, toy_backbone, toy_model, toy_video
 from pretended import DEVICE, Counts, Pretended, on_host, pretended
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -35,6 +35,7 @@ from dynskip import (
     FixedGate,
     FrameResult,
     LinearGate,
+    MeanOfLogits,
     PairwiseGate,
     PolicyGate,
     RandomGate,
@@ -300,6 +301,24 @@ def test_gates_of_any_kind(counts: Counts, kind: str, state_update: Any) -> None
     assert_same(on_host(moved(frames)), wanted)
     assert_same(on_host(moved.decide(moved.encode(frames))), model.decide(model.encode(video)))
     assert torch.equal(on_host(online(moved, frames)[0]), wanted.stopped_at)
+
+
+@pytest.mark.parametrize("number", range(len(consensuses())))
+def test_consensuses_of_any_kind(counts: Counts, number: int) -> None:
+    model, video = small()
+    moved, frames, waits = there(model), video.to(DEVICE), []
+    for consensus in (MeanOfLogits(), consensuses(dtype=torch.float64)[number]):
+        model.consensus, moved.consensus = consensus, there(consensus)
+        counts.clear()
+        output, answer = moved(frames), online(moved, frames)[1]
+        waits.append(counts.waited)
+        wanted = model(video)
+        assert_same(on_host(output), wanted)
+        torch.testing.assert_close(on_host(answer), wanted.logits)
+        with torch.no_grad():
+            assert_same(on_host(moved.decide(moved.encode(frames))), model.decide(model.encode(video)))
+    assert waits[0] == waits[1]
+    moved.train()(frames).logits.sum().backward()
 
 
 def test_a_training_step_has_the_gradients_of_the_cpu(counts: Counts) -> None:
