@@ -120,10 +120,11 @@ def test_light_stages_come_first_and_the_frame_goes_on_untouched(name: str, kind
 
 @torch.no_grad()
 def test_frames_are_normalised_for_the_light_network() -> None:
-    network, light = copy.deepcopy(timm_network("test_resnet", PIXELS)), light_network()
+    network: Any = copy.deepcopy(timm_network("test_resnet", PIXELS))
+    light: Any = light_network()
     mean, std = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
-    network.pretrained_cfg = {**network.pretrained_cfg, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}  # type: ignore[assignment,dict-item]
-    light.pretrained_cfg = {**light.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}  # type: ignore[assignment,dict-item]
+    network.pretrained_cfg = {**network.pretrained_cfg, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
+    light.pretrained_cfg = {**light.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
     pixels = photos().sigmoid()
     backbone = glance(stage_model(network, input_size=SHAPE), light, SMALL)
     small = F.interpolate(pixels, (SMALL, SMALL), mode="bilinear", antialias=True)
@@ -178,11 +179,11 @@ def test_every_way_decides_the_same(name: str, kind: str) -> None:
     torch.testing.assert_close(session.result().logits, masked.logits)
     assert torch.equal(session.result().macs, masked.macs)
     served = [event for event in model.serve_streams(map(iter, clips), look_ahead=2) if isinstance(event, VideoResult)]
+    assert {event.key for event in served} == set(range(len(clips)))
     for event in served:
-        key: Any = event.key
-        torch.testing.assert_close(event.logits, masked.logits[key])
-        assert event.macs == masked.macs[key]
-    assert len(served) == len(clips)
+        row: Any = event.key
+        torch.testing.assert_close(event.logits, masked.logits[row])
+        assert event.macs == masked.macs[row]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -294,8 +295,8 @@ def test_features_of_another_glance_are_refused(data: Path, tmp_path: Path) -> N
     model = model_at(SMALL)
     stored = video.encode_clips(model, clips, tmp_path)
     assert [x.shape[-1] for x in stored.pooled] == list(model.backbone.num_features)
-    read = [clips[0, position].video for position in range(2)]
-    pixels = torch.stack([pictures for pictures in read if pictures is not None])
+    decoded: list[Any] = [clips[0, position].video for position in range(2)]
+    pixels = torch.stack(decoded)
     with torch.no_grad():
         found = model.encode(clips.prep.normalize(pixels))
     for here, there in zip(found.pooled, stored.rows(model, slice(0, 2)).pooled, strict=True):
