@@ -30,7 +30,8 @@ from typing import Any, Literal
 
 import common
 import torch
-from compose_untrimmed import GROUP, STEPS, Composition, compose, split_off_validation
+from compose_untrimmed import CLIP_STEPS as STEPS
+from compose_untrimmed import GROUP, Composition, compose, frames_of, relevant_frames, split_off_validation
 from torch import Tensor, nn
 
 from dynskip import (
@@ -180,18 +181,9 @@ def put_together(
         rows: each clip's row in its features.
     """
     source = clips["test" if compositions[0].split == "test" else "train"]
-    clip = torch.tensor([[rows[item.path] for item, _ in composition.steps] for composition in compositions])
-    step = torch.tensor([[step for _, step in composition.steps] for composition in compositions])
+    clip, step = frames_of(compositions, rows)
     pooled = tuple(features[clip, step] for features in source.pooled)
     return StoredFeatures(pooled, source.embedding[clip, step], torch.arange(len(compositions)), source.image_size)
-
-
-def relevant_frames(compositions: Sequence[Composition]) -> Tensor:
-    """Mark the frames of each video that show its action, `(V, STEPS)`."""
-    relevant = torch.zeros(len(compositions), STEPS, dtype=torch.bool)
-    for row, composition in enumerate(compositions):
-        relevant[row, slice(*composition.segment)] = True
-    return relevant
 
 
 def session(composition: Composition) -> str:

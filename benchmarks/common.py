@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import os
 import platform
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,16 @@ def now(device: str) -> float:
 
 def progress(text: str, end: str = "\n") -> None:
     print(f"\r{text}", end=end, file=sys.stderr, flush=True)
+
+
+def paired(ones: Iterable[float], others: Iterable[float], clusters: Iterable[str]) -> tuple[float, float]:
+    """Return the mean of differences, and its standard error where those of one cluster depend on each other."""
+    sums: dict[str, list[float]] = {}
+    for one, other, cluster in zip(ones, others, clusters, strict=True):
+        sums.setdefault(cluster, []).append(one - other)
+    count = sum(map(len, sums.values()))
+    mean = sum(map(sum, sums.values())) / count
+    return mean, math.sqrt(sum(sum(x - mean for x in own) ** 2 for own in sums.values())) / count
 
 
 class Report:

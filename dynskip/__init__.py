@@ -1,6 +1,7 @@
 """Dynamic inference for PyTorch vision models: spend less compute on frames that do not deserve it."""
 
 from dynskip.backbone import Carry, StagedBackbone, stage_model
+from dynskip.backbone.glance import glance
 from dynskip.consensus import (
     AttentionMean,
     Consensus,
@@ -95,6 +96,7 @@ __all__ = [
     "UsageUniformityLoss",
     "VideoResult",
     "exponential_temperature",
+    "glance",
     "sofnet",
     "stage_model",
 ]

@@ -59,8 +59,11 @@ def model_card(model: Wrapped, wrapper: str, results: Sequence[Mapping[str, obje
     if model.class_names is not None:
         shown = ", ".join(model.class_names[:20]) + (", ..." if len(model.class_names) > 20 else "")
         classes += f": {shown}"
+    network = f"`{backbone.origin['name']}` of timm"  # type: ignore[index]
+    if (glance := backbone.glance) is not None:
+        network += f" behind a glance of `{glance.light.origin['name']}` at {glance.size} pixels"
     facts = [
-        f"Backbone: `{backbone.origin['name']}` of timm, {backbone.num_stages} stages, {classes}.",  # type: ignore[index]
+        f"Backbone: {network}, {backbone.num_stages} stages, {classes}.",
         f"Made with dynskip {dynskip.__version__}, timm {timm.__version__}, torch {torch.__version__}.",
     ]
     if model.activation == "sigmoid":

@@ -97,12 +97,18 @@ def _describe_backbone(backbone: StagedBackbone, what: str, places: dict[int, st
             "be rebuilt from plain values. Stage it by its timm name: stage_model('resnet50', num_classes=...)."
         )
     kwargs = {key: value for key, value in origin["timm_kwargs"].items() if key not in WEIGHT_SOURCES}
+    in_front: dict[str, Any] = {}
+    names = backbone.stage_names
+    if (glance := backbone.glance) is not None:
+        light = _describe_backbone(glance.light, f"{what}.glance.light", places)
+        in_front, names = {"glance": {"light": light, "size": glance.size}}, names[glance.light.num_stages :]
     return {
         **origin,
         "timm_kwargs": _plain(kwargs, f"{what}.timm_kwargs", places),
         "input_size": list(backbone.input_size),
-        "stage_names": list(backbone.stage_names),
+        "stage_names": list(names),
         "head": _plain(backbone.classifier, f"{what}.classifier", places),
+        **in_front,
     }
 
 

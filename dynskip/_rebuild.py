@@ -35,6 +35,7 @@ from dynskip._config import (
 from dynskip._modes import DrawingApart
 from dynskip.backbone import StagedBackbone, stage_model
 from dynskip.backbone.cut import check_name
+from dynskip.backbone.glance import glance
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
 
@@ -205,19 +206,21 @@ class _Parts:
         check_types(wrapper.__init__, arguments, CONFIG)
         return arguments
 
-    def backbone(self, plain: dict[str, Any]) -> nn.Module:
-        plain = {**plain, "head": self.revive(plain["head"], "backbone.classifier")}
-        check_types(_build_backbone, plain, "backbone")
+    def backbone(self, plain: dict[str, Any], what: str = "backbone") -> nn.Module:
+        plain = {**plain, "head": self.revive(plain["head"], f"{what}.classifier")}
+        in_front = plain.pop("glance", None)
+        check_types(_build_backbone, plain, what)
         size = plain["input_size"]
         if len(size) != 3 or min(size) < 1 or math.prod(size) > MOST_PIXELS:
-            raise DynskipError(
-                f"The backbone's input_size is {size}; expected (C, H, W), at most {MOST_PIXELS} numbers."
-            )
+            raise DynskipError(f"{what}.input_size is {size}; expected (C, H, W), at most {MOST_PIXELS} numbers.")
         if refused := WEIGHT_SOURCES & set(plain["timm_kwargs"]):
             raise DynskipError(f"{CONFIG} names other weights ({sorted(refused)}), which a saved model never does.")
         backbone = self.build_backbone(**plain)
+        light = None if in_front is None else self.backbone(in_front["light"], f"{what}.glance.light")
         staged = isinstance(backbone, StagedBackbone)
-        self.places |= parts_in(backbone, "backbone" if staged else "backbone.model")
+        if light is not None and staged:
+            backbone = glance(backbone, light, in_front["size"])
+        self.places |= parts_in(backbone, what if staged else f"{what}.model")
         return backbone
 
     def revive(self, value: Any, what: str) -> Any:

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-import re
-import sys
 import warnings
-from collections.abc import Callable, Container, Mapping, Sequence
-from types import FrameType
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from dynskip._modes import DrawingApart, in_mode
 from dynskip.backbone import StagedBackbone
+from dynskip.backbone.count import Count
 from dynskip.consensus import Consensus
 from dynskip.errors import DynskipError
 from dynskip.gates import parts_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-# torch's own operators cost nothing where its counter has no formula for them, but for those that multiply.
-_FREE = ("aten", "prim", "prims", "profiler")
-_MULTIPLIES = re.compile("_mm|rnn|mkldnn|scaled_dot_product|multi_head|transformer_encoder")
 
 
 class FLOPsLookup:
@@ -138,7 +130,7 @@ class FLOPsLookup:
     def _measured(
         cls, backbone: StagedBackbone, size: tuple[int, int], gates: Sequence[Any], consensus: Consensus | None
     ) -> FLOPsLookup:
-        count, names = _Count(backbone), backbone.stage_names
+        count, names = Count(backbone), backbone.stage_names
         carry = backbone.start(_images(backbone, 1, size))
         stage_macs, gate_macs = [], []
         for n, name in enumerate(names):
@@ -239,60 +231,7 @@ def _column(values: Sequence[float]) -> Tensor:
     return torch.tensor(list(values), dtype=torch.float64)
 
 
-class _Count:
-    """Counts the MACs of calls. Costs of the parts in `unknown` are not known, since torch cannot count `causes`."""
-
-    def __init__(self, backbone: StagedBackbone) -> None:
-        self.names = {id(module): name for name, module in backbone.model.named_modules() if name}
-        self.unknown: dict[str, None] = {}
-        self.causes: dict[str, str] = {}
-
-    def __call__(self, part: str, function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
-        """Return the MACs of a call, NaN where they are not known, and its result."""
-        counter: Any = FlopCounterMode(display=False)
-        # Its tracker of modules hooks those of all threads, and fails where a module is given a parameter.
-        counter.mod_tracker = contextlib.nullcontext()
-        counter.mod_tracker.parents = ("Global",)
-        uncounted = _Uncounted(counter.flop_registry, self.names)
-        try:
-            with uncounted, counter:  # the counter comes first, and takes operators apart
-                result = function(*args)
-        except Exception as error:
-            result = function(*args)  # raises as well, unless it was the counter that failed
-            uncounted.found[str(error)] = f"a call ({error})"
-        if uncounted.found:
-            self.unknown[part] = None
-            self.causes = uncounted.found | self.causes
-            return math.nan, result
-        return counter.get_total_flops() // 2, result  # torch counts a multiply-add as two
-
-
-class _Uncounted(TorchDispatchMode):
-    """Notes the operators that may multiply and have no formula, and the first module that calls each."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self, formulas: Container[Any], names: Mapping[int, str]) -> None:
-        super().__init__()
-        self.formulas, self.names, self.found = formulas, names, dict[str, str]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        packet = getattr(func, "_overloadpacket", func)
-        if packet not in self.formulas and (func.namespace not in _FREE or _MULTIPLIES.search(func.name())):
-            self.found.setdefault(str(packet), f"{packet}{self._where()}")
-        return func(*args, **(kwargs or {}))
-
-    def _where(self) -> str:
-        """Name the innermost module of the backbone that is being called."""
-        frame: FrameType | None = sys._getframe(2)
-        while frame is not None:
-            if (name := self.names.get(id(frame.f_locals.get("self")))) is not None:
-                return f" in {name!r}"
-            frame = frame.f_back
-        return ""
-
-
-def _count_gate(count: _Count, this: str, gate: Any, pooled: Tensor) -> tuple[float, float, float]:
+def _count_gate(count: Count, this: str, gate: Any, pooled: Tensor) -> tuple[float, float, float]:
     """Return the MACs of a gate on one frame, of its step, and the part of the step that several frames share."""
     parts, state, shared = parts_of(gate), gate.initial_state(1), 0.0
     embed, embedded = count(this, parts.embed, pooled)

@@ -288,6 +288,33 @@ def frame_relevance(used: Tensor, relevant: Tensor, lengths: Tensor | None = Non
     )
 
 
+def relevant_share(frame_logits: Tensor, targets: Tensor) -> float:
+    """Estimate the share of relevant frames where nobody has marked them.
+
+    It is how often frames name the label of their own video, less how often frames of other videos name it: irrelevant
+    frames do both equally often. Relevant frames that are not recognised are missed, so it is rather too low.
+
+    Args:
+        frame_logits: `(V, T, K)` logits of every frame of videos that the classifier was not fitted to.
+        targets: `(V,)` class indices, of at least two classes.
+
+    Returns:
+        The mean over classes, from 0 to 1.
+
+    Raises:
+        DynskipError: if shapes do not fit, or all videos have one label.
+    """
+    classes = targets.unique().tolist()
+    if frame_logits.dim() != 3 or targets.shape != frame_logits.shape[:1] or len(classes) < 2:
+        raise DynskipError(
+            f"frame_logits has shape {tuple(frame_logits.shape)} and targets {tuple(targets.shape)}, of {len(classes)} "
+            "classes; expected (V, T, K) and (V,), of at least two."
+        )
+    named = torch.nn.functional.one_hot(frame_logits.argmax(-1), frame_logits.shape[-1]).double().mean(1)
+    gaps = [named[targets == k, k].mean() - named[targets != k, k].mean() for k in classes]
+    return max(0.0, torch.stack(gaps).mean().item())
+
+
 def _real(values: Tensor, lengths: Tensor | None) -> Tensor:
     """Return the values of all frames that are no padding, `(M,)` on the CPU."""
     values = values.cpu()

@@ -296,7 +296,8 @@ class StopOrForward(Pretrained, Wrapper):
         parts = [parts_of(gate) for gate in self.gates]
         bounds = rules.bounds(self.forward_threshold).tolist()
         embedded = [
-            part.embed(x.flatten(0, 1)).unflatten(0, (batch, frames))
+            # Taken apart at once: the gradient of one slice after the other would fill all frames with zeros each time.
+            part.embed(x.flatten(0, 1)).unflatten(0, (batch, frames)).unbind(1)
             for part, x in zip(parts, encoded.pooled, strict=True)
         ]
         keeps_from = range(stages) if self.state_update == "reached" else [stages] * stages
@@ -304,7 +305,7 @@ class StopOrForward(Pretrained, Wrapper):
         for t in range(frames):
             said, decisions, inner, proposed = [], [], [], []
             for n, part in enumerate(parts):
-                logits, state = part.step(embedded[n][:, t], states[n])
+                logits, state = part.step(embedded[n][t], states[n])
                 draws = None if noise is None else noise[:, t, n]
                 said.append(logits)
                 decisions.append(rules.draw(logits, bounds[n], self.temperature, sample, self.training, draws))

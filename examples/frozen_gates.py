@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dynskip import DynskipError, SoFLoss, StopOrForward, evaluation, sofnet, stage_model, video
+from dynskip import DynskipError, SoFLoss, StopOrForward, evaluation, glance, sofnet, stage_model, video
 from dynskip.backbone.weights import load_weights
 from dynskip.sofnet import Recipe
 
@@ -41,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
     add("--frames", type=int, default=16, help="frames of a video (default: 16)")
     add("--backbone", default="resnet50", help="any timm model (default: resnet50)")
     add("--weights", default="hub", help="of the backbone: 'hub' downloads timm's (default), or a FILE")
+    add("--glance", metavar="NAME", help="light timm model that looks at a small copy of each frame first")
+    add("--glance-size", type=int, default=96, help="shorter side of that copy in pixels (default: 96)")
+    add("--glance-weights", default="hub", help="of the light model: as --weights")
     add("--activation", choices=("softmax", "sigmoid"), default="softmax", help="one class a video, or several")
     add("--hidden", type=int, default=64, help="width of the gates (default: 64)")
     add("--threshold", type=float, default=0.999, help="probability that ends a video early (default: 0.999)")
@@ -66,6 +69,10 @@ def build_model(args: argparse.Namespace, classes: Sequence[str]) -> tuple[StopO
     network: Any = backbone.model
     published = network.pretrained_cfg
     new = published["num_classes"] != len(classes) if args.weights == "hub" else not load_weights(network, args.weights)
+    if args.glance is not None:
+        backbone = glance(backbone, args.glance, args.glance_size, pretrained=args.glance_weights == "hub")
+        if args.glance_weights != "hub":
+            load_weights(backbone.glance.light.model, args.glance_weights)
     backbone.requires_grad_(False)
     model = sofnet(
         backbone,

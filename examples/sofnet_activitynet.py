@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dynskip import DynskipError, SoFLoss, StopOrForward, evaluation, plot, sofnet, stage_model, video
+from dynskip import DynskipError, SoFLoss, StopOrForward, evaluation, glance, plot, sofnet, stage_model, video
 from dynskip.backbone.weights import load_weights
 from dynskip.sofnet import Recipe
 
@@ -61,6 +61,9 @@ def parser() -> argparse.ArgumentParser:
     add("--evaluation-batch", type=int, default=1, help="videos at a time in the evaluation; the thesis times 1")
     add("--backbone", default="resnet50", help="any timm model")
     add("--weights", default="hub", help="of the backbone: 'hub' downloads timm's, 'none' starts anew, or a FILE")
+    add("--glance", metavar="NAME", help="light timm model that looks at a small copy of each frame first")
+    add("--glance-size", type=int, default=96, help="shorter side of that copy in pixels")
+    add("--glance-weights", default="hub", help="of the light model: as --weights")
     add("--activation", choices=("softmax", "sigmoid"), default="softmax", help="one class a video, or several")
     add("--hidden", type=int, default=512, help="width of the gates")
     add("--no-guidance", action="store_true", help="leave out inner classifiers and the policy guidance loss")
@@ -107,6 +110,10 @@ def build_model(args: argparse.Namespace, classes: Sequence[str]) -> StopOrForwa
     network: Any = backbone.model
     if args.weights not in ("hub", "none") and not load_weights(network, args.weights):
         print(f"{args.weights} has another number of classes: the classifier starts anew.")
+    if args.glance is not None:
+        backbone = glance(backbone, args.glance, args.glance_size, pretrained=args.glance_weights == "hub")
+        if args.glance_weights not in ("hub", "none"):
+            load_weights(backbone.glance.light.model, args.glance_weights)
     model = sofnet(
         backbone, hidden=args.hidden, forward_bias=args.forward_bias, detach_inner=not args.shape_memory,
         guidance=not args.no_guidance, threshold=args.threshold, min_frames=args.min_frames, activation=args.activation,
@@ -169,24 +176,22 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> evaluation.Eval
     if args.batch_norm == "batch" and accelerator.num_processes > 1:
         if accelerator.device.type == "cpu":
             raise DynskipError("On CPUs, processes cannot share statistics of a batch: give --batch-norm frozen.")
-        timm.layers.convert_sync_batchnorm(model.backbone.model)
+        timm.layers.convert_sync_batchnorm(model.backbone)
     step = TrainingStep(model.to(accelerator.device), args).to(accelerator.device)
     recipe = Recipe(
         args.warmup_epochs, args.epochs, args.lr, args.lr_drop, args.gate_lr_scale, weight_decay=args.weight_decay,
         temperature=args.temperature, temperature_decay=args.temperature_decay,
     )  # fmt: skip
-    options: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
-    if args.optimizer == "sgd":
-        options["momentum"] = recipe.momentum
-    kind = torch.optim.SGD if args.optimizer == "sgd" else torch.optim.AdamW
-    optimizer = kind(recipe.parameter_groups(model), **options)
+    sgd: dict[str, Any] = {"momentum": recipe.momentum} if args.optimizer == "sgd" else {}
+    kind = torch.optim.SGD if sgd else torch.optim.AdamW
+    optimizer = kind(recipe.parameter_groups(model), recipe.lr, weight_decay=recipe.weight_decay, **sgd)
     run = Run(args, model, optimizer, accelerator)
     wrapped: Any = None
     for epoch in range(run.epoch, recipe.epochs):
         dense = args.dense or recipe.is_warmup(epoch)
         if wrapped is None or epoch == recipe.warmup_epochs:
             # Parameters that take no part say so before they are wrapped, or others would wait for their gradients.
-            for part in filter(None, (model.gates, model.inner)):
+            for part in filter(None, (model.gates, model.inner, model.backbone.glance)):
                 part.requires_grad_(not dense)
             accelerator.free_memory()
             wrapped, stepper = accelerator.prepare(step, optimizer)
@@ -233,10 +238,7 @@ FREE = {"command", "out", "resume", "start", "save_every", "tensorboard", "data"
 
 
 class Run:
-    """How far a run is. One file holds everything, so that a save is complete or not there.
-
-    `Accelerator.save_state` writes a folder file by file, and its weights only fit the same kind of processes.
-    """
+    """How far a run is. One file holds everything, so that a save is whole or not there."""
 
     def __init__(self, args: Any, model: StopOrForward, optimizer: Any, accelerator: Accelerator) -> None:
         self.out, self.model, self.optimizer, self.accelerator = args.out, model, optimizer, accelerator
@@ -301,9 +303,7 @@ class Run:
             content = torch.load(file, map_location="cpu", weights_only=True)
             settings = content.pop("settings")
         except Exception as error:  # a damaged file can fail in any way
-            raise DynskipError(
-                f"{file} is missing or damaged ({type(error).__name__}: {error}). Train again."
-            ) from error
+            raise DynskipError(f"{file} is missing or damaged ({error!r}). Train again.") from error
         differ = [key for key, value in self.settings.items() if settings.get(key) != value]
         if compare and differ:
             raise DynskipError(f"{file} is of another run: {', '.join(differ)} differ. Train with the same settings.")

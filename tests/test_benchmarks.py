@@ -18,11 +18,13 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import common  # noqa: E402
+import glance as glance_script  # noqa: E402
 import gpu  # noqa: E402
 import many_streams  # noqa: E402
 import overhead  # noqa: E402
 import per_video  # noqa: E402
 import plot  # noqa: E402
+import risk  # noqa: E402
 import similarity  # noqa: E402
 import soak  # noqa: E402
 import startup  # noqa: E402
@@ -61,6 +63,29 @@ def test_scripts_run_and_end_with_a_ratio(script: Any, tmp_path: Path, capsys: p
     assert all(row["median_ms"] > 0 and row["gmacs"] > 0 for row in content["results"].values())
     *_, (name, ratio) = content["ratios"].items()
     assert printed[-1].startswith(f"{name}: {ratio['value']:.3f}")
+
+
+def test_the_glance_script_follows_given_decisions(tmp_path: Path) -> None:
+    decisions = tmp_path / "decisions.json"
+    decisions.write_text(
+        json.dumps({"6": {"with": [3, 0, 1, 0, 0, 0, 2], "without": [0, 1, 0, 1, 0, 4], "uniform": 3}})
+    )
+    options = ("--light", "test_efficientnet", "--light-size", "16", "--decisions", str(decisions))
+    content = run(glance_script, tmp_path, *options)
+    gmacs = {name: row["gmacs"] for name, row in content["results"].items()}
+    dense = gmacs["dense TSN, 6 frames"]
+    assert gmacs["uniform, 3 of 6 frames"] == dense / 2
+    assert gmacs["gates with a glance, 6 frames"] < gmacs["gates without a glance, 6 frames"]
+    assert len(content["ratios"]) == 3
+    assert content["decisions"]["measured"]
+
+
+def test_the_stand_in_decisions_are_on_all_frames() -> None:
+    for count, given in glance_script.STAND_INS.items():
+        for kind in ("with", "without"):
+            stops = glance_script.stops(given[kind])
+            assert stops.bincount(minlength=len(given[kind])).tolist() == given[kind]
+            assert len(stops) == int(count)
 
 
 def test_start_up_is_told_in_forwards(capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,3 +213,14 @@ def test_soak_finds_nothing_wrong(state_update: str) -> None:
     found = soak.soak(0.02, 8, state_update)
     assert found["streams"] > 0
     assert found["problems"] == []
+
+
+def test_the_risk_simulation_counts_what_loses_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(risk, "SPLITS", 60)
+    lost = (
+        torch.rand(3, 2000, generator=torch.Generator().manual_seed(0)) < torch.tensor([[0.0], [0.05], [0.12]])
+    ).double()
+    found = risk.simulate(lost, [0.9, 0.5, 0.2], risk=0.1, delta=0.1, size=200)
+    assert found["violations"] <= 0.1 < found["usual"]  # the third point loses too much, and often seems not to
+    assert found["nothing passes"] == 0
+    assert 0.2 < found["usual cost"] < found["cost"] < 0.9

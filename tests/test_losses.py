@@ -476,8 +476,9 @@ def test_distillation_is_the_divergence_from_the_head(
                 if output.activation == "softmax":
                     total += sum(p * math.log(p / q) for p, q in zip(softmax(head), softmax(inner), strict=True))
                     continue
-                for p, q in zip(sigmoid(head), sigmoid(inner), strict=True):
-                    total += (p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))) / len(head)
+                for sign in (1, -1):  # the class holds, or not
+                    both = (sigmoid([sign * logit for logit in logits]) for logits in (head, inner))
+                    total += sum(p * math.log(p / q) for p, q in zip(*both, strict=True)) / len(head)
     expected = temperature**2 * total / count if count else 0.0
     assert DistillationLoss(temperature)(output).item() == pytest.approx(expected, abs=1e-12)
 

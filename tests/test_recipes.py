@@ -288,6 +288,15 @@ def test_statistics_of_batchnorm_stay_when_they_are_frozen(data: Path, tmp_path:
     assert all(torch.equal(value, torch.ones_like(value)) for value in statistics.values())
 
 
+def test_a_glance_is_trained_with_the_rest(data: Path, tmp_path: Path) -> None:
+    options = ("--glance", BACKBONE, "--glance-size", 16, "--glance-weights", "none")
+    assert train(data, tmp_path / "run", *options) == 0
+    warm, last = checkpoint(tmp_path / "run", "warmup.pt"), checkpoint(tmp_path / "run")
+    key = "backbone.glance.light.model.stem.conv.weight"
+    assert not torch.equal(warm["model"][key], last["model"][key])
+    assert StopOrForward.from_pretrained(tmp_path / "run" / "model").backbone.glance.size == 16
+
+
 def test_half_precision_and_tensorboard(data: Path, tmp_path: Path) -> None:
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     assert train(data, tmp_path, "--amp", "bf16", "--tensorboard") == 0
@@ -485,10 +494,23 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.mark.parametrize("glance", [False, True])
 def test_gates_on_a_frozen_backbone(
-    data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    glance: bool, data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ("--data", data, "--weights", weights, "--backbone", BACKBONE, "--size", 32, "--frames", FRAMES)
+    options: tuple[object, ...] = ("--glance", BACKBONE, "--glance-size", 16, "--glance-weights", weights)
+    options = (options if glance else ()) + (
+        "--data",
+        data,
+        "--weights",
+        weights,
+        "--backbone",
+        BACKBONE,
+        "--size",
+        32,
+        "--frames",
+        FRAMES,
+    )
     more = ("--hidden", 8, "--epochs", 3, "--workers", 0, "--device", "cpu")
     assert run(frozen_gates, *options, *more, "--out", tmp_path / "one") == 0
     assert list(table_rows(capsys.readouterr().out)) == list(MODES)
@@ -496,6 +518,8 @@ def test_gates_on_a_frozen_backbone(
     for key, value in load_file(weights).items():
         if not key.startswith("head.fc"):
             assert torch.equal(model.backbone.model.state_dict()[key], value)  # nothing was trained but the last layer
+            if glance:
+                assert torch.equal(model.backbone.glance.light.model.state_dict()[key], value)
     # The same command starts with what is encoded, and ends with the same weights.
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "one" / "features").rglob("*.safetensors")}
     shutil.rmtree(tmp_path / "one" / "model")

@@ -35,23 +35,27 @@ ITEMS = [
 ]
 
 
-@given(st.integers(0, 2**32), st.integers(1, 3))
-def test_videos_are_composed_of_their_own_split(seed: int, copies: int) -> None:
+PLANS = [untrimmed.Plan(), untrimmed.Plan(64, (4, 8), (3, 8)), untrimmed.Plan(5, (1, 5), (1, 1))]
+
+
+@given(st.integers(0, 2**32), st.integers(1, 3), st.sampled_from(PLANS))
+def test_videos_are_composed_of_their_own_split(seed: int, copies: int, plan: untrimmed.Plan) -> None:
     items = untrimmed.split_off_validation(ITEMS, 0.3, seed)
-    compositions = untrimmed.compose(items, IRRELEVANT, copies, seed)
-    assert compositions == untrimmed.compose(items, IRRELEVANT, copies, seed)
+    compositions = untrimmed.compose(items, IRRELEVANT, copies, seed, plan)
+    assert compositions == untrimmed.compose(items, IRRELEVANT, copies, seed, plan)
     assert len({composition.name for composition in compositions}) == len(compositions)
     split_of = {item.path: item.split for item in items}
     seen: dict[Path, set[str]] = {}
     for composition in compositions:
         start, end = composition.segment
-        assert len(composition.steps) == untrimmed.STEPS
-        assert 0.25 <= (end - start) / untrimmed.STEPS <= 0.65
+        assert len(composition.steps) == plan.steps
+        assert plan.action[0] <= end - start <= plan.action[1]
+        assert max(shot.count for shot in composition.shots) <= max(plan.action[1], plan.stretch[1])
         for position, (item, step) in enumerate(composition.steps):
             relevant = start <= position < end
             assert (item.labels[0] == composition.label) is relevant
             assert (item.labels[0] in IRRELEVANT) is not relevant
-            assert 0 <= step < untrimmed.STEPS
+            assert 0 <= step < untrimmed.CLIP_STEPS
             seen.setdefault(item.path, set()).add(composition.split)
     assert all(splits == {split_of[path]} for path, splits in seen.items())
     labelled = Counter(composition.shots[composition.action].clip for composition in compositions)
@@ -74,6 +78,31 @@ def test_different_seeds_compose_differently() -> None:
     assert untrimmed.compose(ITEMS, IRRELEVANT, 1, 0) != untrimmed.compose(ITEMS, IRRELEVANT, 1, 1)
 
 
+@pytest.mark.parametrize(
+    ("steps", "action", "stretch"),
+    [
+        (16, (0, 4), (2, 5)),
+        (64, (4, 17), (2, 5)),
+        (4, (1, 5), (2, 5)),
+        (16, (6, 5), (2, 5)),
+        (64, (4, 8), (0, 5)),
+    ],
+)
+def test_plans_that_no_clip_can_fill_are_refused(steps: int, action: tuple[int, int], stretch: tuple[int, int]) -> None:
+    with pytest.raises(DynskipError, match="the fewest and the most steps, from 1 to"):
+        untrimmed.Plan(steps, action, stretch)
+
+
+def test_every_group_is_tested_once() -> None:
+    folds = [untrimmed.split_by_group(ITEMS, 5, fold) for fold in range(5)]
+    for versions in zip(*folds, strict=True):
+        assert [item.split for item in versions].count("test") == 1
+    groups = [{item.path.name.split("_g")[1][:2] for item in fold if item.split == "test"} for fold in folds]
+    assert [len(group) for group in groups] == [2, 3, 3, 2, 2]
+    with pytest.raises(DynskipError, match="camera group in their names"):
+        untrimmed.split_by_group([Item(Path("a.mp4"), ("x",), "train")], 5, 0)
+
+
 @pytest.mark.parametrize("irrelevant", [["waving"], list(stick_figures.CLASSES)])
 def test_classes_that_do_not_work_are_refused(irrelevant: list[str]) -> None:
     with pytest.raises(DynskipError, match="--irrelevant names some of them"):
@@ -86,24 +115,29 @@ def test_a_split_without_material_is_refused() -> None:
         untrimmed.compose(items, IRRELEVANT, 1, 0)
 
 
-def test_written_videos_show_what_was_composed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("steps", "more"), [(16, []), (40, ["--steps", "40", "--action", "2", "3", "--stretch", "5", "9"])]
+)
+def test_written_videos_show_what_was_composed(
+    steps: int, more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data, out = tmp_path / "clips", tmp_path / "untrimmed"
     stick_figures.render_set(data, train_per_class=2, test_per_class=1, size=64, num_frames=32)
-    command = ["--data", str(data), "--out", str(out), "--irrelevant", *IRRELEVANT, "--val", "0.5"]
+    command = ["--data", str(data), "--out", str(out), "--irrelevant", *IRRELEVANT, "--val", "0.5", *more]
     assert untrimmed.main(command) == 0
     items = load_items(out)
     assert Counter(item.split for item in items) == {"train": 4, "val": 4, "test": 4}
     with (out / "segments.csv").open(newline="") as handle:
         segments = {out / row["path"]: (int(row["start"]), int(row["end"])) for row in csv.DictReader(handle)}
     clips = untrimmed.split_off_validation(load_items(data), 0.5, 0)
-    for composition in untrimmed.compose(clips, IRRELEVANT, 1, 0)[::3]:
+    plan = untrimmed.Plan(steps, (2, 3), (5, 9)) if more else untrimmed.Plan()
+    for composition in untrimmed.compose(clips, IRRELEVANT, 1, 0, plan)[::3]:
         file = out / f"{composition.name}.mp4"
-        total = untrimmed.STEPS * untrimmed.PICTURES_A_STEP
-        sampled = sample_frames(open_source(file), untrimmed.STEPS, 64).astype(np.int64)
-        middles = [int(total / untrimmed.STEPS * (k + 0.5)) for k in range(untrimmed.STEPS)]
+        sampled = sample_frames(open_source(file), steps, 64).astype(np.int64)
+        middles = [int(untrimmed.PICTURES_A_STEP * (k + 0.5)) for k in range(steps)]
         start, end = segments[file]
         for (clip, step), frame, middle in zip(composition.steps, sampled, middles, strict=True):
-            wanted = sample_frames(open_source(clip.path), untrimmed.STEPS, 64)[step]
+            wanted = sample_frames(open_source(clip.path), untrimmed.CLIP_STEPS, 64)[step]
             assert np.abs(frame - wanted).mean() < 14  # compression; another clip is twice as far
             assert (start <= middle < end) is (clip.labels[0] == composition.label)
     assert untrimmed.main(command) == 2
@@ -116,15 +150,21 @@ def test_features_of_clips_become_features_of_videos() -> None:
     listed = [item for item in items if item.split == "test"]
     rows = {item.path: row for row, item in enumerate(listed)}
     # A frame's feature says which it is: clip and step.
-    mark = torch.arange(len(listed))[:, None] * 100.0 + torch.arange(untrimmed.STEPS)
+    mark = torch.arange(len(listed))[:, None] * 100.0 + torch.arange(untrimmed.CLIP_STEPS)
     clips = {"test": StoredFeatures((mark[..., None],), mark[..., None], torch.arange(len(listed)), (32, 32))}
     features = ablation.put_together(clips, compositions, rows)
-    relevant = ablation.relevant_frames(compositions)
+    relevant = untrimmed.relevant_frames(compositions)
     for row, composition in enumerate(compositions):
         marks = [rows[item.path] * 100.0 + step for item, step in composition.steps]
         assert features.pooled[0][row, :, 0].tolist() == features.embedding[row, :, 0].tolist() == marks
         labels = [item.labels[0] == composition.label for item, _ in composition.steps]
         assert relevant[row].tolist() == labels
+    composed = untrimmed.Composed.of(compositions, clips["test"], listed)
+    assert composed.relevant.equal(relevant)
+    assert composed.means(clips["test"].embedding).equal(features.embedding.mean(1))
+    assert composed.clips == [composition.shots[composition.action].clip.path.stem for composition in compositions]
+    classes = sorted({composition.label for composition in compositions})
+    assert [classes[target] for target in composed.targets] == [composition.label for composition in compositions]
 
 
 def test_the_report_is_that_of_the_committed_results(capsys: pytest.CaptureFixture[str]) -> None:

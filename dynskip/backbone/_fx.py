@@ -132,7 +132,7 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_functions=tuple(f for f in get_notrace_functions() if callable(f)))
         self._inside = inside
         self._thread = threading.get_ident()
-        if torch.__version__ < (2, 11):
+        if torch.__version__ < "2.11":
             self._autowrap_search.append(torch)
             self._autowrap_function_ids |= {id(getattr(torch, name)) for name in _MAKERS}
 
@@ -247,14 +247,15 @@ def same_branch(value: Any, expected: bool) -> None:
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a forward pass, called as `function(model, *constants, *values) -> values`.
+    """A piece of a forward pass, called as `function(root, *constants, *values) -> values`.
 
     Attributes:
-        function: the piece as a function of the live model.
+        function: the piece as a function of the live module that it belongs to.
         source: its code, to see whether two segments are equal.
         uses: functions and classes that the code calls by name.
         constants: names of the constants that it takes: tensors made while tracing, and `DEVICE`.
         overwrites: whether it works in place on its inputs, as an activation right behind a boundary may.
+        root: the backbone's attribute that holds this module.
     """
 
     function: Callable[..., tuple[Any, ...]]
@@ -262,22 +263,27 @@ class Segment:
     uses: dict[str, Any]
     constants: tuple[str, ...]
     overwrites: bool = False
+    root: str = "model"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Segment:
         return self  # it holds no state, and its function may have been compiled
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _from_source, (self.source, self.uses, self.constants, self.overwrites)  # functions cannot be pickled
+        # Functions cannot be pickled.
+        return from_source, (self.source, self.uses, self.constants, self.overwrites, self.root)
 
 
-def _from_source(source: str, uses: dict[str, Any], constants: tuple[str, ...], overwrites: bool = False) -> Segment:
+def from_source(
+    source: str, uses: dict[str, Any], constants: tuple[str, ...], overwrites: bool = False, root: str = "model"
+) -> Segment:
+    """Make a segment from its code."""
     namespace = dict(uses)
     # Python has no source for such code. torch 2.11's compiler then takes it for a builtin, and counts the
     # recompilations of all stages of all models against one limit. With the source, tracebacks show it, too.
     name = f"<dynskip segment {next(_serial)}>"
     linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
     exec(compile(source, name, "exec"), namespace)
-    return Segment(namespace["forward"], source, uses, constants, overwrites)
+    return Segment(namespace["forward"], source, uses, constants, overwrites, root)
 
 
 def split(graph: fx.Graph, cuts: Sequence[fx.Node]) -> list[Segment]:
@@ -328,4 +334,4 @@ def _segment(nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[Any]) ->
     modules = {name: value for name, value in code.globals.items() if isinstance(value, ModuleType)}
     imports = "".join(f"import {module.__name__} as {name}\n" for name, module in modules.items())
     uses = {name: value for name, value in code.globals.items() if name not in modules}
-    return _from_source(imports + code.src, uses, tuple(node.meta["constant"] for node in constants))
+    return from_source(imports + code.src, uses, tuple(node.meta["constant"] for node in constants))

@@ -14,6 +14,8 @@ from dynskip.errors import DynskipError
 def load_weights(model: nn.Module, file: str | Path) -> bool:
     """Load a timm checkpoint into a model. No code in the file is run.
 
+    A model without a classifier leaves the file's out.
+
     Args:
         model: a timm model, such as `backbone.model`.
         file: `.safetensors`, or a PyTorch file that holds tensors only.
@@ -29,6 +31,8 @@ def load_weights(model: nn.Module, file: str | Path) -> bool:
     own = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
     head = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
     head = (head if isinstance(head, str) else head[0]) + "."
+    if not any(k.startswith(head) for k in own):
+        state = {k: v for k, v in state.items() if not k.startswith(head)}
     skipped = [k for k in own if k.startswith(head) and k in state and state[k].shape != own[k].shape]
     missing = [k for k in own if k not in state]
     foreign = [k for k in state if k not in own]

@@ -43,7 +43,7 @@ def encode(model: Gated, batches: Batches) -> list[tuple[EncodedVideo, Tensor]]:
         The encoded batches, on the model's device.
 
     Raises:
-        DynskipError: if there are no videos, videos or targets do not fit, or the model has one output.
+        DynskipError: if there are no videos, videos or targets do not fit, or a softmax has one output.
     """
     if model.backbone.num_classes == 1 and model.activation == "softmax":
         raise DynskipError(

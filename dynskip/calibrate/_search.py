@@ -214,7 +214,7 @@ def search(replayed: Replay, ranks: Sequence[Rank], per_gate: bool) -> list[Curv
     gates = [n for n, cut in enumerate(single) if not cut.empty]
     if gates:
         explore([together] * len(own), [gates])
-    if len(gates) > 1 and per_gate:
+    if gates and per_gate:
         explore(single, [gates, *([n] for n in gates)])
     for rank in ranks:
         end_better(rank)

@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._pytree import tree_map_only
 
 from dynskip._check import Lengths, check_video, present
-from dynskip.backbone import Carry, StagedBackbone
+from dynskip.backbone import Carry, StagedBackbone, encode_images
 from dynskip.backbone.carry import batch_of, flatten
 from dynskip.errors import DynskipError
 
@@ -144,7 +144,7 @@ def optimize(
 def fold(backbone: StagedBackbone, images: Tensor) -> StagedBackbone:
     """Copy a backbone with BatchNorm folded into the convolutions before it, and weights channels-last.
 
-    A step that would change the logits is left out.
+    A step that would change the logits, or what gates see, is left out.
 
     Args:
         backbone: the backbone, in eval mode; it stays as it is.
@@ -153,7 +153,7 @@ def fold(backbone: StagedBackbone, images: Tensor) -> StagedBackbone:
     Returns:
         The copy.
     """
-    expected, pairs = backbone(images), _foldable(backbone, images[:1])
+    expected, pairs = _answers(backbone, images), _foldable(backbone, images[:1])
     folded = _with_folded(backbone, pairs)
     if not _gives(folded, images, expected):
         kept: list[tuple[str, str]] = []
@@ -184,7 +184,7 @@ def _foldable(backbone: StagedBackbone, images: Tensor) -> list[tuple[str, str]]
 
     handles = [
         module.register_forward_hook(watch(name))
-        for name, module in backbone.model.named_modules()
+        for name, module in backbone.named_modules()
         if (isinstance(module, _CONVOLUTIONS) and isinstance(module.weight, nn.Parameter))
         or (type(module) in _NORMS and module.running_mean is not None)
     ]
@@ -201,22 +201,29 @@ def _with_folded(backbone: StagedBackbone, pairs: Sequence[tuple[str, str]]) -> 
     folded = copy.deepcopy(backbone)
     folded.channels_last = False  # compiled graphs take images as they come
     for conv_name, norm_name in pairs:
-        conv: Any = folded.model.get_submodule(conv_name)
-        norm: Any = folded.model.get_submodule(norm_name)
+        conv: Any = folded.get_submodule(conv_name)
+        norm: Any = folded.get_submodule(norm_name)
         fused = fuse_conv_bn_eval(conv, norm)
         conv.weight, conv.bias = fused.weight, fused.bias
         rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
-        folded.model.set_submodule(norm_name, rest.eval())
+        folded.set_submodule(norm_name, rest.eval())
     return folded
 
 
-def _gives(backbone: StagedBackbone, images: Tensor, expected: Tensor) -> bool:
-    """Say whether a backbone still gives the logits expected."""
+def _answers(backbone: StagedBackbone, images: Tensor) -> list[Tensor]:
+    """Return the pooled features of every stage, and the logits."""
+    pooled, logits = encode_images(backbone, images)
+    return [*pooled, logits]
+
+
+def _gives(backbone: StagedBackbone, images: Tensor, expected: list[Tensor]) -> bool:
+    """Say whether a backbone still gives the answers expected."""
     try:
-        logits = backbone(images)
+        answers = _answers(backbone, images)
     except RuntimeError:  # from a `view` that needs another memory layout
         return False
-    return bool((logits - expected).abs().max() <= 1e-4 * expected.abs().max())
+    pairs = zip(answers, expected, strict=True)
+    return all(bool((got - wanted).abs().max() <= 1e-4 * wanted.abs().max()) for got, wanted in pairs)
 
 
 @torch.no_grad()

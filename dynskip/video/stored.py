@@ -205,10 +205,14 @@ def _made_from(model: StopOrForward, clips: Clips) -> dict[str, str]:
     """Say what features are made from: the network without its classifier, the preprocessing, the videos."""
     network, digest = model.backbone.model, hashlib.sha256()
     head = next(name for name, module in network.named_modules() if module is classifier(model)) + "."
-    for name, module in network.named_modules():
+    modules, tensors = dict(network.named_modules()), network.state_dict()
+    if (glance := model.backbone.glance) is not None:
+        modules |= dict(glance.named_modules(prefix="glance"))
+        tensors |= glance.state_dict(prefix="glance.")
+    for name, module in modules.items():
         if name and not f"{name}.".startswith(head):
             digest.update(f"{name} {type(module).__name__} {module.extra_repr()}\n".encode())
-    for name, tensor in network.state_dict().items():
+    for name, tensor in tensors.items():
         if not name.startswith(head) and not name.endswith("num_batches_tracked"):
             digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     videos = [[item.path.name, item.path.stat().st_size if item.path.exists() else 0] for item in clips.items]
