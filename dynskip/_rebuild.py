@@ -218,7 +218,7 @@ class _Parts:
         backbone = self.build_backbone(**plain)
         light = None if in_front is None else self.backbone(in_front["light"], f"{what}.glance.light")
         staged = isinstance(backbone, StagedBackbone)
-        if light is not None and staged:
+        if light is not None and isinstance(backbone, StagedBackbone):
             backbone = glance(backbone, light, in_front["size"])
         self.places |= parts_in(backbone, what if staged else f"{what}.model")
         return backbone

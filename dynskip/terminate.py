@@ -82,7 +82,8 @@ class EarlyTerminator(Checked):
         # A NaN compares as false: a video without a prediction goes on.
         scores = self.scores(probabilities, frames_seen).items()
         exceeded = [score > getattr(self, name) for name, score in scores]
-        return functools.reduce(operator.and_, [*exceeded, frames_seen > self.min_frames])
+        ended: Tensor = functools.reduce(operator.and_, [*exceeded, frames_seen > self.min_frames])
+        return ended
 
     def extra_repr(self) -> str:
         """Show the rule."""

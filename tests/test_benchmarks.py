@@ -24,6 +24,7 @@ import many_streams  # noqa: E402
 import overhead  # noqa: E402
 import per_video  # noqa: E402
 import plot  # noqa: E402
+import risk  # noqa: E402
 import similarity  # noqa: E402
 import soak  # noqa: E402
 import startup  # noqa: E402
@@ -212,3 +213,14 @@ def test_soak_finds_nothing_wrong(state_update: str) -> None:
     found = soak.soak(0.02, 8, state_update)
     assert found["streams"] > 0
     assert found["problems"] == []
+
+
+def test_the_risk_simulation_counts_what_loses_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(risk, "SPLITS", 60)
+    lost = (
+        torch.rand(3, 2000, generator=torch.Generator().manual_seed(0)) < torch.tensor([[0.0], [0.05], [0.12]])
+    ).double()
+    found = risk.simulate(lost, [0.9, 0.5, 0.2], risk=0.1, delta=0.1, size=200)
+    assert found["violations"] <= 0.1 < found["usual"]  # the third point loses too much, and often seems not to
+    assert found["nothing passes"] == 0
+    assert 0.2 < found["usual cost"] < found["cost"] < 0.9

@@ -323,7 +323,7 @@ def test_a_terminators_own_parameters_are_calibrated(tmp_path: Path) -> None:
     result = calibrate.to_budget(model, [(video, targets)], 0.9 * dense.macs, per_gate=False)
     ends = {point.termination_threshold for point in result.curve}
     assert len(ends) > 1
-    assert all(end is None or dict(end).keys() == {"apart"} for end in ends)  # type: ignore[call-overload]
+    assert all(end is None or dict(end).keys() == {"apart"} for end in ends)  # type: ignore[arg-type]
     ending = next(point for point in result.curve if point.termination_threshold is not None)
     ending.apply(model)
     assert (ending.accuracy, ending.macs) == really(model, video, targets)

@@ -82,7 +82,7 @@ def test_what_passes_loses_as_little_as_it_says(ends: bool, apart: bool) -> None
     model = one_gate(EarlyTerminator(0.9, 1) if ends else None)
     encoded, _ = draw(400)
     own, terminator = model.forward_threshold, model.terminator
-    other = {"learning": [draw(200, seed=1)]} if apart else {}
+    other: dict[str, Any] = {"learning": [draw(200, seed=1)]} if apart else {}
     found = calibrate.to_risk(model, [(encoded, torch.zeros(400))], 0.1, 0.1, **other)
     assert (model.forward_threshold, model.terminator) == (own, terminator)
     assert found.point == found.curve[0]

@@ -121,7 +121,7 @@ def test_a_setting_that_makes_no_sense_is_refused_when_it_is_set(
 
 def test_a_target_rate_that_is_set_counts() -> None:
     loss, output = TargetRateLoss(0.5), toy_model().train()(toy_video(2, 3))
-    loss.target = (0.1, 0.2, 0.9)
+    loss.target = (0.1, 0.2, 0.9)  # type: ignore[assignment]
     assert torch.equal(loss(output), TargetRateLoss((0.1, 0.2, 0.9))(output))
 
 
