@@ -329,7 +329,8 @@ def lay_out(backbone: StagedBackbone, carry: Carry) -> Carry:
     For a single image it may take longer than it saves, so callers do this where there are several.
     """
     (images,) = carry.values
-    if not backbone.channels_last or images.device.type != "cpu" or torch.is_grad_enabled():
+    wanted = getattr(backbone, "channels_last", False)  # a backbone made by hand may say nothing
+    if not wanted or images.device.type != "cpu" or torch.is_grad_enabled():
         return carry
     return replace(carry, values=(images.contiguous(memory_format=torch.channels_last),))
 
