@@ -217,10 +217,9 @@ class _Parts:
             raise DynskipError(f"{CONFIG} names other weights ({sorted(refused)}), which a saved model never does.")
         backbone = self.build_backbone(**plain)
         light = None if in_front is None else self.backbone(in_front["light"], f"{what}.glance.light")
-        staged = isinstance(backbone, StagedBackbone)
-        if light is not None and staged:
+        if light is not None and isinstance(backbone, StagedBackbone):
             backbone = glance(backbone, light, in_front["size"])
-        self.places |= parts_in(backbone, what if staged else f"{what}.model")
+        self.places |= parts_in(backbone, what if isinstance(backbone, StagedBackbone) else f"{what}.model")
         return backbone
 
     def revive(self, value: Any, what: str) -> Any:

@@ -276,4 +276,6 @@ def test_every_stage_compiles_to_one_graph_for_all_batches(name: str) -> None:
                 if isinstance(value, Tensor):
                     torch._dynamo.maybe_mark_dynamic(value, 0)
             assert_rows(backbone.pool(n, stage(carry)), backbone.pool(n, backbone.run(n, carry)))
-        assert len(graphs) == 1, backbone.stage_names[n]
+        # Before torch 2.11, a number that crosses has its first value in the first graph, though nothing reads it.
+        numbers = torch.__version__ < "2.11" and any(isinstance(value, int) for value in carry.values)
+        assert len(graphs) == (2 if numbers else 1), backbone.stage_names[n]

@@ -392,6 +392,48 @@ def test_a_value_that_crosses_and_is_not_of_a_sample_is_refused(value: str) -> N
     assert stage_model(Crossing(), ["one", "two"], input_size=(3, SIZE, SIZE), verify=False).num_stages == 2
 
 
+@pytest.mark.parametrize("where", ["one", "two", "head", "act"])
+def test_random_numbers_in_eval_mode_are_refused(where: str) -> None:
+    class Drawing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(x, training=True)
+
+    class Random(Net):
+        def before(self, x: Tensor) -> Tensor:
+            return F.dropout(x, training=where == "act")
+
+    net: Any = Random()
+    if where != "act":
+        setattr(net, where, nn.Sequential(getattr(net, where), Drawing()))
+    with pytest.raises(DynskipError, match=r"[Rr]andom"):
+        stage_model(net, ["one", "two"], input_size=(3, SIZE, SIZE))
+
+
+def test_layers_compute_three_images_to_verify_a_cut() -> None:
+    seen = list[int]()
+    net = Net().eval()
+    for layer in net.children():
+        layer.register_forward_hook(lambda layer, args, output: seen.append(0 if output.is_meta else len(output)))
+    stage_model(net, ["one", "two"], input_size=(3, SIZE, SIZE))
+    assert seen == 3 * [1] + 3 * [2]  # the model on one image, the stages on two
+
+
+def test_layers_that_work_in_place_on_what_is_read_again() -> None:
+    class InPlace(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.one(x)
+            y = self.act(x)
+            return self.head(self.two(x + y).mean((2, 3)))
+
+    net = InPlace().eval()
+    backbone, x = stage_model(net, ["one", "two"], input_size=(3, SIZE, SIZE)), randn(2, 3, SIZE, SIZE, seed=2)
+    assert torch.equal(backbone(x.float()), net(x.float()))
+
+
 def test_a_cut_that_is_not_verified_is_the_same_cut() -> None:
     backbone = resnet(verify=False)
     assert_is_its_model(backbone)

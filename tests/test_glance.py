@@ -120,10 +120,11 @@ def test_light_stages_come_first_and_the_frame_goes_on_untouched(name: str, kind
 
 @torch.no_grad()
 def test_frames_are_normalised_for_the_light_network() -> None:
-    network, light = copy.deepcopy(timm_network("test_resnet", PIXELS)), light_network()
+    network: Any = copy.deepcopy(timm_network("test_resnet", PIXELS))
+    light: Any = light_network()
     mean, std = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
-    network.pretrained_cfg = {**network.pretrained_cfg, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}  # type: ignore[operator,dict-item]
-    light.pretrained_cfg = {**light.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}  # type: ignore[operator,dict-item]
+    network.pretrained_cfg = {**network.pretrained_cfg, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
+    light.pretrained_cfg = {**light.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
     pixels = photos().sigmoid()
     backbone = glance(stage_model(network, input_size=SHAPE), light, SMALL)
     small = F.interpolate(pixels, (SMALL, SMALL), mode="bilinear", antialias=True)
@@ -178,10 +179,11 @@ def test_every_way_decides_the_same(name: str, kind: str) -> None:
     torch.testing.assert_close(session.result().logits, masked.logits)
     assert torch.equal(session.result().macs, masked.macs)
     served = [event for event in model.serve_streams(map(iter, clips), look_ahead=2) if isinstance(event, VideoResult)]
+    assert {event.key for event in served} == set(range(len(clips)))
     for event in served:
-        torch.testing.assert_close(event.logits, masked.logits[event.key])
-        assert event.macs == masked.macs[event.key]
-    assert len(served) == len(clips)
+        row: Any = event.key
+        torch.testing.assert_close(event.logits, masked.logits[row])
+        assert event.macs == masked.macs[row]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -274,7 +276,7 @@ def test_the_light_network_is_trained_with_the_rest_or_frozen(frozen: bool) -> N
     model = wrap(glanced("test_resnet")).train()
     model.backbone.glance.requires_grad_(not frozen)
     output = model(video())
-    (output.logits.square().sum() + output.gate_logits.square().sum()).backward()  # type: ignore[union-attr]
+    (output.logits.square().sum() + output.gate_logits.square().sum()).backward()
     light = [p.grad is not None and bool(p.grad.any()) for p in model.backbone.glance.parameters()]
     assert not any(light) if frozen else all(light)
     assert all(p.grad is not None for p in model.backbone.model.parameters())
@@ -293,7 +295,8 @@ def test_features_of_another_glance_are_refused(data: Path, tmp_path: Path) -> N
     model = model_at(SMALL)
     stored = video.encode_clips(model, clips, tmp_path)
     assert [x.shape[-1] for x in stored.pooled] == list(model.backbone.num_features)
-    pixels = torch.stack([clips[0, position].video for position in range(2)])  # type: ignore[union-attr]
+    decoded: list[Any] = [clips[0, position].video for position in range(2)]
+    pixels = torch.stack(decoded)
     with torch.no_grad():
         found = model.encode(clips.prep.normalize(pixels))
     for here, there in zip(found.pooled, stored.rows(model, slice(0, 2)).pooled, strict=True):

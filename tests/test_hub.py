@@ -632,6 +632,7 @@ def gates_of(name: str, **arguments: Any) -> Callable[[dict[str, Any]], Any]:
         (gates_of("LinearGate"), "far more"),
         (lambda c: c["backbone"]["timm_kwargs"].update(num_classes=10**9), "far more"),
         (lambda c: c["backbone"]["timm_kwargs"].update(layers=[10**7, 1, 1, 1]), "far more"),
+        (lambda c: c["backbone"].update(name="test_convnext", timm_kwargs={"dims": 4 * [10**6]}), "far more"),
         (
             lambda c: c["backbone"].update(
                 head={"class": "torch.nn.Linear", "arguments": {"in_features": 96, "out_features": 10**9, "bias": True}}

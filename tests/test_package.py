@@ -75,6 +75,21 @@ def test_package_is_typed_and_versioned() -> None:
     assert len(dynskip.__version__.split(".")) >= 3
 
 
+def test_versions_are_the_same_everywhere() -> None:
+    project, docs, readme = ((ROOT / name).read_text() for name in ("pyproject.toml", "docs/index.md", "README.md"))
+    lowest = dict(re.findall(r'^    "(torch|torchvision|timm)>=(.+)",$', project, re.MULTILINE))
+    assert len(lowest) == 3
+    lowest["Python"], *_, last = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', project)
+    assert f'requires-python = ">={lowest["Python"]}"' in project
+    assert f'python_version = "{lowest["Python"]}"' in project
+    assert f'target-version = "py{lowest["Python"].replace(".", "")}"' in project
+    table = dict(re.findall(r"^\| (torch|torchvision|timm|Python) \| (\S+) \|", docs, re.MULTILINE))
+    assert table == lowest
+    said = " ".join(readme.split())
+    assert f"Python {lowest.pop('Python')} to {last}" in said
+    assert all(f"{name} {version}" in said for name, version in lowest.items())
+
+
 def test_every_error_is_one_family() -> None:
     assert issubclass(dynskip.DynskipError, ValueError)
 

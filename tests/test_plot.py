@@ -183,7 +183,7 @@ def test_accuracy_compute_draws_bands_where_points_have_them() -> None:
     drawn = {"banded": banded, "plain": [CurvePoint(0.5, 1e9)], "half": [banded[0], CurvePoint(0.8, 2e9)]}
     axes = plot.accuracy_compute(drawn).figure.axes[-1]
     (band,) = axes.collections
-    corners = {(round(x, 6), round(y, 6)) for x, y in np.asarray(band.get_paths()[0].vertices)}
+    corners = {(round(x, 6), round(y, 6)) for x, y in np.asarray(band.get_paths()[0].vertices).tolist()}
     assert corners == {(1, 40), (1, 60), (3, 60), (3, 75)}
     one = plot.accuracy_compute({"dense": banded[:1]}).figure.axes[-1]
     np.testing.assert_allclose(np.asarray(one.collections[0].get_paths()[0].vertices), [[1, 40], [1, 60]])

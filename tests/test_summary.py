@@ -37,7 +37,7 @@ def model() -> StopOrForward:
 def test_summary_is_the_cost_table_stage_by_stage(model: StopOrForward) -> None:
     text = model.summary(168)
     lookup = model.lookup_for((168, 168))
-    title, header, *stages, head, unit, memory, ending = text.splitlines()
+    title, header, *stages, head, unit, memory, answer, ending = text.splitlines()
     assert "ResNet" in title
     assert header.split() == ["stage", "channels", "stage", "gate", "so", "far", "share", "the", "gate", "after", "it"]
     assert len(stages) == 5
@@ -57,6 +57,7 @@ def test_summary_is_the_cost_table_stage_by_stage(model: StopOrForward) -> None:
     assert head.endswith("100.0%")
     assert unit.startswith("GMACs a frame of 168x168, in multiply-adds; the plain backbone has")
     assert "used" in memory
+    assert answer == "Used frames make the answer by MeanOfLogits()."
     assert "probability > 0.9, after more than 2 frames" in ending
 
 

@@ -115,14 +115,19 @@ def test_a_split_without_material_is_refused() -> None:
         untrimmed.compose(items, IRRELEVANT, 1, 0)
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    return stick_figures.render_set(folder, train_per_class=2, test_per_class=1, size=64, num_frames=32)
+
+
 @pytest.mark.parametrize(
-    ("steps", "more"), [(16, []), (40, ["--steps", "40", "--action", "2", "3", "--stretch", "5", "9"])]
+    ("steps", "more"), [(16, []), (24, ["--steps", "24", "--action", "2", "3", "--stretch", "5", "9"])]
 )
 def test_written_videos_show_what_was_composed(
-    steps: int, more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    steps: int, more: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data, out = tmp_path / "clips", tmp_path / "untrimmed"
-    stick_figures.render_set(data, train_per_class=2, test_per_class=1, size=64, num_frames=32)
+    out = tmp_path / "untrimmed"
     command = ["--data", str(data), "--out", str(out), "--irrelevant", *IRRELEVANT, "--val", "0.5", *more]
     assert untrimmed.main(command) == 0
     items = load_items(out)

@@ -132,7 +132,7 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_functions=tuple(f for f in get_notrace_functions() if callable(f)))
         self._inside = inside
         self._thread = threading.get_ident()
-        if torch.__version__ < (2, 11):
+        if torch.__version__ < "2.11":
             self._autowrap_search.append(torch)
             self._autowrap_function_ids |= {id(getattr(torch, name)) for name in _MAKERS}
 

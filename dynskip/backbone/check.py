@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from dynskip._modes import DrawingApart, in_mode
 from dynskip.backbone._fx import BY_HAND, twin
@@ -27,20 +30,20 @@ def probe_images(model: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
 
 
 def fitting_size(
-    model: nn.Module, given: tuple[int, int, int] | None, verify: bool
-) -> tuple[tuple[int, int, int], Tensor | None]:
-    """Return the size to cut at, and what the model gives for the second probe image of that size, to verify with."""
+    model: nn.Module, given: tuple[int, int, int] | None, inside: Collection[str], verify: bool
+) -> tuple[tuple[int, int, int], Reference | None]:
+    """Return the size to cut at, and the model's run on the second probe image of that size, to verify with."""
     sizes = [given] if given is not None else _likely_sizes(model)
     if not verify and len(sizes) == 1:
         return sizes[0], None
     for size in sizes:
         try:
-            with torch.no_grad(), in_mode(model, False):
-                answer = model(probe_images(model, size)[1:2])
+            with torch.inference_mode(False), torch.no_grad(), in_mode(model, False):
+                reference = Reference(model, probe_images(model, size)[1:2], inside)
         except Exception as error:
             refusal = error
         else:
-            return size, answer if verify else None
+            return size, reference if verify else None
     raise DynskipError(
         f"{type(model).__name__} refuses images of {' or '.join('x'.join(map(str, size)) for size in sizes)} "
         f"({type(refusal).__name__}: {refusal}). Pass input_size=(C, H, W) that it takes; models with position tables "
@@ -82,41 +85,113 @@ def kind_of(few: Any, many: Any, batches: tuple[int, int], boundary: str) -> Any
     )
 
 
+class Reference:
+    """A model's own run on one image, and what its closed modules took and gave.
+
+    The stages call the same modules. Where they give one of them the very values that the model gave it, its answer is
+    known, and nothing is computed twice.
+    """
+
+    def __init__(self, model: nn.Module, image: Tensor, inside: Collection[str]) -> None:
+        self._calls: dict[nn.Module, list[tuple[Any, Any]]] = {}
+        begun, here = list[Any](), threading.get_ident()
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if threading.get_ident() == here:
+                begun.append(_cloned((args, kwargs)))
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if threading.get_ident() == here and _same(given := begun.pop(), (args, kwargs)):  # not worked in place on
+                self._calls.setdefault(module, []).append((given, _cloned(output)))
+
+        known = [model.get_submodule(name) for name in inside]
+        closed = {
+            child
+            for module in known
+            for child in module.children()
+            if child not in known and not isinstance(child, torch.jit.ScriptModule)  # they take no hooks
+        }
+        hooks = [module.register_forward_pre_hook(before, with_kwargs=True, prepend=True) for module in closed]
+        hooks += [module.register_forward_hook(after, with_kwargs=True) for module in closed]
+        try:
+            self.answer = model(image)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def standing_for(self, module: nn.Module) -> Any:
+        """Return what can be called in place of a module."""
+        return _Standing(module, self._calls)
+
+
+class _Standing:
+    def __init__(self, module: nn.Module, calls: dict[nn.Module, list[tuple[Any, Any]]]) -> None:
+        self._module, self._calls = module, calls
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        return _Standing(value, self._calls) if isinstance(value, nn.Module) else value
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for given, output in self._calls.get(self._module, ()):
+            if _same(given, (args, kwargs)):
+                return _cloned(output)
+        return self._module(*args, **kwargs)
+
+
+def _cloned(values: Any) -> Any:
+    # torch makes tuples of sizes that it maps over.
+    return tree_map_only(Tensor, torch.clone, values, is_leaf=lambda value: isinstance(value, torch.Size))
+
+
+def _same(a: Any, b: Any) -> bool:
+    (some, form), (others, other_form) = tree_flatten(a), tree_flatten(b)
+    return form == other_form and all(map(_equal, some, others))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return type(a) is type(b) and bool(a == b)
+
+
 def inspect(
-    backbone: StagedBackbone, batches: tuple[int, int], expected: Tensor | None = None
+    backbone: StagedBackbone, batches: tuple[int, int], reference: Reference | None = None
 ) -> list[tuple[Any, ...]]:
     """Run two batches through all stages, and find the kinds of the values that cross.
 
     Args:
         backbone: the backbone, in the mode to inspect.
         batches: the two numbers of images; the smaller batch is the end of the larger.
-        expected: what the model itself gives for the smaller batch. Then it is checked that the stages give the same,
-            and that they give every image the same values in both batches.
+        reference: the model's own run on the smaller batch. Then it is checked that the stages give the same, and that
+            they give every image the same values in both batches.
 
     Returns:
         The values after each stage, and the answer, for the larger batch.
     """
     small, large = batches
     images = probe_images(backbone.model, backbone.input_size)[:large]
-    rows = torch.arange(large - small, large, device=images.device)
+    order = torch.arange(large, device=images.device)
+    rows = order[large - small :]
     many, few = backbone.start(images).values, backbone.start(images[rows]).values
     trail, kinds = list[tuple[Any, ...]](), list[tuple[Any, ...]]()
     mixing = None
     for n, name in enumerate(backbone.stage_names):
-        many, few = backbone._try(n, many), backbone._try(n, few)
+        many, few = backbone._try(n, many), backbone._try(n, few, reference)
         trail.append(many)
         kinds.append(kind_of(few, many, batches, name))
-        if expected is not None and not mixing:
-            chosen = Carry(many, kinds[-1], large).select(rows).values
+        if reference is not None and not mixing:
+            carry = Carry(many, kinds[-1], large)
+            chosen = carry.select(rows).values
             if all(itertools.starmap(_close, zip(_tensors(few, kinds[-1]), _tensors(chosen, kinds[-1]), strict=True))):
-                few = chosen  # the next stage runs on selected rows, as it will later
+                many = carry.select(order).values  # the next stage runs on selected rows, as it will later
             else:
                 mixing = f"Boundary {name!r}: the stage"
-    many, few = (backbone._try(backbone.num_stages, values) for values in (many, few))
+    many, few = backbone._try(backbone.num_stages, many), backbone._try(backbone.num_stages, few, reference)
     backbone._kinds[backbone.model.training] = kinds
     _check_answer(backbone, many[0])
-    if expected is not None:
-        if not _close(few[0], expected):
+    if reference is not None:
+        if not _close(few[0], reference.answer):
             raise DynskipError(
                 f"The stages {list(backbone.stage_names)} do not compose to {type(backbone.model).__name__}: logits "
                 "differ. The model does not compute the same thing twice; check it for randomness in eval mode, "
@@ -127,7 +202,7 @@ def inspect(
         if mixing:
             raise DynskipError(
                 f"{mixing} gives other values on a part of the batch than on all of it, so its samples are not "
-                f"independent. Choose another boundary, {BY_HAND}."
+                f"independent, or it draws random numbers in eval mode. Choose another boundary, {BY_HAND}."
             )
     return [*trail, many]
 
@@ -145,16 +220,16 @@ def inspect_shapes(backbone: StagedBackbone, training: bool, batches: tuple[int,
     return trail
 
 
-def inspect_and_verify(backbone: StagedBackbone, expected: Tensor) -> list[tuple[Any, ...]]:
+def inspect_and_verify(backbone: StagedBackbone, reference: Reference) -> list[tuple[Any, ...]]:
     """Inspect a backbone, and raise where it is not its model, or a sample's values depend on its neighbours."""
     try:
-        return inspect(backbone, (1, 2), expected)
+        return inspect(backbone, (1, 2), reference)
     except DynskipError as error:
         # Deep networks with random weights may amplify rounding errors. Samples that mix differ in any precision.
         try:
             precise = copy.deepcopy(backbone).double()
             image = probe_images(precise.model, precise.input_size)[1:2]
-            inspect(precise, (1, 2), precise.model(image))
+            inspect(precise, (1, 2), Reference(precise.model, image, precise._opened))
         except Exception:
             raise error from None
         return inspect_shapes(backbone, False, (1, 2))

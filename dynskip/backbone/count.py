@@ -10,6 +10,7 @@ from collections.abc import Callable, Container, Mapping
 from types import FrameType
 from typing import Any
 
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,7 +25,8 @@ class Count:
     """Counts the MACs of calls. Costs of the parts in `unknown` are not known, since torch cannot count `causes`."""
 
     def __init__(self, backbone: StagedBackbone) -> None:
-        self.names = {id(module): name for name, module in backbone.model.named_modules() if name}
+        model: nn.Module = getattr(backbone, "model", backbone)  # a backbone made by hand is its own model
+        self.names = {id(module): name for name, module in model.named_modules() if name}
         self.unknown: dict[str, None] = {}
         self.causes: dict[str, str] = {}
 

@@ -80,7 +80,7 @@ def stage_model(
             f"{type(model).__name__} is on the meta device and has no values, so its stages cannot be compared with "
             "it. Give it its weights first, or leave the comparison out: verify=False."
         )
-    size, expected = fitting_size(model, input_size, verify)
+    size, reference = fitting_size(model, input_size, opened(model, names), verify)
     images = probe_images(model, size)[:2]
 
     segments: dict[bool, list[Segment]] = {}
@@ -102,7 +102,7 @@ def stage_model(
     if boundaries is None:
         # A stem that ends in glue (a position embedding is added) has no module to be named after.
         stage_names = [str(cut.target) if cut.op == "call_module" else "stem" for cut in cuts]
-    return StagedBackbone(model, stage_names, names, segments, constants, taken, size, expected, head, origin)
+    return StagedBackbone(model, stage_names, names, segments, constants, taken, size, reference, head, origin)
 
 
 def check_name(name: str) -> None:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from dynskip._modes import in_mode
 from dynskip.backbone._fx import DEVICE, Segment, opened
 from dynskip.backbone.carry import Carry, flatten, with_sizes
-from dynskip.backbone.check import inspect_and_verify, inspect_shapes
+from dynskip.backbone.check import Reference, inspect_and_verify, inspect_shapes
 from dynskip.backbone.taken import Taken, check_unchanged, check_width
 from dynskip.errors import DynskipError
 
@@ -49,7 +49,7 @@ class StagedBackbone(nn.Module):
         constants: dict[str, Tensor],
         taken: dict[bool, dict[str, Taken]],
         input_size: tuple[int, int, int],
-        expected: Tensor | None,
+        reference: Reference | None,
         classifier: nn.Module | None = None,
         origin: dict[str, Any] | None = None,
         glance: nn.Module | None = None,
@@ -72,7 +72,7 @@ class StagedBackbone(nn.Module):
             # Not parameters of the model, so not in its checkpoints; but they have to follow `.to(device)`.
             self.register_buffer(name, tensor, persistent=False)
         self.channels_last = False  # while it is inspected
-        self._inspect(expected)
+        self._inspect(reference)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> StagedBackbone:
         super()._apply(fn, recurse)
@@ -199,33 +199,38 @@ class StagedBackbone(nn.Module):
         part = self._segments[mode][segment]
         if part.overwrites:  # a carry belongs to the caller, who may go on with it
             values = tree_map_only(Tensor, torch.clone, values)
-        constants = [
-            next(self.model.parameters()).device if name == DEVICE else getattr(self, name) for name in part.constants
-        ]
-        root = getattr(self, part.root)
+        constants, root = self._constants_of(part), getattr(self, part.root)
         # Modules inside a stage checkpoint themselves; for those that the cut has opened, the stage does it.
         glue = map(self.model.get_submodule, self._opened)
         if mode and torch.is_grad_enabled() and any(getattr(m, "grad_checkpointing", False) for m in glue):
             return checkpoint(part.function, root, *constants, *values, use_reentrant=False)
         return part.function(root, *constants, *values)
 
+    def _constants_of(self, part: Segment) -> list[Any]:
+        return [
+            next(self.model.parameters()).device if name == DEVICE else getattr(self, name) for name in part.constants
+        ]
+
     # Inspection: once, when the backbone is made
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _inspect(self, expected: Tensor | None) -> None:
+    def _inspect(self, reference: Reference | None) -> None:
         """Find the kinds of crossing values, and what the stages and the model end with; compare with the model."""
         with in_mode(self.model, False):
-            trail = inspect_shapes(self, False, (1, 2)) if expected is None else inspect_and_verify(self, expected)
+            trail = inspect_shapes(self, False, (1, 2)) if reference is None else inspect_and_verify(self, reference)
             self._describe(trail)
         if [part.source for part in self._segments[True]] == [part.source for part in self._segments[False]]:
             self._segments[True], self._kinds[True] = list(self._segments[False]), self._kinds[False]
         else:  # other values cross in training
             inspect_shapes(self, True, (2, 3))  # BatchNorm may refuse a single image
 
-    def _try(self, segment: int, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _try(self, segment: int, values: tuple[Any, ...], reference: Reference | None = None) -> tuple[Any, ...]:
         """Run a segment on copies of its inputs, and note whether it works in place on them."""
         copies = tree_map_only(Tensor, torch.clone, values)
+        if reference is not None:  # what the model's own run computed is not computed again
+            part = self._segments[self.model.training][segment]
+            return part.function(reference.standing_for(self.model), *self._constants_of(part), *copies)
         result = self._call(segment, copies)
         if any(isinstance(x, Tensor) and x._version for x in tree_leaves(copies)):
             segments = self._segments[self.model.training]
@@ -324,7 +329,8 @@ def lay_out(backbone: StagedBackbone, carry: Carry) -> Carry:
     For a single image it may take longer than it saves, so callers do this where there are several.
     """
     (images,) = carry.values
-    if not backbone.channels_last or images.device.type != "cpu" or torch.is_grad_enabled():
+    wanted = getattr(backbone, "channels_last", False)  # a backbone made by hand may say nothing
+    if not wanted or images.device.type != "cpu" or torch.is_grad_enabled():
         return carry
     return replace(carry, values=(images.contiguous(memory_format=torch.channels_last),))
 

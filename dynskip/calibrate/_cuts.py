@@ -74,11 +74,10 @@ def end_cuts(replayed: Replay, decided: Decided) -> dict[str, Cuts]:
     """Return places for each parameter of the terminator, among what it is compared with; empty without one."""
     model, terminator = replayed.model, replayed.model.terminator
     scores: dict[str, list[Tensor]] = {}
-    for _, running in decided:
-        if terminator is None:
-            return {}
-        for name, values in rules.end_scores(terminator, running, model.activation).items():
-            scores.setdefault(name, []).append(values[:, terminator.min_frames :].flatten())
+    if terminator is not None:
+        for _, running in decided:
+            for name, values in rules.end_scores(terminator, running, model.activation).items():
+                scores.setdefault(name, []).append(values[:, terminator.min_frames :].flatten())
     found = {name: torch.cat(values) for name, values in scores.items()}
     found = {name: values[values.isfinite()] for name, values in found.items()}
     # Nothing exceeds the largest value. Half-way from the smallest one to zero lies below it, a probability as well.

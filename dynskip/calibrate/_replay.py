@@ -298,7 +298,7 @@ class Replay:
 
     def _joined(self, logits: Sequence[Tensor], macs: Sequence[Tensor]) -> Outcome:
         answers = [probabilities(part, self.model.activation) for part in logits]
-        return Outcome(torch.cat(answers).cpu(), torch.cat([*macs]).cpu())
+        return Outcome(torch.cat(answers).cpu(), torch.cat(list(macs)).cpu())
 
 
 def _select(encoded: EncodedVideo, rows: Tensor) -> EncodedVideo:
