@@ -746,7 +746,7 @@ def half_cast() -> StopOrForward:
         (half_cast, r"\['float32', 'float64'\].*model.float\(\)"),
         (renamed, "`class_names` has 5 entries.*4 classes"),
         (lambda: named(preprocessing={"average": 3}), "`preprocessing` holds arguments"),
-        (lambda: named(preprocessing="imagenet"), "`preprocessing` holds arguments"),
+        (lambda: named(preprocessing="imagenet"), "`preprocessing` is a str; give a mapping"),
     ],
 )
 def test_what_cannot_be_rebuilt_is_not_saved(build: Callable[[], StopOrForward], message: str, tmp_path: Path) -> None:
