@@ -396,7 +396,7 @@ def test_a_value_that_crosses_and_is_not_of_a_sample_is_refused(value: str) -> N
 def test_random_numbers_in_eval_mode_are_refused(where: str) -> None:
     class Drawing(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return F.dropout(x, training=True)
+            return x + torch.rand_like(x)  # two dropouts of three logits are equal one time in eight
 
     class Random(Net):
         def before(self, x: Tensor) -> Tensor:
