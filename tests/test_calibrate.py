@@ -111,6 +111,7 @@ def test_calibrated_model_keeps_the_budget_for_real(
     assert all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise(pairs))
     assert result.point == [point for point in result.curve if point.macs <= share * dense.macs][-1]
     for point in {result.point, result.curve[0], result.curve[-1]}:
+        model.terminator = terminator  # a point that ends no video takes it away
         point.apply(model)
         assert (point.accuracy, point.macs) == really(model, video, targets)
 

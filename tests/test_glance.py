@@ -351,7 +351,7 @@ class Fixed(nn.Module):
 def test_bad_input_is_refused_with_the_numbers(light: Any, size: Any, telling: str) -> None:
     given = light() if callable(light) and not isinstance(light, nn.Module) else light
     with pytest.raises(DynskipError, match=telling):
-        glance(behind("test_vit"), given, size)
+        glance(behind("test_resnet"), given, size)
 
 
 def test_one_glance_is_enough_and_a_light_network_that_was_changed_is_noticed() -> None:
