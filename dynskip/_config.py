@@ -234,7 +234,7 @@ def compare(model: Wrapped, twin: Wrapped) -> None:
     """Refuse a model that gives other answers than what its configuration rebuilds, such as one with moved strides."""
     weight = next(model.parameters())
     images = torch.randn(2, *model.backbone.input_size, generator=torch.Generator().manual_seed(0)).to(weight)
-    with in_mode(model, False), DrawingApart():
+    with in_mode(model, False):
         pairs = zip(_answers(model, images), _answers(twin.to(weight.device), images), strict=True)
         for (what, ours), (_, theirs) in pairs:
             # Not to the bit: the memory layout (channels-last) is not saved, and other kernels round differently.
@@ -252,14 +252,17 @@ def _answers(model: Wrapped, images: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Run each stage and its gate, and then the head; yield where a value came from, and the value."""
     backbone, carry = model.backbone, model.backbone.start(images)
     for n, name in enumerate(backbone.stage_names):
-        carry = backbone.run(n, carry)
-        pooled = backbone.pool(n, carry)
-        gate: Any = getattr(model, "exits", model.gates)[n]
-        logits, state = gate(pooled, gate.initial_state(len(images)))
-        again, _ = gate(pooled.flip(0), state)
+        with DrawingApart():  # a gate that draws draws the same in both models
+            carry = backbone.run(n, carry)
+            pooled = backbone.pool(n, carry)
+            gate: Any = getattr(model, "exits", model.gates)[n]
+            logits, state = gate(pooled, gate.initial_state(len(images)))
+            again, _ = gate(pooled.flip(0), state)
         for value in (pooled, logits, *state, again):
             yield f"stage {name!r} and its gate", value
-    logits = backbone.head(carry)
-    yield "the head", logits
     used = torch.full((1, len(images)), backbone.num_stages, device=images.device)
-    yield "the consensus", rules.weighted(model.readout, used, logits[None])
+    with DrawingApart():
+        logits = backbone.head(carry)
+        answer = rules.weighted(model.readout, used, logits[None])
+    yield "the head", logits
+    yield "the consensus", answer

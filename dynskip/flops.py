@@ -118,13 +118,14 @@ class FLOPsLookup:
         if gates and len(gates) != backbone.num_stages:
             raise DynskipError(f"Got {len(gates)} gates for {backbone.num_stages} stages; give one for each stage.")
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        try:
-            ghosts = [_on_meta(gate) for gate in gates]
-            return cls._measured(_on_meta(backbone), size, ghosts, consensus and _on_meta(consensus))
-        except Exception:  # the meta device lacks an operator, or has no values to look at
-            parts = nn.ModuleList([backbone, *gates, *([] if consensus is None else [consensus])])
-            with in_mode(parts, False), DrawingApart():
-                return cls._measured(backbone, size, gates, consensus)
+        with DrawingApart():
+            try:
+                ghosts = [_on_meta(gate) for gate in gates]
+                return cls._measured(_on_meta(backbone), size, ghosts, consensus and _on_meta(consensus))
+            except Exception:  # the meta device lacks an operator, or has no values to look at
+                parts = nn.ModuleList([backbone, *gates, *([] if consensus is None else [consensus])])
+                with in_mode(parts, False):
+                    return cls._measured(backbone, size, gates, consensus)
 
     @classmethod
     def _measured(

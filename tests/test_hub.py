@@ -692,6 +692,39 @@ def with_gates(build: Callable[[int], nn.Module]) -> StopOrForward:
     return wrap(staged, [build(channels) for channels in staged.num_features])
 
 
+DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "bernoulli": lambda x: torch.bernoulli(torch.full_like(x, 0.5)),
+    "dropout": lambda x: nn.functional.dropout(torch.ones_like(x), 0.5),
+    "normal_": lambda x: torch.empty_like(x).normal_(),
+    "rand": lambda x: torch.rand(len(x)),
+}
+
+
+class DrawingGate(nn.Module):
+    """A user's gate that draws random numbers."""
+
+    def __init__(self, draw: str) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def initial_state(self, batch: int) -> tuple[Tensor, ...]:
+        return ()
+
+    def forward(self, pooled: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        margin = DRAWS[self.draw](pooled[:, 0])
+        return torch.stack([-margin, margin], 1), state
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_gates_that_draw_are_saved(draw: str, tmp_path: Path) -> None:
+    model = with_gates(lambda _: DrawingGate(draw))
+    before = torch.random.get_rng_state()
+    folder = model.save_pretrained(tmp_path / "model")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    back = StopOrForward.from_pretrained(folder, classes=[DrawingGate])
+    torch.testing.assert_close(dict(back.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+
+
 def moved_strides() -> StopOrForward:
     model = wrap(backbone(zero_init_last=False))  # blocks that start at zero hide what they compute
     block: Any = model.backbone.model.get_submodule("layer2.0")
