@@ -938,8 +938,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if found not in [(FORMAT, version) for version in range(1, VERSION + 1)]:
         raise DynskipOnnxError(
             f"{path} is of format {found[0]!r}, version {found[1]}; this runner reads {FORMAT!r}, versions 1 to "
-            f"{VERSION}. "
-            "Export the model again with the release of dynskip that this runner comes from."
+            f"{VERSION}. Export the model again with the release of dynskip that this runner comes from."
         )
     manifest = {**EARLIER, **manifest} if found[1] == 1 else manifest
     _check_entry("", manifest, MANIFEST)

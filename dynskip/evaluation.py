@@ -204,7 +204,7 @@ def evaluate(
             name: torch.cat([getattr(output, name) for output in outputs[mode]]).cpu()
             for name in ("probabilities", "macs", "fallback_frame")
         }
-        rows = [row.cpu() for output in outputs[mode] for row in output.stopped_at]
+        rows = [row for output in outputs[mode] for row in output.stopped_at.cpu()]
         joined["stopped_at"] = pad_sequence(rows, batch_first=True, padding_value=UNSEEN)
         joined |= {"targets": torch.cat(targets), "lengths": torch.cat(lengths)}
         videos = _Videos(keys, relevant or {}, milliseconds[mode], model.activation, **joined)
@@ -308,10 +308,8 @@ def _records(mode: str, videos: _Videos, class_names: Sequence[str] | None) -> l
     names = class_names or [str(index) for index in range(videos.probabilities.shape[1])]
     records = []
     for row, key in enumerate(videos.keys):
-        best, labels = (
-            videos.probabilities[row].topk(min(5, len(names))),
-            videos.targets[row].nonzero().flatten().tolist(),
-        )
+        best = videos.probabilities[row].topk(min(5, len(names)))
+        labels = videos.targets[row].nonzero().flatten().tolist()
         answer = named_classes(videos.probabilities[row], videos.activation)
         record = {
             "video": key,
@@ -322,9 +320,8 @@ def _records(mode: str, videos: _Videos, class_names: Sequence[str] | None) -> l
             "best": {names[i]: p for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)},
             "gmacs": float(videos.macs[row]) / 1e9,
             "milliseconds": videos.milliseconds[row],
-            "stopped_at": videos.stopped_at[
-                row, : int(videos.lengths[row])
-            ].tolist(),  # a stage; their number where used, -1 where unseen
+            # A stage; their number where used, -1 where unseen.
+            "stopped_at": videos.stopped_at[row, : int(videos.lengths[row])].tolist(),
             "fallback_frame": int(videos.fallback_frame[row]),  # -1 where frames were used
         }
         if key in videos.relevant:

@@ -284,10 +284,10 @@ class StopOrForward(Pretrained, Wrapper):
         stages, (batch, frames, _) = self.backbone.num_stages, encoded.frame_logits.shape
         if noise is not None and noise.shape != (wanted := (batch, frames, stages, 2)):
             raise DynskipError(f"The noise has shape {tuple(noise.shape)}; expected (B, T, N, 2) = {wanted}.")
-        if not self.training:
-            check_eval(self, "`decide`")
         if self.training:
             self._trained_in = settings_of(self.order)
+        else:
+            check_eval(self, "`decide`")
         encoded, table = looked_at(self.order, encoded)
         noise = None if noise is None else in_steps(noise, table)
         frame_logits = encoded.frame_logits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -303,9 +303,9 @@ class Replay:
 
 def _select(encoded: EncodedVideo, rows: Tensor) -> EncodedVideo:
     """Return some of the encoded videos."""
-    values = {field.name: getattr(encoded, field.name) for field in fields(encoded)}
-    values = {name: value[rows] if isinstance(value, Tensor) else value for name, value in values.items()}
-    return EncodedVideo(**{**values, "pooled": tuple(part[rows] for part in encoded.pooled)})
+    pooled, lengths = tuple(part[rows] for part in encoded.pooled), encoded.lengths
+    lengths = None if lengths is None else lengths[rows]
+    return replace(encoded, pooled=pooled, frame_logits=encoded.frame_logits[rows], lengths=lengths)
 
 
 def _table(model: Gated, encoded: EncodedVideo) -> Tensor | None:
