@@ -31,7 +31,7 @@ import torch
 from dynskip import DynskipError, StopOrForward, VideoResult
 from dynskip.activation import confidence, named_classes
 from dynskip.video import Preprocessing, VideoError, open_source, sample_frames
-from dynskip.video.source import VIDEO_SUFFIXES
+from dynskip.video.files import VIDEO_SUFFIXES
 
 try:
     import pyarrow as pa

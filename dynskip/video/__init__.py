@@ -21,8 +21,10 @@ from dynskip.video.clips import (
     derive_seed,
     training_batches,
 )
+from dynskip.video.files import open_video, to_array
 from dynskip.video.formats import AnnotationReader, load_items, read_items, relevant_frames
-from dynskip.video.source import FrameSource, VideoError, open_source, open_video, sample_frames, to_array
+from dynskip.video.opening import open_source
+from dynskip.video.source import FrameSource, VideoError, sample_frames
 from dynskip.video.stick_figures import render_set
 from dynskip.video.stored import StoredFeatures, encode_clips, fit_classifier
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dynskip.errors import DynskipError
-from dynskip.video.source import VIDEO_SUFFIXES
+from dynskip.video.files import VIDEO_SUFFIXES
 
 SPLITS = ("train", "val", "test")
 

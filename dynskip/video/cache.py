@@ -15,7 +15,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dynskip.video.source import FrameSource, VideoError, open_source, sample_frames
+from dynskip.video.opening import open_source
+from dynskip.video.source import FrameSource, VideoError, sample_frames
 
 CHOICES = 3  # frames kept for each one that the network sees: early, middle and late in its part of the video
 

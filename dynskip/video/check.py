@@ -15,7 +15,8 @@ from typing import Any
 from dynskip.errors import DynskipError
 from dynskip.video.annotations import SPLITS, Item
 from dynskip.video.cache import FrameCache
-from dynskip.video.source import VideoError, open_source, sample_frames
+from dynskip.video.opening import open_source
+from dynskip.video.source import VideoError, sample_frames
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from dynskip.activation import Activation, check_activation
 from dynskip.errors import DynskipError
 from dynskip.video.annotations import Item
 from dynskip.video.cache import CHOICES, FrameCache
-from dynskip.video.source import FrameSource, VideoError, open_source, sample_frames
+from dynskip.video.opening import open_source
+from dynskip.video.source import FrameSource, VideoError, sample_frames
 
 
 @dataclass(frozen=True)

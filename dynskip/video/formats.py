@@ -29,7 +29,8 @@ from dynskip.video.annotations import (
     segment_faults,
     segmented,
 )
-from dynskip.video.source import VideoError, open_source, sample_frames
+from dynskip.video.opening import open_source
+from dynskip.video.source import VideoError, sample_frames
 
 AnnotationReader = Callable[[Path, Sequence[Path], Mapping[int, str]], list[Item]]
 """A function from the folder of the videos, the annotation files and a class list to items, missing videos included."""

@@ -1,0 +1,85 @@
+"""Video files, decoded by FFmpeg."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+from dynskip.video.source import FrameSource, VideoError
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".3gp", ".wmv")
+
+
+class VideoFile(FrameSource):
+    """A file that FFmpeg can read, decoded from its start."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._count: int | None = None
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __len__(self) -> int:
+        if self._count is None:
+            with open_video(self.path) as (container, stream):
+                self._count = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+        return self._count
+
+    def read(self, numbers: Sequence[int], short_side: int) -> list[np.ndarray]:
+        """Decode the whole file, which also tells the true number of frames."""
+        wanted, frames, count = set(numbers), [], 0
+        with open_video(self.path) as (container, stream):
+            for frame in container.decode(stream):
+                if count in wanted:
+                    frames.append(to_array(frame, short_side))
+                count += 1
+        self._count = count
+        return frames
+
+
+@contextlib.contextmanager
+def open_video(address: Path | str, **options: Any) -> Iterator[tuple[Any, Any]]:
+    """Open the best video stream of a file or address.
+
+    Args:
+        address: a file, or what else FFmpeg opens.
+        **options: passed to `av.open`.
+
+    Yields:
+        PyAV's container and stream.
+
+    Raises:
+        VideoError: if it cannot be opened, or FFmpeg fails while it is open.
+    """
+    av.logging.set_libav_level(av.logging.PANIC)  # our errors say it better
+    try:
+        with av.open(str(address), metadata_errors="ignore", **options) as container:
+            stream = container.streams.best("video")
+            if stream is None or container.format.name == "tty":  # FFmpeg plays plain text as a terminal recording
+                raise VideoError(f"{address}: holds no video stream. Expected a video file such as .mp4 or .mkv.")
+            yield container, stream
+    except av.error.FileNotFoundError:
+        raise VideoError(f"{address}: no such file or address.") from None
+    except (av.error.FFmpegError, OSError) as error:
+        raise VideoError(f"{address}: not a readable video ({error}). Try to play or re-encode it.") from error
+
+
+def to_array(frame: Any, short_side: int) -> np.ndarray:
+    """Turn a frame of PyAV into an upright picture.
+
+    Args:
+        frame: an `av.VideoFrame`.
+        short_side: pixels to scale the shorter side to.
+
+    Returns:
+        `(H, W, 3)` uint8 RGB.
+    """
+    scale = short_side / min(frame.width, frame.height)
+    image = frame.reformat(max(round(frame.width * scale), 1), max(round(frame.height * scale), 1), format="rgb24")
+    return np.rot90(image.to_ndarray(), round(frame.rotation / 90)).copy()  # phones store how they were held
