@@ -167,8 +167,8 @@ def _write(folder: Path, name: str, part: _Part, outputs: list[str]) -> str:
         program = torch.export.export(part.eval(), tuple(t for t, _ in part.flat), dynamic_shapes=(shapes,))
         graph = torch.onnx.export(program, (), input_names=inputs, output_names=outputs, verbose=False)
         assert graph is not None
-        # The weights' shapes stand with the weights. The quantiser of onnxruntime 1.24.1 transposes weights, but not the
-        # shapes that stand elsewhere.
+        # Weights have their types and shapes with them. A second list of these would stop the quantiser of onnxruntime
+        # 1.24.1, which transposes weights and leaves that list as it is.
         for weight in graph.model.graph.initializers.values():
             weight.type = weight.shape = None
         graph.save(folder / file, external_data=False)
