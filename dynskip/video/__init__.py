@@ -24,6 +24,7 @@ from dynskip.video.clips import (
 )
 from dynskip.video.files import open_video, to_array
 from dynskip.video.formats import AnnotationReader, load_items, read_items, relevant_frames
+from dynskip.video.lazy import LazyClips, lazy_frames
 from dynskip.video.opening import open_source
 from dynskip.video.source import FrameSource, VideoError, sample_frames
 from dynskip.video.stick_figures import render_set
@@ -36,6 +37,7 @@ __all__ = [
     "EvaluationLoader",
     "FrameSource",
     "Item",
+    "LazyClips",
     "MachineError",
     "Preprocessing",
     "Segment",
@@ -47,6 +49,7 @@ __all__ = [
     "encode_clips",
     "fit_classifier",
     "held_out_split",
+    "lazy_frames",
     "load_items",
     "open_source",
     "open_video",

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dynskip.video.causes import explain
+from dynskip.video.files import DECODING
 from dynskip.video.opening import open_source
 from dynskip.video.source import FrameSource, sample_frames
 
@@ -44,7 +45,7 @@ class FrameCache:
 
     def file(self, path: Path) -> Path:
         """Return the file that holds a video's frames."""
-        key = hashlib.sha256(f"{path.resolve()}|{self.num_frames}|{self.short_side}".encode()).hexdigest()
+        key = hashlib.sha256(f"{path.resolve()}|{self.num_frames}|{self.short_side}|{DECODING}".encode()).hexdigest()
         return self.folder / f"{key[:32]}.safetensors"
 
     def read(self, path: Path, picks: Sequence[int]) -> tuple[np.ndarray, int]:

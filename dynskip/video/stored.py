@@ -32,6 +32,7 @@ from dynskip.errors import DynskipError
 from dynskip.losses import classification_loss
 from dynskip.output import EncodedVideo
 from dynskip.video.clips import Batch, Clips, collate, padded
+from dynskip.video.files import DECODING
 from dynskip.wrapper import StopOrForward
 
 VIDEOS_A_FILE = 32  # as many can be lost when encoding is interrupted
@@ -218,7 +219,7 @@ def _made_from(model: StopOrForward, clips: Clips) -> dict[str, str]:
     videos = [[item.path.name, item.path.stat().st_size if item.path.exists() else 0] for item in clips.items]
     return {
         "network": digest.hexdigest(),
-        "preprocessing": json.dumps(asdict(clips.prep)),
+        "preprocessing": json.dumps({**asdict(clips.prep), "decoding": DECODING}),
         "videos": hashlib.sha256(json.dumps(videos).encode()).hexdigest(),
     }
 
