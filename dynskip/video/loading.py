@@ -68,10 +68,11 @@ def worker_fault(error: BaseException) -> str | None:
     Returns:
         The cause in a sentence or two, or `None` where it is something else, such as an error in code.
     """
-    text = str(error)
-    if not isinstance(error, RuntimeError) or "Caught " in text.partition("\n")[0]:
+    if not isinstance(error, RuntimeError) or str(error).startswith("Caught "):
         return None  # "Caught ... in DataLoader worker process" goes before an error in code
-    first = text.strip().partition("\n")[0]
+    # That a process "exited unexpectedly" may have a cause that says more: "is killed by signal: Killed".
+    text = f"{error.__cause__ or ''}\n{error}".strip()
+    first = text.partition("\n")[0]
     return next((f"{told} ({first})" for pattern, told in _FAULTS if re.search(pattern, text)), None)
 
 
