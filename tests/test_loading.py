@@ -135,7 +135,7 @@ def test_small_shared_memory_is_told_before_the_first_batch(monkeypatch: pytest.
     """A container's 64 MB, and batches of 24 videos of 16 frames at 168 pixels."""
 
     usage = type("Usage", (), {"free": 64 * 2**20})
-    monkeypatch.setattr(loading.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     batch = 24 * 16 * 3 * 168**2
     keys = [[number] for number in range(100)]
     with pytest.raises(DynskipError, match=r"has 67\.1 MB free, .* take 292\.6 MB.*--workers.*--shm-size 8g"):
