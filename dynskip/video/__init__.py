@@ -17,7 +17,6 @@ from dynskip.video.clips import (
     Batch,
     Clips,
     EvaluationLoader,
-    Preprocessing,
     collate_padded,
     derive_seed,
     training_batches,
@@ -25,6 +24,7 @@ from dynskip.video.clips import (
 from dynskip.video.files import open_video, to_array
 from dynskip.video.formats import AnnotationReader, load_items, read_items, relevant_frames
 from dynskip.video.opening import open_source
+from dynskip.video.preprocessing import Preprocessing
 from dynskip.video.source import FrameSource, VideoError, sample_frames
 from dynskip.video.stick_figures import render_set
 from dynskip.video.stored import StoredFeatures, encode_clips, fit_classifier
