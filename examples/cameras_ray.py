@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -30,8 +30,9 @@ import numpy as np
 import torch
 
 from dynskip import DynskipError, StopOrForward
-from dynskip.video import Preprocessing, open_video, to_array
+from dynskip.video import Preprocessing, command, open_video, to_array
 from dynskip.video.annotations import read_rows
+from dynskip.video.outputs import check_folders
 
 try:
     import ray
@@ -41,7 +42,7 @@ except ImportError as error:
 Told: TypeAlias = tuple[bytes | None, dict[str, Any] | None, bool]  # a state, an answer or error, if the camera is over
 
 
-def frames(address: str, rate: float, due: int, short_side: int) -> Iterator[tuple[int, np.ndarray]]:
+def frames(address: str, rate: float, due: int, short_side: int) -> Generator[tuple[int, np.ndarray]]:
     """Yield the first frame of every tick, `rate` ticks a second, from a tick on; each with the tick due next."""
     with open_video(address) as (container, stream):
         for frame in container.decode(stream):
@@ -54,7 +55,8 @@ class Camera:
     """A camera in an actor: its session, how far it got, and its frames."""
 
     def __init__(self, actor: Actor, address: str, saved: bytes) -> None:
-        self.session, self.state = actor.model.stream(), {"looked": 0, "answers": 0, "due": 0}
+        self.session = actor.model.stream()
+        self.state: dict[str, Any] = {"looked": 0, "answers": 0, "due": 0}
         if saved:
             self.state = torch.load(io.BytesIO(saved), weights_only=True, map_location="cpu")
             self.session.load_state_dict(self.state.pop("session"))
@@ -127,16 +129,14 @@ class Fleet:
     def __init__(self, cameras: dict[str, str], args: argparse.Namespace) -> None:
         self.cameras, self.out = cameras, args.out
         gpus = int(ray.cluster_resources().get("GPU", 0))
-        threads = len(cameras) + 2  # one waits for each camera
-        make = ray.remote(num_gpus=min(gpus, 1), num_cpus=int(not gpus), max_restarts=-1, max_concurrency=threads)(
-            Actor
-        )
+        options = {"num_gpus": min(gpus, 1), "num_cpus": int(not gpus), "max_restarts": -1}
+        make: Any = ray.remote(Actor).options(**options, max_concurrency=len(cameras) + 2)  # a thread waits for each
         names = [f"actor {n}" for n in range(args.actors or gpus or 1)]
         self.actors = {name: make.remote(args.model, args.rate, args.save_every) for name in names}
         self.up: dict[str, str] = {}  # actors that are up, and where
         self.held: dict[str, str] = {}  # the actor of each camera
         self.ready = dict.fromkeys(cameras, 0.0)  # cameras that are not over, and when each may go on
-        self.deaths: Counter[str] = Counter()  # of actors that had a camera, since it last got on
+        self.deaths: Counter[str] = Counter()  # of actors with a camera, since it last got on: then it waits for longer
         self.calls: dict[Any, tuple[str, str]] = {}  # those in flight: actor, and camera or nothing
         for name in names:
             self._begin(name)
@@ -192,7 +192,6 @@ class Fleet:
         """Note that an actor is lost. Ray starts it again; its cameras go on elsewhere."""
         if not key:
             raise error  # it cannot be started
-        # What kills actor after actor waits for longer and longer.
         self.ready[key] = time.monotonic() + min(2 ** self.deaths[key] - 1, 300)
         self.deaths[key] += 1
         del self.held[key]
@@ -223,27 +222,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--rate", type=float, default=4.0, help="frames a second of a camera that are looked at (default: 4)")
     add("--save-every", type=int, default=8, help="frames of a camera between two saved states (default: 8)")
     add("--actors", type=int, help="copies of the model (default: one a GPU, or one without any)")
-    args = parser.parse_args(arguments)
-    failed, stopped, started = 0, list[bool](), False
+    return command.run(lambda: watch(parser.parse_args(arguments)), "What is written stays; the same command goes on.")
+
+
+def watch(args: argparse.Namespace) -> int:
+    """Watch all cameras; return 1 if one of them failed."""
+    stopped, started = list[bool](), not ray.is_initialized()
+    cameras, session = read_cameras(args.cameras), StopOrForward.from_pretrained(args.model).stream()
+    check_folders(args.out / "states")
+    for file in (args.out / "states").glob("*.pt"):  # says if they are of another model
+        session.load_state_dict(torch.load(file, weights_only=True, map_location="cpu")["session"])
     try:
-        cameras, session = read_cameras(args.cameras), StopOrForward.from_pretrained(args.model).stream()
-        (args.out / "states").mkdir(parents=True, exist_ok=True)
-        for file in (args.out / "states").glob("*.pt"):  # says if they are of another model
-            session.load_state_dict(torch.load(file, weights_only=True, map_location="cpu")["session"])
-        if not ray.is_initialized():
+        if started:
             ray.init()  # joins the cluster that RAY_ADDRESS names, or starts one of this machine
-            started = True
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stopped.append(True))
-        for _, (state, _, over) in Fleet(cameras, args).run(stopped):
-            failed += over and state is None
-    except (DynskipError, OSError, ray.exceptions.RayError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        failed = sum(over and state is None for _, (state, _, over) in Fleet(cameras, args).run(stopped))
+        return 1 if failed else 0
+    except ray.exceptions.RayError as error:
+        raise DynskipError(f"Ray gave up: {error}") from error
     finally:
         if started:
             ray.shutdown()
-    return 1 if failed else 0
 
 
 if __name__ == "__main__":
