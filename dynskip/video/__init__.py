@@ -17,7 +17,6 @@ from dynskip.video.clips import (
     Batch,
     Clips,
     EvaluationLoader,
-    Preprocessing,
     collate_padded,
     derive_seed,
     training_batches,
@@ -27,6 +26,7 @@ from dynskip.video.formats import AnnotationReader, load_items, read_items, rele
 from dynskip.video.lock import hold_folder
 from dynskip.video.names import find_videos
 from dynskip.video.opening import open_source
+from dynskip.video.preprocessing import Preprocessing
 from dynskip.video.source import FrameSource, VideoError, sample_frames
 from dynskip.video.stick_figures import render_set
 from dynskip.video.stored import StoredFeatures, encode_clips, fit_classifier

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from dynskip.video.causes import explain
 from dynskip.video.names import stamp
 from dynskip.video.opening import open_source
+from dynskip.video.outputs import cannot_write
 from dynskip.video.source import FrameSource, sample_frames
 
 DECODING = 1  # goes up when the same file gives other frames: what was kept of earlier versions is made again
@@ -103,10 +104,20 @@ class FrameCache:
                 part.unlink(missing_ok=True)
             self.writable = False
             warnings.warn(
-                f"Could not write to the cache {self.folder} ({error}). Going on without keeping more; what is there "
-                "stays good. Make room for the rest.",
+                str(cannot_write(self.folder, error, "Going on without keeping more; what is there stays good.")),
                 stacklevel=2,
             )
+
+
+def kept_bytes(videos: int, num_frames: int, short_side: int) -> int:
+    """Return the bytes that the kept frames of videos take at least; those of wide videos take more.
+
+    Args:
+        videos: how many.
+        num_frames: frames the network sees.
+        short_side: pixels of the shorter side.
+    """
+    return videos * CHOICES * num_frames * 3 * short_side**2
 
 
 def _made_from(path: Path) -> str:
