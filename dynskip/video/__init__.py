@@ -12,11 +12,11 @@ except ImportError as error:
     raise ImportError(f"dynskip.video needs {error.name}. Run `pip install 'dynskip[video]'`.") from error
 
 from dynskip.video.annotations import Item, Segment, class_names, held_out_split, pick_split
+from dynskip.video.causes import MachineError
 from dynskip.video.clips import (
     Batch,
     Clips,
     EvaluationLoader,
-    Preprocessing,
     collate_padded,
     derive_seed,
     training_batches,
@@ -24,6 +24,7 @@ from dynskip.video.clips import (
 from dynskip.video.files import open_video, to_array
 from dynskip.video.formats import AnnotationReader, load_items, read_items, relevant_frames
 from dynskip.video.opening import open_source
+from dynskip.video.preprocessing import Preprocessing
 from dynskip.video.source import FrameSource, VideoError, sample_frames
 from dynskip.video.stick_figures import render_set
 from dynskip.video.stored import StoredFeatures, encode_clips, fit_classifier
@@ -35,6 +36,7 @@ __all__ = [
     "EvaluationLoader",
     "FrameSource",
     "Item",
+    "MachineError",
     "Preprocessing",
     "Segment",
     "StoredFeatures",
