@@ -25,6 +25,8 @@ from tqdm import tqdm
 from dynskip import DynskipError, SoFLoss, StopOrForward, evaluation, glance, sofnet, stage_model, video
 from dynskip.backbone.weights import load_weights
 from dynskip.sofnet import Recipe
+from dynskip.video import command
+from dynskip.video.outputs import check_folders
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder for features, log and trained model")
     add("--data", type=Path, required=True, help="folder with labels.csv (path,label,split), or such a CSV file")
     add("--annotations", type=Path, nargs="+", default=[], metavar="FILE", help="annotation files of another format")
-    add("--format", help="of the annotations: csv, activitynet, thumos or list; by default told from the files")
+    add("--format", help="of the annotations: csv, activitynet, thumos, list, list-labels; by default told from them")
     add("--classes", type=Path, metavar="FILE", help="class list (index,name), for annotations that number classes")
     add("--cache", type=Path, metavar="DIR", help="keep decoded frames there, and use those that are there")
     add("--size", type=int, default=168, help="height and width of the frames in pixels (default: 168)")
@@ -129,6 +131,7 @@ def train(model: StopOrForward, features: video.StoredFeatures, clips: video.Cli
 
 def run(args: argparse.Namespace) -> None:
     """Encode, fit, train, evaluate, and write the model."""
+    check_folders(args.out, args.cache)
     items = video.load_items(args.data, args.annotations, args.format, args.classes)
     model, new_classifier = build_model(args, video.class_names(items, args.classes))
 
@@ -158,15 +161,8 @@ def run(args: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     args = parser().parse_args(arguments)
-    try:
-        run(args)
-    except (DynskipError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on; what is encoded stays.", file=sys.stderr)
-        return 130
-    return 0
+    interrupted = "The same command goes on; what is encoded stays."
+    return command.run(lambda: run(args), interrupted, "Lower --workers, --size, --frames or --batch-size.")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dynskip.errors import DynskipError
 from dynskip.lazy import LazyVideo, Loaded
-from dynskip.video.clips import Preprocessing
+from dynskip.video.preprocessing import Preprocessing
 from dynskip.video.source import SIZES_DIFFER, FrameSource, VideoError, sample_frames, spread
 
 AHEAD = 4  # frames of a video that are decoded before they are asked for
