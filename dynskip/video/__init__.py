@@ -23,6 +23,8 @@ from dynskip.video.clips import (
 )
 from dynskip.video.files import open_video, to_array
 from dynskip.video.formats import AnnotationReader, load_items, read_items, relevant_frames
+from dynskip.video.live import LinkLostError, LiveFrame, LiveSource, LiveVideo
+from dynskip.video.newest import Newest
 from dynskip.video.opening import open_source
 from dynskip.video.source import FrameSource, VideoError, sample_frames
 from dynskip.video.stick_figures import render_set
@@ -35,6 +37,11 @@ __all__ = [
     "EvaluationLoader",
     "FrameSource",
     "Item",
+    "LinkLostError",
+    "LiveFrame",
+    "LiveSource",
+    "LiveVideo",
+    "Newest",
     "Preprocessing",
     "Segment",
     "StoredFeatures",
