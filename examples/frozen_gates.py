@@ -25,6 +25,8 @@ from tqdm import tqdm
 from dynskip import DynskipError, SoFLoss, StopOrForward, evaluation, glance, sofnet, stage_model, video
 from dynskip.backbone.weights import load_weights
 from dynskip.sofnet import Recipe
+from dynskip.video import command
+from dynskip.video.outputs import check_folders
 
 
 def parser() -> argparse.ArgumentParser:
@@ -129,6 +131,7 @@ def train(model: StopOrForward, features: video.StoredFeatures, clips: video.Cli
 
 def run(args: argparse.Namespace) -> None:
     """Encode, fit, train, evaluate, and write the model."""
+    check_folders(args.out, args.cache)
     items = video.load_items(args.data, args.annotations, args.format, args.classes)
     model, new_classifier = build_model(args, video.class_names(items, args.classes))
 
@@ -158,15 +161,8 @@ def run(args: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     args = parser().parse_args(arguments)
-    try:
-        run(args)
-    except (DynskipError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on; what is encoded stays.", file=sys.stderr)
-        return 130
-    return 0
+    interrupted = "The same command goes on; what is encoded stays."
+    return command.run(lambda: run(args), interrupted, "Lower --workers, --size, --frames or --batch-size.")
 
 
 if __name__ == "__main__":

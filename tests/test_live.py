@@ -28,7 +28,7 @@ from dynskip.video import LinkLostError, LiveSource, Newest, Preprocessing, Vide
 
 PREP = Preprocessing(size=8, num_frames=4, mean=(0.5,) * 3, std=(0.5,) * 3)
 DATA = transport_stream(20)
-QUICK = {"options": {"analyzeduration": "100000"}}
+QUICK: dict[str, Any] = {"options": {"analyzeduration": "100000"}}
 
 
 def level(frame: live.LiveFrame) -> int:
@@ -403,10 +403,14 @@ def test_a_gap_ends_a_video_and_the_next_one_begins_after_it() -> None:
                 videos.append(source.video(PREP, 12))
                 yield videos[-1]
 
-        results, frames = [], []
+        results: list[VideoResult] = []
+        frames: list[FrameResult] = []
         for event in model.serve_streams(of_camera(), max_streams=1):
-            (frames if isinstance(event, FrameResult) else results).append(event)
-            if isinstance(event, VideoResult) and event.error is not None:
+            if isinstance(event, FrameResult):
+                frames.append(event)
+                continue
+            results.append(event)
+            if event.error is not None:
                 break
     lengths = [result.frames_seen for result in results]
     assert lengths[0] == 12

@@ -12,11 +12,11 @@ except ImportError as error:
     raise ImportError(f"dynskip.video needs {error.name}. Run `pip install 'dynskip[video]'`.") from error
 
 from dynskip.video.annotations import Item, Segment, class_names, held_out_split, pick_split
+from dynskip.video.causes import MachineError
 from dynskip.video.clips import (
     Batch,
     Clips,
     EvaluationLoader,
-    Preprocessing,
     collate_padded,
     derive_seed,
     training_batches,
@@ -26,6 +26,7 @@ from dynskip.video.formats import AnnotationReader, load_items, read_items, rele
 from dynskip.video.live import LinkLostError, LiveFrame, LiveSource, LiveVideo
 from dynskip.video.newest import Newest
 from dynskip.video.opening import open_source
+from dynskip.video.preprocessing import Preprocessing
 from dynskip.video.source import FrameSource, VideoError, sample_frames
 from dynskip.video.stick_figures import render_set
 from dynskip.video.stored import StoredFeatures, encode_clips, fit_classifier
@@ -41,6 +42,7 @@ __all__ = [
     "LiveFrame",
     "LiveSource",
     "LiveVideo",
+    "MachineError",
     "Newest",
     "Preprocessing",
     "Segment",

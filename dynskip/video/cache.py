@@ -15,8 +15,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dynskip.video.causes import explain
 from dynskip.video.opening import open_source
-from dynskip.video.source import FrameSource, VideoError, sample_frames
+from dynskip.video.outputs import cannot_write
+from dynskip.video.source import FrameSource, sample_frames
 
 CHOICES = 3  # frames kept for each one that the network sees: early, middle and late in its part of the video
 
@@ -100,15 +102,25 @@ class FrameCache:
                 part.unlink(missing_ok=True)
             self.writable = False
             warnings.warn(
-                f"Could not write to the cache {self.folder} ({error}). Going on without keeping more; what is there "
-                "stays good. Make room for the rest.",
+                str(cannot_write(self.folder, error, "Going on without keeping more; what is there stays good.")),
                 stacklevel=2,
             )
+
+
+def kept_bytes(videos: int, num_frames: int, short_side: int) -> int:
+    """Return the bytes that the kept frames of videos take at least; those of wide videos take more.
+
+    Args:
+        videos: how many.
+        num_frames: frames the network sees.
+        short_side: pixels of the shorter side.
+    """
+    return videos * CHOICES * num_frames * 3 * short_side**2
 
 
 def _stamp(path: Path) -> str:
     try:
         stat = path.stat()
-    except OSError:
-        raise VideoError(f"{path}: no such file.") from None
+    except OSError as error:
+        raise explain(error, path) from error
     return f"{stat.st_size} {stat.st_mtime_ns}"

@@ -17,9 +17,9 @@ import numpy as np
 from torch import Tensor
 
 from dynskip.errors import DynskipError
-from dynskip.video.clips import Preprocessing
 from dynskip.video.files import open_video, to_array
 from dynskip.video.newest import Newest, Polled
+from dynskip.video.preprocessing import Preprocessing
 from dynskip.video.source import VideoError
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class LiveSource(Newest[LiveFrame]):
         clock, pauses, link = self._clock, _pauses(), 0
         self._seen = self._changed = time.monotonic()
         while not self._closed.is_set():
-            error: Exception | None = None
+            error: BaseException | None = None
             before, begun = self.taken, time.monotonic()
             try:
                 for picture in self._connection():
@@ -152,8 +152,8 @@ class LiveSource(Newest[LiveFrame]):
                         clock.start()
                     self._look(picture, now)
                     yield LiveFrame(picture, clock.at(picture.time, now), link), clock.late
-            except VideoError as caught:
-                error = caught.__cause__ or caught.__context__ or caught
+            except DynskipError as caught:
+                error = caught.__cause__ or caught
             if self._closed.is_set():
                 return
             now = time.monotonic()
@@ -299,7 +299,7 @@ def _pauses() -> Iterator[float]:
         pause = min(2 * pause, 30.0)
 
 
-def explain(error: Exception | None, address: str, lasted: float | None, timeout: float) -> tuple[str, bool]:
+def explain(error: BaseException | None, address: str, lasted: float | None, timeout: float) -> tuple[str, bool]:
     """Say why there are no frames, and what helps.
 
     Args:

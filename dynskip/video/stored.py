@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dynskip.activation import Activation
@@ -32,6 +31,8 @@ from dynskip.errors import DynskipError
 from dynskip.losses import classification_loss
 from dynskip.output import EncodedVideo
 from dynskip.video.clips import Batch, Clips, collate, padded
+from dynskip.video.loading import BatchLoader
+from dynskip.video.outputs import cannot_write, check_folders
 from dynskip.wrapper import StopOrForward
 
 VIDEOS_A_FILE = 32  # as many can be lost when encoding is interrupted
@@ -96,7 +97,6 @@ def encode_clips(model: StopOrForward, clips: Clips, folder: Path, workers: int 
             cannot be written, or no video can be read.
     """
     made_from = _made_from(model.eval(), clips)
-    folder.mkdir(parents=True, exist_ok=True)
     positions = range(len(clips))
     files = {
         folder / f"{start:06d}.safetensors": positions[start : start + VIDEOS_A_FILE]
@@ -104,8 +104,10 @@ def encode_clips(model: StopOrForward, clips: Clips, folder: Path, workers: int 
     }
     new = {file for file in files if not file.exists()}
     missing = [(0, position) for file, own in files.items() if file in new for position in own]
+    numbers = len(missing) * clips.prep.num_frames * sum(model.backbone.num_features)
+    check_folders(folder, needed=4 * numbers)
     # One loader for all files, so that processes that decode are started once.
-    loader = DataLoader(clips, 1, sampler=missing, num_workers=workers if missing else 0, collate_fn=collate)
+    loader = BatchLoader(clips, [[key] for key in missing], collate, clips.prep.clip_bytes, workers)
     batches, read = iter(loader), []
     with tqdm(total=len(clips), desc=f"encode {folder.name}", leave=False, disable=None) as progress:
         for file, own in files.items():
@@ -229,10 +231,8 @@ def _write(file: Path, tensors: dict[str, Tensor], errors: list[str], made_from:
         save_file(tensors, unfinished, {**made_from, "errors": json.dumps(errors)})
         os.replace(unfinished, file)
     except (OSError, safetensors.SafetensorError) as error:
-        raise DynskipError(
-            f"Could not write {file} ({error}). What is there is whole. Make room and start again: the videos that are "
-            "missing are then encoded."
-        ) from error
+        then = "What is there is whole. Start again: the videos that are missing are then encoded."
+        raise cannot_write(file, error, then) from error
 
 
 def _read(file: Path, made_from: dict[str, str]) -> tuple[dict[str, Tensor], list[str]]:
