@@ -37,7 +37,12 @@ def parser() -> argparse.ArgumentParser:
     add("--threshold", type=float, help="probability that ends a video early, in place of the model's own")
     add("--min-frames", type=int, help="frames that are looked at in any case, in place of the model's own")
     add("--batch-size", type=int, default=1, help="videos at a time (default: 1, as the thesis times)")
-    add("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="processes that decode videos")
+    add(
+        "--workers",
+        type=int,
+        default=min(os.cpu_count() or 1, 8),
+        help="processes that decode, with --cache or --budget",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     aim = top.add_mutually_exclusive_group()
     aim.add_argument("--budget", type=float, metavar="GMACS", help="choose thresholds for this mean cost of a video")
@@ -90,25 +95,28 @@ def run(args: argparse.Namespace) -> int:
     if split is None:
         raise DynskipError("The data has no videos to test on. Say with --split train if you mean those.")
 
-    def loader_of(split: str, batch_size: int) -> video.EvaluationLoader:
+    def loader_of(split: str, batch_size: int, lazy: bool = False) -> video.EvaluationLoader:
         clips = video.Clips.of(model, video.pick_split(items, split), cache=args.cache)
-        return video.EvaluationLoader(clips, batch_size, args.workers, args.device)
+        return video.EvaluationLoader(clips, batch_size, args.workers, args.device, lazy)
 
     if args.budget is not None or args.max_loss is not None:
         if split == "val":
             print("Thresholds are chosen and evaluated on the same videos: on others the result will be worse.")
         choose_thresholds(model, loader_of("val", 8), args)
-    loader = loader_of(split, args.batch_size)
+    loader = loader_of(split, args.batch_size, lazy=args.cache is None)
     marks = video.relevant_frames(loader.clips.items, loader.clips.prep.num_frames, args.data)
     found = evaluation.evaluate(model, tqdm(loader, "evaluate", leave=False, disable=None), relevant=marks)
     print(f"\n{found.report(full=True)}")
-    for reason in loader.unreadable:
+    unreadable = [*loader.unreadable, *found.unreadable]
+    for reason in unreadable:
         print(f"unreadable, left out: {reason}", file=sys.stderr)
+    for note in loader.notes:
+        print(f"note: {note}", file=sys.stderr)
     if args.per_video:
         found.write_records(args.per_video)
     if args.usage:
         plot.frame_usage(found.results[-1].usage, found.stage_names, title=f"{split}: frame usage").savefig(args.usage)
-    return 1 if loader.unreadable else 0
+    return 1 if unreadable else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

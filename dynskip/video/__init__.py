@@ -30,7 +30,7 @@ from dynskip.video.names import find_videos
 from dynskip.video.newest import Newest
 from dynskip.video.opening import open_source
 from dynskip.video.preprocessing import Preprocessing
-from dynskip.video.source import FrameSource, VideoError, sample_frames
+from dynskip.video.source import FrameSource, VideoError, notes_on, sample_frames
 from dynskip.video.stick_figures import render_set
 from dynskip.video.stored import StoredFeatures, encode_clips, fit_classifier
 
@@ -62,6 +62,7 @@ __all__ = [
     "hold_folder",
     "lazy_frames",
     "load_items",
+    "notes_on",
     "open_source",
     "open_video",
     "pick_split",

@@ -125,10 +125,16 @@ def file_fault(path: Path) -> str | None:
             return None
         if _is_encrypted(file, size):
             return ENCRYPTED
-        ends = [end for _, _, end in _boxes(file, 0, size)]
-        if ends and ends[-1] > size:
-            return f"is cut off: {size} of at least {ends[-1]} bytes are there. Fetch it again."
+        if (end := _end(file, size)) > size:
+            return f"is cut off: {size} of at least {end} bytes are there. Fetch it again."
     return None
+
+
+def is_cut_off(path: Path) -> bool:
+    """Whether an MP4 file goes on behind its end, as a download does that stopped."""
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        return _is_mp4(file.read(8)) and _end(file, size) > size
 
 
 ENCRYPTED = (
@@ -179,6 +185,11 @@ def _boxes(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, i
             return
         yield name, begin, start + size
         start += size
+
+
+def _end(file: BinaryIO, size: int) -> int:
+    """Return where the last box of an MP4 file ends."""
+    return max((end for _, _, end in _boxes(file, 0, size)), default=0)
 
 
 def _inside(file: BinaryIO, start: int, end: int, names: Sequence[bytes]) -> Iterator[bytes]:

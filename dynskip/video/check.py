@@ -30,6 +30,7 @@ class Finding:
         error: why it cannot be read.
         machine: why this machine could not check it, which says nothing about the video.
         kept: whether its frames are in the cache.
+        damage: what of it is lost; a cache that has its frames does not tell.
     """
 
     frames: int = 0
@@ -37,6 +38,7 @@ class Finding:
     error: str = ""
     machine: str = ""
     kept: bool = False
+    damage: str = ""
 
 
 def check_video(item: Item, cache: FrameCache | None = None) -> Finding:
@@ -48,8 +50,8 @@ def check_video(item: Item, cache: FrameCache | None = None) -> Finding:
             frames = cache.read(item.path, range(cache.num_frames))[1]  # checks every frame that was kept
             return Finding(frames, kept=cache.file(item.path).is_file())
         source = open_source(item.path)
-        source.check()
-        return Finding(len(source))
+        damage = source.check()
+        return Finding(len(source), damage=damage)
     except VideoError as error:
         return Finding(error=str(error))
     except MachineError as error:
@@ -112,6 +114,7 @@ def report_on(items: Sequence[Item], findings: Sequence[Finding], num_frames: in
         "missing": [str(item.path) for item, finding in both if finding.missing],
         "unreadable": [finding.error for _, finding in both if finding.error],
         "not_checked": [finding.machine for _, finding in both if finding.machine],
+        "damaged": [f"{item.path}: {finding.damage}" for item, finding in good if finding.damage],
         "short": [f"{item.path}: {finding.frames} frames" for item, finding in good if finding.frames < num_frames],
         "fewer_frames_than_annotated": [
             f"{item.path}: {finding.frames} of {item.num_frames}"
@@ -155,6 +158,7 @@ LISTS = {
     "missing": "are missing",
     "unreadable": "cannot be read",
     "not_checked": "could not be checked, which is this machine's fault and not theirs",
+    "damaged": "are damaged, and what is lost shows the frame before it",
     "short": "have fewer frames than the network sees, which repeats some",
     "fewer_frames_than_annotated": "have fewer frames than annotated",
     "labels_without_training_videos": "labels have no training videos",
@@ -164,7 +168,7 @@ LISTS = {
 
 def is_clean(report: dict[str, Any]) -> bool:
     """Whether all videos can be trained on and evaluated."""
-    return not any(report[key] for key in LISTS if key != "short")
+    return not any(report[key] for key in LISTS if key not in ("short", "damaged"))
 
 
 def summary(report: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,11 +21,12 @@ from dynskip.activation import Activation, check_activation
 from dynskip.errors import DynskipError
 from dynskip.video.annotations import Item
 from dynskip.video.cache import CHOICES, FrameCache, kept_bytes
+from dynskip.video.lazy import LazyClips
 from dynskip.video.loading import BatchLoader
 from dynskip.video.memory import check_memory
 from dynskip.video.opening import open_source
 from dynskip.video.preprocessing import Preprocessing
-from dynskip.video.source import FrameSource, VideoError, sample_frames
+from dynskip.video.source import FrameSource, VideoError, notes_on, sample_frames
 
 
 class Sample(NamedTuple):
@@ -298,20 +300,34 @@ class EvaluationLoader:
         batch_size: videos at a time.
         workers: processes that decode.
         device: where the model is.
+        lazy: give `LazyClips`, of which a model decodes only what it looks at, in threads of this process. A video that
+            turns out unreadable then is listed by the evaluation, too.
 
     Attributes:
         unreadable: why videos were left out, as far as they have been read.
+        notes: of lazy videos, which were damaged or had to be read in one pass.
     """
 
-    def __init__(self, clips: Clips, batch_size: int = 1, workers: int = 0, device: str | torch.device = "cpu") -> None:
-        self.clips, self.batch_size, self.workers, self.device = clips, batch_size, workers, device
+    def __init__(
+        self,
+        clips: Clips,
+        batch_size: int = 1,
+        workers: int = 0,
+        device: str | torch.device = "cpu",
+        lazy: bool = False,
+    ) -> None:
+        self.clips, self.batch_size, self.workers, self.device, self.lazy = clips, batch_size, workers, device, lazy
         self.unreadable: list[str] = []
+        self.notes: list[str] = []
 
     def __len__(self) -> int:
         return -(-len(self.clips) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor, list[str]]]:
-        self.unreadable = []
+        self.unreadable, self.notes = [], []
+        if self.lazy:
+            yield from self._lazy_batches()
+            return
         keys = [(0, position) for position in range(len(self.clips))]
         batches = [keys[start : start + self.batch_size] for start in range(0, len(keys), self.batch_size)]
         size = self.batch_size * self.clips.prep.clip_bytes
@@ -322,6 +338,42 @@ class EvaluationLoader:
                 paths = [str(self.clips.items[position].path) for position in batch.positions]
                 videos = video if batch.lengths is None else (video, batch.lengths)
                 yield videos, self.clips.multi_hot(batch.positions), paths
+
+    def _lazy_batches(self) -> Iterator[tuple[Any, Tensor, list[str]]]:
+        places = range(len(self.clips))
+        batches = [places[start : start + self.batch_size] for start in places[:: self.batch_size]]
+        waiting: deque[tuple[list[int], LazyClips | None]] = deque()
+        try:
+            for batch in [*batches, None]:
+                if batch is not None:
+                    waiting.append(self._open(batch))
+                while waiting and (batch is None or len(waiting) > 1):  # the next one begins to decode meanwhile
+                    positions, video = waiting[0]
+                    if video is not None:
+                        paths = [str(self.clips.items[position].path) for position in positions]
+                        yield video, self.clips.multi_hot(positions), paths
+                        video.close()
+                        self.notes += [f"{source}: {note}" for source in video.sources for note in notes_on(source)]
+                    waiting.popleft()
+        finally:
+            for _, video in waiting:
+                if video is not None:
+                    video.close()
+
+    def _open(self, batch: Sequence[int]) -> tuple[list[int], LazyClips | None]:
+        """Open the videos of a batch that can be opened, and begin to decode."""
+        positions, opened, prep = [], [], self.clips.prep
+        for position in batch:
+            try:
+                opened.append(LazyClips([self.clips.opener(self.clips.items[position].path)], prep, self.device))
+                positions.append(position)
+            except VideoError as error:
+                self.unreadable.append(str(error))
+        if not opened:
+            return [], None
+        video = LazyClips.joined(opened)
+        video.expect(torch.arange(prep.num_frames).expand(len(video), -1))
+        return positions, video
 
 
 def derive_seed(*parts: int) -> int:

@@ -14,7 +14,7 @@ import av
 import numpy as np
 from av.video.reformatter import Colorspace, VideoReformatter
 
-from dynskip.video.causes import check_encryption, explain
+from dynskip.video.causes import check_encryption, explain, is_cut_off
 from dynskip.video.decoder import AstrayError, Decoder, one_pass
 from dynskip.video.packets import KEYLESS, PacketIndex, read_index
 from dynskip.video.source import FrameSource, VideoError
@@ -85,8 +85,8 @@ class VideoFile(FrameSource):
             packets = f"{self._bad} of {self.index.count} packets" if self._bad else "packets are missing"
             frames = "no frame" if not self._lost else "1 frame" if self._lost == 1 else f"{self._lost} frames"
             found.append(f"damaged: {packets}, {frames} lost")
-        if missing := self.index.missing:
-            found.append(f"cut off: {self.index.count} of {self.index.count + missing} frames are there")
+        if self.index.promised > self.index.count and is_cut_off(self.path):
+            found.append(f"cut off: {self.index.count} of {self.index.promised} frames are there")
         return "; ".join(found)
 
     def read(self, numbers: Sequence[int], short_side: int) -> list[np.ndarray]:

@@ -89,6 +89,14 @@ class LazyClips(LazyVideo):
         """Say what decoding took since a run began; see `LazyVideo.loaded`."""
         return [reader.cost(asked) for reader, asked in zip(self._readers, self.asked, strict=True)]
 
+    @classmethod
+    def joined(cls, clips: Sequence[LazyClips]) -> LazyClips:
+        """Return several clips of the same kind as one batch, which shares what they have decoded."""
+        batch = object.__new__(cls)
+        batch._readers = [reader for each in clips for reader in each._readers]
+        batch._make(clips[0].prep, clips[0].device, clips[0].dtype)
+        return batch
+
     def rows(self, rows: Sequence[int]) -> LazyClips:
         """Return some of the videos, which share what has been decoded."""
         some = object.__new__(type(self))
@@ -249,7 +257,7 @@ class _Reader:
             if self._shape not in (None, picture.shape):
                 raise VideoError(f"{self.source}{SIZES_DIFFER}")
             self._shape = picture.shape
-            frame = self._prep.crop(picture[None])[0].clone()
+            frame = self._prep.crop(picture[None])[0]
         except BaseException as caught:
             error = caught
         milliseconds = 1000 * (time.thread_time() - begin)

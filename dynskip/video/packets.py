@@ -31,13 +31,13 @@ class PacketIndex:
     Attributes:
         packets: in decoding order; those without a time are left out.
         count: packets that make a frame which is shown.
-        missing: frames that the file's header promises and that are not there.
+        promised: frames that the file's header tells of, which is often wrong.
         one_pass: why frames cannot be told by their times, so that the file has to be read in one pass; else empty.
     """
 
     packets: Sequence[Packet]
     count: int
-    missing: int = 0
+    promised: int = 0
     one_pass: str = ""
     shown: Sequence[int] = field(init=False)
     _keys: Sequence[tuple[int, int]] = field(init=False)
@@ -66,8 +66,7 @@ def read_index(container: Any, stream: Any) -> PacketIndex:
         stream: its video stream.
     """
     packets: list[Packet] = []
-    count = timeless = 0
-    promised = int(stream.frames)
+    count, timeless, promised = 0, 0, int(stream.frames)
     try:
         for packet in container.demux(stream):
             if not packet.size:
@@ -82,8 +81,7 @@ def read_index(container: Any, stream: Any) -> PacketIndex:
         if not count or of_machine(error):
             raise  # else the file ends here
     times = [packet.pts for packet in packets if not packet.hidden]
-    missing = max(0, promised - len(packets) - timeless) if promised else 0
-    return PacketIndex(packets, count, missing, _why_one_pass(stream, packets, times, timeless))
+    return PacketIndex(packets, count, promised, _why_one_pass(stream, packets, times, timeless))
 
 
 def _why_one_pass(stream: Any, packets: Sequence[Packet], times: Sequence[int], timeless: int) -> str:

@@ -77,7 +77,7 @@ class Preprocessing:
         """
         video = torch.from_numpy(frames).permute(0, 3, 1, 2)
         if not training:
-            return T.functional.center_crop(video, [self.size, self.size])
+            return T.functional.center_crop(video, [self.size, self.size]).contiguous()
         augment = T.Compose(
             [T.RandomResizedCrop(self.size, scale=(0.5, 1.0), antialias=True), T.RandomHorizontalFlip()]
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
@@ -85,6 +86,12 @@ class FrameSource(ABC):
         return self.damage
 
 
+def notes_on(source: FrameSource) -> list[str]:
+    """Say what is worth telling of a video that was read: what is lost, and why it was read in one pass."""
+    one_pass = source.one_pass and f"was decoded from its start, since {source.one_pass}"
+    return [note for note in (source.damage, one_pass) if note]
+
+
 def spread(count: int, num_frames: int, rng: random.Random | None = None) -> list[int]:
     """Return numbers of frames spread evenly over a video of `count` frames, as `sample_frames` reads them."""
     offsets = [rng.random() if rng else 0.5 for _ in range(num_frames)]
@@ -106,7 +113,7 @@ def sample_frames(
         `(T, H, W, 3)` uint8 RGB frames.
 
     Raises:
-        VideoError: if frames cannot be read, there are none, or their sizes differ.
+        VideoError: if frames cannot be read, there are none, or their sizes differ. A warning tells what is damaged.
     """
     state, count = rng.getstate() if rng else None, -1
     while count != len(source):
@@ -120,4 +127,6 @@ def sample_frames(
         raise VideoError(f"{source} holds no frame. Expected at least one picture.")
     if len({frame.shape for frame in frames.values()}) > 1:
         raise VideoError(f"{source}{SIZES_DIFFER}")
+    if source.damage:
+        warnings.warn(f"{source}: {source.damage}.", stacklevel=2)
     return np.stack([frames[number] for number in numbers])
