@@ -27,6 +27,7 @@ from dynskip.gates import (
 )
 from dynskip.inner import InnerClassifier
 from dynskip.losses import (
+    AnytimeLoss,
     BudgetLoss,
     ClassificationLoss,
     DistillationLoss,
@@ -52,6 +53,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "UNSEEN",
+    "AnytimeLoss",
     "AttentionMean",
     "BudgetLoss",
     "Carry",
