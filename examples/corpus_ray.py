@@ -30,7 +30,7 @@ import torch
 
 from dynskip import DynskipError, StopOrForward, VideoResult
 from dynskip.activation import confidence, named_classes
-from dynskip.video import Preprocessing, VideoError, open_source, sample_frames
+from dynskip.video import MachineError, Preprocessing, VideoError, open_source, sample_frames
 from dynskip.video.files import VIDEO_SUFFIXES
 
 try:
@@ -60,7 +60,7 @@ def decode(row: dict[str, Any], prep: Preprocessing) -> dict[str, Any]:
     """Add to a row the bytes of the video's frames `(T, 3, H, W)`, or the error why there are none."""
     try:
         clip = prep.crop(sample_frames(open_source(Path(row["path"])), prep.num_frames, prep.short_side))
-    except VideoError as error:
+    except (VideoError, MachineError) as error:  # the latter's videos have their turn in the next run
         return {**row, "frames": b"", "error": str(error)}
     return {**row, "frames": clip.numpy().tobytes(), "error": ""}
 

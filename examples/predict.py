@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             twin = f"_{number}" if stems.count(path.stem) > 1 else ""
             try:
                 predict(model, path, args, args.out / f"{path.stem}{twin}.png")
-            except video.VideoError as error:
+            except (video.VideoError, video.MachineError) as error:
                 print(f"error: {error}", file=sys.stderr)
                 failed += 1
     except (DynskipError, OSError) as error:

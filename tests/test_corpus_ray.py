@@ -81,7 +81,7 @@ def test_two_actors_do_what_an_earlier_run_left(
     rows = [row for file in files for row in pq.read_table(file).to_pylist()]
     new = {row["path"]: row for row in rows if row["label"] != "earlier" and row["error"] != "damaged"}
     assert sorted(new) == sorted([*good[1:], text])
-    assert "not a readable video" in new[text]["error"] or "holds no video" in new[text]["error"]
+    assert "is text, no video" in new[text]["error"] or "holds no video" in new[text]["error"]
 
     # What the actors answered is what the model says of each video alone.
     loaded = StopOrForward.from_pretrained(model)

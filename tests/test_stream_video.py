@@ -182,10 +182,10 @@ def write_frameless(path: Path) -> None:
     ("arguments", "message"),
     [
         (["MODEL", "gone.mp4", "out.mp4"], "gone.mp4: no such file"),
-        (["MODEL", "empty.mp4", "out.mp4"], "empty.mp4: not a readable video"),
-        (["MODEL", "words.mp4", "out.mp4"], "holds no video stream|not a readable video"),
+        (["MODEL", "empty.mp4", "out.mp4"], r"empty.mp4: is empty \(0 bytes\)"),
+        (["MODEL", "words.mp4", "out.mp4"], "holds no video stream|is text, no video"),
         (["MODEL", "frameless.mkv", "out.mp4"], "holds no video frame|not a readable video"),
-        (["MODEL", "9999", "out.mp4"], "9999: (no such file or address|not a readable video)"),
+        (["MODEL", "9999", "out.mp4"], "9999: (no such file|not a readable video)"),
         (["MODEL", "VIDEO", "VIDEO"], "is the source itself"),
         (["MODEL", "VIDEO", "nowhere/out.mp4"], "cannot be written"),
         (["MODEL", "VIDEO", "out.txt.unknown"], "cannot be written"),

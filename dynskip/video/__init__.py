@@ -12,6 +12,7 @@ except ImportError as error:
     raise ImportError(f"dynskip.video needs {error.name}. Run `pip install 'dynskip[video]'`.") from error
 
 from dynskip.video.annotations import Item, Segment, class_names, held_out_split, pick_split
+from dynskip.video.causes import MachineError
 from dynskip.video.clips import (
     Batch,
     Clips,
@@ -35,6 +36,7 @@ __all__ = [
     "EvaluationLoader",
     "FrameSource",
     "Item",
+    "MachineError",
     "Preprocessing",
     "Segment",
     "StoredFeatures",

@@ -15,8 +15,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dynskip.video.causes import explain
 from dynskip.video.opening import open_source
-from dynskip.video.source import FrameSource, VideoError, sample_frames
+from dynskip.video.source import FrameSource, sample_frames
 
 CHOICES = 3  # frames kept for each one that the network sees: early, middle and late in its part of the video
 
@@ -109,6 +110,6 @@ class FrameCache:
 def _stamp(path: Path) -> str:
     try:
         stat = path.stat()
-    except OSError:
-        raise VideoError(f"{path}: no such file.") from None
+    except OSError as error:
+        raise explain(error, path) from error
     return f"{stat.st_size} {stat.st_mtime_ns}"

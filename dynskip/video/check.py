@@ -15,6 +15,7 @@ from typing import Any
 from dynskip.errors import DynskipError
 from dynskip.video.annotations import SPLITS, Item
 from dynskip.video.cache import FrameCache
+from dynskip.video.causes import MachineError, explain
 from dynskip.video.opening import open_source
 from dynskip.video.source import VideoError, sample_frames
 
@@ -27,20 +28,22 @@ class Finding:
         frames: number of frames; 0 where it cannot be read.
         missing: whether there is no such file.
         error: why it cannot be read.
+        machine: why this machine could not check it, which says nothing about the video.
         kept: whether its frames are in the cache.
     """
 
     frames: int = 0
     missing: bool = False
     error: str = ""
+    machine: str = ""
     kept: bool = False
 
 
 def check_video(item: Item, cache: FrameCache | None = None) -> Finding:
     """Decode a video from start to end, and keep its frames where there is a cache."""
-    if not item.path.exists():
-        return Finding(missing=True)
     try:
+        if not item.path.exists():
+            return Finding(missing=True)
         if cache is not None:
             frames = cache.read(item.path, range(cache.num_frames))[1]  # checks every frame that was kept
             return Finding(frames, kept=cache.file(item.path).is_file())
@@ -49,6 +52,10 @@ def check_video(item: Item, cache: FrameCache | None = None) -> Finding:
         return Finding(len(source))
     except VideoError as error:
         return Finding(error=str(error))
+    except MachineError as error:
+        return Finding(machine=str(error))
+    except OSError as error:
+        return Finding(machine=str(explain(error, item.path)))
 
 
 def check_videos(items: Sequence[Item], cache: FrameCache | None = None, workers: int = 0) -> Iterator[Finding]:
@@ -104,6 +111,7 @@ def report_on(items: Sequence[Item], findings: Sequence[Finding], num_frames: in
         "readable": len(good),
         "missing": [str(item.path) for item, finding in both if finding.missing],
         "unreadable": [finding.error for _, finding in both if finding.error],
+        "not_checked": [finding.machine for _, finding in both if finding.machine],
         "short": [f"{item.path}: {finding.frames} frames" for item, finding in good if finding.frames < num_frames],
         "fewer_frames_than_annotated": [
             f"{item.path}: {finding.frames} of {item.num_frames}"
@@ -146,6 +154,7 @@ def coverage(item: Item) -> float | None:
 LISTS = {
     "missing": "are missing",
     "unreadable": "cannot be read",
+    "not_checked": "could not be checked, which is this machine's fault and not theirs",
     "short": "have fewer frames than the network sees, which repeats some",
     "fewer_frames_than_annotated": "have fewer frames than annotated",
     "labels_without_training_videos": "labels have no training videos",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import av
 import numpy as np
 
+from dynskip.video.causes import check_encryption, explain
 from dynskip.video.source import FrameSource, VideoError
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".3gp", ".wmv")
@@ -56,18 +58,36 @@ def open_video(address: Path | str, **options: Any) -> Iterator[tuple[Any, Any]]
 
     Raises:
         VideoError: if it cannot be opened, or FFmpeg fails while it is open.
+        MachineError: if that is this machine's fault.
     """
     av.logging.set_libav_level(av.logging.PANIC)  # our errors say it better
     try:
         with av.open(str(address), metadata_errors="ignore", **options) as container:
-            stream = container.streams.best("video")
-            if stream is None or container.format.name == "tty":  # FFmpeg plays plain text as a terminal recording
-                raise VideoError(f"{address}: holds no video stream. Expected a video file such as .mp4 or .mkv.")
+            stream = best_stream(container, address)
+            if os.path.isfile(address):
+                check_encryption(Path(address))
             yield container, stream
-    except av.error.FileNotFoundError:
-        raise VideoError(f"{address}: no such file or address.") from None
-    except (av.error.FFmpegError, OSError) as error:
-        raise VideoError(f"{address}: not a readable video ({error}). Try to play or re-encode it.") from error
+    except (av.error.FFmpegError, OSError, MemoryError) as error:
+        raise explain(error, address) from error
+
+
+def best_stream(container: Any, address: Path | str) -> Any:
+    """Return the best video stream of a container. A cover picture is none.
+
+    Args:
+        container: PyAV's container.
+        address: its name, for the error.
+
+    Raises:
+        VideoError: if there is none.
+    """
+    cover = av.stream.Disposition.attached_pic
+    films = [stream for stream in container.streams.video if not stream.disposition & cover]
+    if not films or container.format.name == "tty":  # FFmpeg plays plain text as a terminal recording
+        found = "no video, only a cover picture" if not films and container.streams.video else "no video stream"
+        raise VideoError(f"{address}: holds {found}. Expected a video file such as .mp4 or .mkv.")
+    best = container.streams.best("video")
+    return best if best in films else films[0]
 
 
 def to_array(frame: Any, short_side: int) -> np.ndarray:
