@@ -30,8 +30,9 @@ import torch
 
 from dynskip import DynskipError, StopOrForward, VideoResult
 from dynskip.activation import confidence, named_classes
-from dynskip.video import MachineError, Preprocessing, VideoError, open_source, sample_frames
+from dynskip.video import MachineError, Preprocessing, VideoError, command, open_source, sample_frames
 from dynskip.video.files import VIDEO_SUFFIXES
+from dynskip.video.outputs import check_folders
 
 try:
     import pyarrow as pa
@@ -213,32 +214,32 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     args = parser().parse_args(arguments)
-    started = False
-    try:
-        paths = find_videos(args.corpus)
-        model = StopOrForward.from_pretrained(args.model)  # what is wrong with it is said once, before anything starts
-        check_model(args.out, args.model)
-        done, _ = read_results(args.out / "videos")
-        missing = [path for path in paths if path not in done]
-        print(f"{len(paths)} videos, {len(paths) - len(missing)} of them done.")
-        if missing:
-            if not ray.is_initialized():
+    return command.run(
+        lambda: run(args), "The same command goes on from what is written.", "Lower --streams or --batch."
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Classify what has no answer yet; return 1 if some videos have none in the end."""
+    check_folders(args.out / "videos")
+    paths = find_videos(args.corpus)
+    model = StopOrForward.from_pretrained(args.model)  # what is wrong with it is said once, before anything starts
+    check_model(args.out, args.model)
+    done, _ = read_results(args.out / "videos")
+    missing = [path for path in paths if path not in done]
+    print(f"{len(paths)} videos, {len(paths) - len(missing)} of them done.")
+    if missing:
+        started = not ray.is_initialized()
+        try:
+            if started:
                 ray.init()  # joins the cluster that RAY_ADDRESS names, or starts one of this machine
-                started = True
             classify(missing, args, Preprocessing.of(model))
-        return report(paths, args.out)
-    except (DynskipError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ray.exceptions.RayError as error:
-        print(f"error: Ray gave up: {error}\nWhat is written stays; the same command goes on.", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on from what is written.", file=sys.stderr)
-        return 130
-    finally:
-        if started:
-            ray.shutdown()
+        except ray.exceptions.RayError as error:
+            raise DynskipError(f"Ray gave up: {error}\nWhat is written stays; the same command goes on.") from error
+        finally:
+            if started:
+                ray.shutdown()
+    return report(paths, args.out)
 
 
 def report(paths: Sequence[str], out: Path) -> int:

@@ -18,8 +18,10 @@ from pathlib import Path
 
 import torch
 
-from dynskip import UNSEEN, DynskipError, SkipOutput, StopOrForward, plot, video
+from dynskip import UNSEEN, SkipOutput, StopOrForward, plot, video
 from dynskip.activation import named_classes
+from dynskip.video import command
+from dynskip.video.outputs import check_folders
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,35 +66,37 @@ def predict(model: StopOrForward, path: Path, args: argparse.Namespace, picture:
     output = model(inputs)
     fallback = int(output.fallback_frame[0])  # waits for a GPU
     text = describe(path.name, output, model, prep.size, 1000 * (time.perf_counter() - begin))
+    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    line = plot.timeline_text(output.stopped_at[0], stages, fallback_frame=fallback, color=color)
+    print(f"{text}\n{textwrap.indent(line, '  ')}")
     figure = plot.timeline(
         clip.permute(0, 2, 3, 1), output.stopped_at[0], stages, fallback_frame=fallback, title=text.splitlines()[0]
     )
-    picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture)
-    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    line = plot.timeline_text(output.stopped_at[0], stages, fallback_frame=fallback, color=color)
-    print(f"{text}\n{textwrap.indent(line, '  ')}\n  {picture}")
+    print(f"  {picture}")
+
+
+def predict_all(args: argparse.Namespace) -> int:
+    """Classify all videos; return 1 if some could not be read."""
+    check_folders(args.out)
+    failed, stems = 0, [path.stem for path in args.videos]
+    model = StopOrForward.from_pretrained(args.model).to(args.device)
+    for number, path in enumerate(args.videos, start=1):
+        twin = f"_{number}" if stems.count(path.stem) > 1 else ""
+        try:
+            predict(model, path, args, args.out / f"{path.stem}{twin}.png")
+        except (video.VideoError, video.MachineError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed += 1
+    if failed:
+        print(f"{failed} of {len(args.videos)} files could not be read.", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     args = parser().parse_args(arguments)
-    failed, stems = 0, [path.stem for path in args.videos]
-    try:
-        model = StopOrForward.from_pretrained(args.model).to(args.device)
-        for number, path in enumerate(args.videos, start=1):
-            twin = f"_{number}" if stems.count(path.stem) > 1 else ""
-            try:
-                predict(model, path, args, args.out / f"{path.stem}{twin}.png")
-            except (video.VideoError, video.MachineError) as error:
-                print(f"error: {error}", file=sys.stderr)
-                failed += 1
-    except (DynskipError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if failed:
-        print(f"{failed} of {len(args.videos)} files could not be read.", file=sys.stderr)
-    return 1 if failed else 0
+    return command.run(lambda: predict_all(args), "What was printed and drawn stays.", "Close other programs.")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 from dynskip import UNSEEN, DynskipError, StopOrForward, plot
 from dynskip.activation import named_classes
-from dynskip.video import Preprocessing, VideoError, open_video, to_array
+from dynskip.video import Preprocessing, VideoError, command, open_video, to_array
+from dynskip.video.outputs import check_files
 
 
 class Source:
@@ -109,8 +110,6 @@ class Output:
                 self.container.mux(self.stream.encode(None))
 
     def _open(self, width: int, height: int) -> None:
-        if not self.path.parent.is_dir():
-            raise FileNotFoundError(f"there is no folder {self.path.parent}")
         container = av.open(str(self.path), "w")
         self.stream = container.add_stream("libx264", rate=30, options={"preset": "veryfast"})
         self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "yuv420p"
@@ -275,25 +274,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--format", metavar="NAME", help="FFmpeg's name of the source's format, if it does not say: dshow, lavfi, ...")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     args = parser.parse_args(arguments)
-    source, output = Source(args.source, args.format), Output(args.output)
-    try:
+
+    def work() -> int:
+        source, output = Source(args.source, args.format), Output(args.output)
         if args.output.exists() and Path(args.source).exists() and args.output.samefile(args.source):
             raise DynskipError(f"{args.output} is the source itself. Name another file to write.")
         if not args.rate > 0:
             raise DynskipError(f"--rate {args.rate} is out of range; give a number above 0.")
+        check_files(args.output)
         watcher = Watcher(StopOrForward.from_pretrained(args.model).to(args.device), args.device)
         with contextlib.closing(output), stop_signals() as stopped:
             watch(source, output, watcher, args.rate, stopped)
         if output.container is None:
             raise VideoError(f"{source.name}: holds no video frame. Expected at least one picture.")
-    except (DynskipError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{watcher.frames} frames looked at, {watcher.used} used: {watcher.costs} (GMACs: 10^9 multiply-adds)")
-    print(f"Wrote {args.output}.")
-    if source.damaged:
-        print(f"{source.damaged} damaged packets were skipped.", file=sys.stderr)
-    return 1 if source.damaged else 0
+        print(f"{watcher.frames} frames looked at, {watcher.used} used: {watcher.costs} (GMACs: 10^9 multiply-adds)")
+        print(f"Wrote {args.output}.")
+        if source.damaged:
+            print(f"{source.damaged} damaged packets were skipped.", file=sys.stderr)
+        return 1 if source.damaged else 0
+
+    return command.run(work, "Nothing was recorded yet.")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ from dynskip.backbone import stage_model
 from dynskip.backbone.weights import load_weights
 from dynskip.losses import AnytimeLoss, SoFLoss
 from dynskip.sofnet import Recipe
+from dynskip.video import command
+from dynskip.video.outputs import cannot_write, check_folders
 from dynskip.video.stored import classifier
 
 DEMO = {"backbone": "test_resnet", "weights": "none", "size": 48, "workers": 0, "lr": 3e-3, "epochs": 20}
@@ -55,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     add("--demo", action="store_true", help="render videos to OUT/videos; train a tiny network on them")
     add("--data", type=Path, help="folder with labels.csv (path,label,split), or such a CSV file")
     add("--annotations", type=Path, nargs="+", default=[], metavar="FILE", help="annotation files of another format")
-    add("--format", help="of the annotations: csv, activitynet, thumos or list; by default told from the files")
+    add("--format", help="of the annotations: csv, activitynet, thumos, list, list-labels; by default told from them")
     add("--classes", type=Path, metavar="FILE", help="class list (index,name), for annotations that number classes")
     add("--groups", metavar="REGEX", help="what names a video's recording in its path: none is in two parts")
     add("--cache", type=Path, metavar="DIR", help="keep decoded frames there, and use those that are there")
@@ -102,8 +104,12 @@ def epochs(name: str, count: int, settings: Sequence[str], parts: dict[str, Any]
         torch.manual_seed(video.derive_seed(args.seed, epoch))
         yield epoch
         states = {key: part.state_dict() for key, part in parts.items()}
-        torch.save({"settings": own, "epoch": epoch + 1, **states}, unfinished)
-        os.replace(unfinished, file)
+        try:
+            with unfinished.open("wb") as opened:  # given a path, torch does not say that the disk is full
+                torch.save({"settings": own, "epoch": epoch + 1, **states}, opened)
+            os.replace(unfinished, file)
+        except (OSError, RuntimeError) as error:
+            raise cannot_write(file, error, "The same command goes on.") from error
 
 
 def build_model(args: argparse.Namespace) -> tuple[StopOrForward, bool]:
@@ -240,10 +246,12 @@ def choose_thresholds(model: StopOrForward, features: Any, clips: video.Clips, a
 
 def run(args: argparse.Namespace) -> None:
     """Do one phase after the other."""
+    if args.data is None and not args.demo:
+        raise DynskipError("Say with --data where the videos are, or try --demo.")
+    check_folders(args.out, args.cache)
     if args.demo:
         args.data = video.render_set(args.out / "videos", train_per_class=50, test_per_class=30, seed=args.seed)
         args.cache = args.out / "cache"
-    args.out.mkdir(parents=True, exist_ok=True)
     items = divide(video.load_items(args.data, args.annotations, args.format, args.classes), args)
     args.names = video.class_names(items, args.classes)
     model, new = build_model(args)
@@ -283,17 +291,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if top.parse_args(arguments).demo:
         top.set_defaults(**DEMO)
     args = top.parse_args(arguments)
-    try:
-        if args.data is None and not args.demo:
-            raise DynskipError("Say with --data where the videos are, or try --demo.")
-        run(args)
-    except (DynskipError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on after the last whole epoch.", file=sys.stderr)
-        return 130
-    return 0
+    interrupted = "The same command goes on after the last whole epoch."
+    return command.run(lambda: run(args), interrupted, "Lower --workers, --size, --frames or --batch-size.")
 
 
 if __name__ == "__main__":

@@ -175,10 +175,10 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
 ) -> None:
     save, count = torch.save, itertools.count(1)
 
-    def interrupted(content: Any, file: Path) -> None:
+    def interrupted(content: Any, file: Any) -> None:
         save(content, file)
         if next(count) == 3:
-            Path(file).write_bytes(Path(file).read_bytes()[:1000])
+            file.truncate(1000)
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -210,7 +210,7 @@ def test_a_full_disk_costs_nothing(
     before = (tmp_path / "last.pt").read_bytes()
     (tmp_path / "last.pt.part").symlink_to("/dev/full")
     assert train(data, tmp_path, "--resume") == 2
-    assert f"Could not write {tmp_path / 'last.pt'} (" in capsys.readouterr().err
+    assert re.search(r"Could not write \S*last\.pt \(the disk.*is full.*\)\. Make room\.", capsys.readouterr().err)
     assert (tmp_path / "last.pt").read_bytes() == before
     assert train(data, tmp_path, "--resume") == 0
     assert_same_run(tmp_path, trained)

@@ -187,7 +187,7 @@ def write_frameless(path: Path) -> None:
         (["MODEL", "frameless.mkv", "out.mp4"], "holds no video frame|not a readable video"),
         (["MODEL", "9999", "out.mp4"], "9999: (no such file|not a readable video)"),
         (["MODEL", "VIDEO", "VIDEO"], "is the source itself"),
-        (["MODEL", "VIDEO", "nowhere/out.mp4"], "cannot be written"),
+        (["MODEL", "VIDEO", "words.mp4/out.mp4"], "a file is where a folder is needed"),
         (["MODEL", "VIDEO", "out.txt.unknown"], "cannot be written"),
         (["MODEL", "VIDEO", "out.mp4", "--rate", "0"], "--rate 0.0 is out of range; give a number above 0"),
         (["MODEL", "VIDEO", "out.mp4", "--rate", "nan"], "--rate nan is out of range; give a number above 0"),

@@ -17,14 +17,16 @@ from dynskip.video.clips import (
     Batch,
     Clips,
     EvaluationLoader,
-    Preprocessing,
     collate_padded,
     derive_seed,
     training_batches,
 )
 from dynskip.video.files import open_video, to_array
 from dynskip.video.formats import AnnotationReader, load_items, read_items, relevant_frames
+from dynskip.video.lock import hold_folder
+from dynskip.video.names import find_videos
 from dynskip.video.opening import open_source
+from dynskip.video.preprocessing import Preprocessing
 from dynskip.video.source import FrameSource, VideoError, sample_frames
 from dynskip.video.stick_figures import render_set
 from dynskip.video.stored import StoredFeatures, encode_clips, fit_classifier
@@ -45,8 +47,10 @@ __all__ = [
     "collate_padded",
     "derive_seed",
     "encode_clips",
+    "find_videos",
     "fit_classifier",
     "held_out_split",
+    "hold_folder",
     "load_items",
     "open_source",
     "open_video",
