@@ -402,7 +402,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add(
         "--quick",
         action="store_true",
-        help="tiny networks without weights, few clips, a fold, an epoch: does it all run?",
+        help="tiny networks, few clips, one fold and epoch: does it all run?",
     )
     add("--report", type=Path, metavar="RESULTS", help="print the tables of results")
     add("--fold", type=int, help=argparse.SUPPRESS)
