@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     add("model", metavar="MODEL", help="folder of a saved model, or its name on the Hugging Face Hub")
     add("--data", type=Path, required=True, help="folder with labels.csv (path,label,split), or such a CSV file")
     add("--annotations", type=Path, nargs="+", default=[], metavar="FILE", help="annotation files of another format")
-    add("--format", help="of the annotations: csv, activitynet, thumos or list; by default told from the files")
+    add("--format", help="of the annotations: csv, activitynet, thumos, list, list-labels; by default told from them")
     add("--classes", type=Path, metavar="FILE", help="class list (index,name), for annotations that number classes")
     add("--cache", type=Path, metavar="DIR", help="keep decoded frames there, and use those that are there")
     add("--split", help="train, val or test; by default test, or val where there is no test")

@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder for features, log and trained model")
     add("--data", type=Path, required=True, help="folder with labels.csv (path,label,split), or such a CSV file")
     add("--annotations", type=Path, nargs="+", default=[], metavar="FILE", help="annotation files of another format")
-    add("--format", help="of the annotations: csv, activitynet, thumos or list; by default told from the files")
+    add("--format", help="of the annotations: csv, activitynet, thumos, list, list-labels; by default told from them")
     add("--classes", type=Path, metavar="FILE", help="class list (index,name), for annotations that number classes")
     add("--cache", type=Path, metavar="DIR", help="keep decoded frames there, and use those that are there")
     add("--size", type=int, default=168, help="height and width of the frames in pixels (default: 168)")

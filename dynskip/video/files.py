@@ -14,7 +14,17 @@ import numpy as np
 from dynskip.video.causes import check_encryption, explain
 from dynskip.video.source import FrameSource, VideoError
 
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".3gp", ".wmv")
+# Every usual suffix of what FFmpeg decodes. Suffixes that mostly mean something else (.dat, .ogg, .mp3) are not here.
+VIDEO_SUFFIXES = (
+    ".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".mj2", ".f4v", ".flv", ".ismv",
+    ".mkv", ".mk3d", ".webm", ".ogv", ".ogm", ".nut",
+    ".avi", ".divx", ".wmv", ".asf", ".rm", ".rmvb",
+    ".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".mp2v", ".mpv", ".vob", ".evo",  # discs
+    ".ts", ".m2ts", ".mts", ".m2t", ".trp", ".tod", ".mod", ".dv", ".dif", ".lrv", ".insv", ".360",  # camcorders
+    ".mxf", ".gxf", ".lxf", ".wtv", ".dvr-ms", ".ty", ".pva", ".nuv", ".nsv", ".dav", ".h264", ".h265",  # broadcast
+    ".264", ".265", ".hevc", ".avc", ".vvc", ".ivf", ".obu", ".vc1", ".h261", ".h263", ".y4m", ".mjpeg", ".mjpg",
+    ".gif", ".apng", ".fli", ".flc", ".amv", ".bik", ".smk", ".roq", ".mve",
+)  # fmt: skip
 
 
 class VideoFile(FrameSource):
@@ -50,7 +60,7 @@ def open_video(address: Path | str, **options: Any) -> Iterator[tuple[Any, Any]]
     """Open the best video stream of a file or address.
 
     Args:
-        address: a file, or what else FFmpeg opens.
+        address: a file, as a `Path`; or, as a string, whatever FFmpeg opens.
         **options: passed to `av.open`.
 
     Yields:
@@ -62,7 +72,9 @@ def open_video(address: Path | str, **options: Any) -> Iterator[tuple[Any, Any]]
     """
     av.logging.set_libav_level(av.logging.PANIC)  # our errors say it better
     try:
-        with av.open(str(address), metadata_errors="ignore", **options) as container:
+        # To FFmpeg, a relative path with a colon is an address.
+        target = os.path.abspath(address) if isinstance(address, Path) else address
+        with av.open(target, metadata_errors="ignore", **options) as container:
             stream = best_stream(container, address)
             if os.path.isfile(address):
                 check_encryption(Path(address))

@@ -30,8 +30,10 @@ from dynskip.activation import Activation
 from dynskip.errors import DynskipError
 from dynskip.losses import classification_loss
 from dynskip.output import EncodedVideo
+from dynskip.video.cache import DECODING
 from dynskip.video.clips import Batch, Clips, collate, padded
 from dynskip.video.loading import BatchLoader
+from dynskip.video.names import stamp
 from dynskip.video.outputs import cannot_write, check_folders
 from dynskip.wrapper import StopOrForward
 
@@ -217,10 +219,12 @@ def _made_from(model: StopOrForward, clips: Clips) -> dict[str, str]:
     for name, tensor in tensors.items():
         if not name.startswith(head) and not name.endswith("num_batches_tracked"):
             digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    videos = [[item.path.name, item.path.stat().st_size if item.path.exists() else 0] for item in clips.items]
+    paths = [item.path for item in clips.items]
+    videos = [[str(path.resolve()), stamp(path) if path.exists() else "missing"] for path in paths]
     return {
         "network": digest.hexdigest(),
         "preprocessing": json.dumps(asdict(clips.prep)),
+        "decoding": str(DECODING),
         "videos": hashlib.sha256(json.dumps(videos).encode()).hexdigest(),
     }
 
