@@ -26,6 +26,7 @@ from dynskip.gates import (
     exponential_temperature,
 )
 from dynskip.inner import InnerClassifier
+from dynskip.lazy import LazyVideo
 from dynskip.losses import (
     BudgetLoss,
     ClassificationLoss,
@@ -43,7 +44,10 @@ from dynskip.order import CoarseToFine, FrameOrder, RandomOrder
 from dynskip.output import EncodedVideo, FrameResult, SkipOutput, VideoResult
 from dynskip.rules import UNSEEN
 from dynskip.runtime.clip import LookAhead
+from dynskip.runtime.counters import StreamCounters
+from dynskip.runtime.mailbox import Mailbox
 from dynskip.runtime.online import Session
+from dynskip.runtime.serving import StreamEnd, StreamServer
 from dynskip.sofnet import sofnet
 from dynskip.terminate import EarlyTerminator
 from dynskip.wrapper import StopOrForward
@@ -73,9 +77,11 @@ __all__ = [
     "Gate",
     "InnerClassificationLoss",
     "InnerClassifier",
+    "LazyVideo",
     "LinearGate",
     "LookAhead",
     "LossParts",
+    "Mailbox",
     "MaxOfLogits",
     "MeanOfLogits",
     "MeanOfProbabilities",
@@ -91,6 +97,9 @@ __all__ = [
     "SoFLoss",
     "StagedBackbone",
     "StopOrForward",
+    "StreamCounters",
+    "StreamEnd",
+    "StreamServer",
     "TargetRateLoss",
     "TopKMean",
     "UsageUniformityLoss",

@@ -38,6 +38,8 @@ class FrameResult:
         key: name of the stream; `None` in sessions.
         frame: the frame's number in its stream; `None` in sessions.
         activation: the model's head activation, which makes probabilities of logits.
+        image: the frame itself, as its source gave it. Only a `StreamServer` sets it.
+        lag: seconds from the coming of the frame to its decision. Only a `StreamServer` sets it.
     """
 
     stopped_at: Any
@@ -50,6 +52,8 @@ class FrameResult:
     key: Hashable = None
     frame: int | None = None
     activation: Activation = "softmax"
+    image: Any = None
+    lag: float | None = None
 
     @property
     def running_probabilities(self) -> Tensor:
