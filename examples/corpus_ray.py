@@ -59,8 +59,6 @@ COLUMNS = pa.schema(
     ]
 )
 
-# ------------------------------------------------------------------------------------------------------ the workers
-
 
 class Classify:
     """An actor: a model on its device, which takes many videos at a time."""
@@ -173,15 +171,10 @@ def check_model(out: Path, model: str) -> None:
     folder, file = Path(model), out / "model.json"
     found = {"model": model}
     if folder.is_dir():
-        found = {
-            name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-            for name in ("config.json", "model.safetensors")
-        }
-    if file.is_file():
-        if json.loads(file.read_text()) != found:
-            raise DynskipError(f"{out} holds the answers of another model. Choose another --out.")
-        return
-    out.mkdir(parents=True, exist_ok=True)
+        weights = ("config.json", "model.safetensors")
+        found = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in weights}
+    if file.is_file() and json.loads(file.read_text()) != found:
+        raise DynskipError(f"{out} holds the answers of another model. Choose another --out.")
     part = file.with_suffix(".part")
     part.write_text(json.dumps(found, indent=2) + "\n")
     os.replace(part, file)
@@ -209,13 +202,10 @@ def classify(stamps: dict[str, str], args: argparse.Namespace) -> None:
     )
 
 
-# ----------------------------------------------------------------------------------------------------- command line
-
-
-def parser() -> argparse.ArgumentParser:
-    """Describe the command line."""
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = top.add_argument
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
     add("model", metavar="MODEL", help="folder of a saved model, or its name on the Hugging Face Hub")
     add("corpus", metavar="VIDEOS", type=Path, help="a folder, or a text file with one path a line")
     add("--out", type=Path, required=True, help="folder for the results; every machine must see it")
@@ -223,15 +213,8 @@ def parser() -> argparse.ArgumentParser:
     add("--actor-cpus", type=float, default=1.0, help="CPUs of an actor where there are no GPUs (default: 1)")
     add("--streams", type=int, default=16, help="videos that an actor runs at once (default: 16)")
     add("--batch", type=int, default=64, help="videos that an actor is handed at a time (default: 64)")
-    return top
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
-    args = parser().parse_args(arguments)
-    return command.run(
-        lambda: run(args), "The same command goes on from what is written.", "Lower --streams or --batch."
-    )
+    goes_on = "The same command goes on from what is written."
+    return command.run(lambda: run(parser.parse_args(arguments)), goes_on, "Lower --streams or --batch.")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -268,9 +251,8 @@ def report(paths: Iterable[str], out: Path) -> int:
         csv.writer(file).writerows([("path", "error"), *failed])
     print(f"{len(errors) - len(failed)} of {len(errors)} videos have an answer in {out / 'videos'}.")
     if failed:
-        print(f"{len(failed)} failed, listed in {out / 'failed.csv'}. The first:", file=sys.stderr)
-        for _, error in failed[:5]:
-            print(f"  {error}", file=sys.stderr)
+        first = "\n  ".join(str(error) for _, error in failed[:5])
+        print(f"{len(failed)} failed, listed in {out / 'failed.csv'}. The first:\n  {first}", file=sys.stderr)
     return 1 if failed else 0
 
 

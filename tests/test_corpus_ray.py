@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import csv
 import os
 import shutil
@@ -17,6 +18,8 @@ for needed in ("huggingface_hub", "PIL", "pyarrow", "safetensors", "tqdm"):
     pytest.importorskip(needed)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is reported to anybody
 
+import av  # noqa: E402
+import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 import ray  # noqa: E402
@@ -111,6 +114,10 @@ def test_two_actors_do_what_an_earlier_run_left(
         assert new[path]["gmacs"] == pytest.approx(float(wanted.macs[0]) / 1e9)
         assert (new[path]["used"], new[path]["seen"]) == (int(wanted.used.sum()), int(wanted.seen.sum()))
         assert new[path]["error"] is None
+        assert new[path]["notes"] is None
+        assert new[path]["decoded"] >= new[path]["seen"]
+        assert new[path]["decode_ms"] > 0
+        assert new[path]["network_ms"] > 0
 
     # Where nothing is left to do, Ray is not even started.
     Path(text).unlink()
@@ -164,6 +171,39 @@ def test_a_folder_is_searched_with_its_links(tmp_path: Path, capsys: pytest.Capt
         str(root / name) for name in (*videos[:6], "g.y4m", "more/more.mkv", "rec.ts")
     ]
     assert "3 other files were left out (.srt 2, no suffix 1)." in capsys.readouterr().out
+
+
+def test_what_a_model_does_not_look_at_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An actor's batch: a long file that can be sought, the same frames as a bare stream that cannot, and no video."""
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (240, 32, 32, 3), np.uint8)
+    stick_figures.write_video(tmp_path / "long.mp4", frames)
+    with av.open(str(tmp_path / "long.mp4")) as source, av.open(str(tmp_path / "bare.h264"), "w") as bare:
+        stream = bare.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                bare.mux(packet)
+    saved = save_tiny_sofnet(tmp_path / "model", PREP, threshold=0.01, min_frames=1)
+    monkeypatch.setattr(ray, "get_gpu_ids", list)
+    classify = corpus_ray.Classify(argparse.Namespace(model=str(saved), streams=2))
+    paths = [str(tmp_path / name) for name in ("long.mp4", "bare.h264", "none.mp4")]
+    batch = {key: np.array([row(path)[key] for path in paths]) for key in ("path", "path_bytes", "stamp")}
+    long, bare_row, none = classify(batch).to_pylist()
+    wanted = StopOrForward.from_pretrained(saved)(
+        PREP.normalize(PREP.crop(sample_frames(open_source(tmp_path / "long.mp4"), PREP.num_frames, PREP.short_side)))[
+            None
+        ]
+    )
+    assert long["seen"] < PREP.num_frames
+    assert long["seen"] == int(wanted.seen.sum())
+    assert long["probability"] == pytest.approx(float(wanted.probabilities.max()), abs=1e-5)
+    assert long["decoded"] < 240 * (long["seen"] + 1) / PREP.num_frames
+    assert long["notes"] is None
+    assert bare_row["decoded"] == 240
+    assert bare_row["notes"].startswith("decoded as a whole: ")
+    assert "none.mp4: no such file" in none["error"]
+    assert none["network_ms"] is None
 
 
 def test_a_second_run_in_the_same_folder_is_refused(
