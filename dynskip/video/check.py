@@ -17,7 +17,7 @@ from dynskip.video.annotations import SPLITS, Item
 from dynskip.video.cache import FrameCache
 from dynskip.video.causes import MachineError, explain
 from dynskip.video.opening import open_source
-from dynskip.video.source import VideoError, sample_frames
+from dynskip.video.source import VideoError
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def check_video(item: Item, cache: FrameCache | None = None) -> Finding:
             frames = cache.read(item.path, range(cache.num_frames))[1]  # checks every frame that was kept
             return Finding(frames, kept=cache.file(item.path).is_file())
         source = open_source(item.path)
-        sample_frames(source, 1, 32)
+        source.check()
         return Finding(len(source))
     except VideoError as error:
         return Finding(error=str(error))
