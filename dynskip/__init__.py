@@ -26,6 +26,7 @@ from dynskip.gates import (
     exponential_temperature,
 )
 from dynskip.inner import InnerClassifier
+from dynskip.lazy import LazyVideo
 from dynskip.losses import (
     AnytimeLoss,
     BudgetLoss,
@@ -78,6 +79,7 @@ __all__ = [
     "Gate",
     "InnerClassificationLoss",
     "InnerClassifier",
+    "LazyVideo",
     "LinearGate",
     "LookAhead",
     "LossParts",
