@@ -86,7 +86,8 @@ class Worth(nn.Module):
             worth = ((named.squeeze(-1) - chance) / (1 - chance)).clamp(min=0)
         margin = margins(output.gate_logits)
         stopped_wrongly = worth[..., None] * F.softplus(-margin)
-        return (stopped_wrongly + (1 - worth[..., None]) * self.saved * F.softplus(margin)).mean()
+        losses: Tensor = stopped_wrongly + (1 - worth[..., None]) * self.saved * F.softplus(margin)
+        return losses.mean()
 
 
 Loss = Callable[[Any, SkipOutput, Tensor], Tensor]
@@ -239,8 +240,8 @@ def report(folder: Path) -> str:
 
 def differ(ones: Sequence[Any], others: Sequence[Any], clips: Sequence[Sequence[str]]) -> str:
     """Compare video by video, with the standard error clustered by clip."""
-    both = [[hit for each in side for hit in sparse.hits(each)] for side in (ones, others)]
-    mean, error = common.paired(*both, list(itertools.chain(*clips)))
+    mine, theirs = ([hit for each in side for hit in sparse.hits(each)] for side in (ones, others))
+    mean, error = common.paired(mine, theirs, itertools.chain(*clips))
     return f"{100 * mean:+.1f} ± {100 * error:.1f}"
 
 
@@ -279,8 +280,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         features, items = sparse.encode(args)
         runs = list(itertools.product(args.kinds, args.folds, args.seeds, args.networks))
-        for run in tqdm(runs, "runs", disable=None):
-            perform(*run, features, items, args)
+        for kind, fold, seed, network in tqdm(runs, "runs", disable=None):
+            perform(kind, fold, seed, network, features, items, args)
     except (DynskipError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

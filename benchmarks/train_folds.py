@@ -101,7 +101,7 @@ def pack(data: Path, folder: Path, quick: bool) -> None:
 def pictures_of(file: Path) -> np.ndarray:
     """Decode a packed file, `(pictures, 3, H, W)`."""
     try:
-        import cv2
+        import cv2  # type: ignore[import-not-found]
 
         capture, found = cv2.VideoCapture(str(file)), []
         while (read := capture.read())[0]:
@@ -111,7 +111,8 @@ def pictures_of(file: Path) -> np.ndarray:
 
         with av.open(str(file)) as container:
             found = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    return np.stack(found).transpose(0, 3, 1, 2)
+    pictures: np.ndarray = np.stack(found).transpose(0, 3, 1, 2)
+    return pictures
 
 
 def unpack(folder: Path) -> None:
@@ -153,7 +154,7 @@ class Pictures:
         rows = ((clip * CLIP_STEPS + step) * A_STEP + A_STEP // 2).flatten().to(self.device)
         scale = torch.tensor([HEIGHT / WIDTH, 1.0], device=self.device) * 7 / 8
         images = self.crop(rows, scale.expand(len(rows), 2), torch.zeros(len(rows), 2, device=self.device))
-        return images.unflatten(0, clip.shape)
+        return images.view(*clip.shape, *images.shape[1:])
 
     def drawn(self, clip: Tensor, step: Tensor, shot: Tensor, seed: int) -> Tensor:
         """The same of random pictures, with a random crop that may be mirrored, the same in a shot."""
@@ -170,7 +171,7 @@ class Pictures:
         picture = torch.randint(A_STEP, (videos * frames,), generator=generator)
         rows = ((clip * CLIP_STEPS + step) * A_STEP).flatten() + picture
         images = self.crop(rows.to(self.device), scale.to(self.device), shift.to(self.device))
-        return images.unflatten(0, clip.shape)
+        return images.view(*clip.shape, *images.shape[1:])
 
 
 # ------------------------------------------------------------------------------------------------------- training
