@@ -112,7 +112,8 @@ def loss_of(variant: str, lookup: FLOPsLookup, teacher: StopOrForward | None) ->
         if teacher is not None:
             with torch.no_grad():
                 used = teacher.decide(encoded, sample=False).used.float()
-        return total + worth(output, targets, used)
+        total = total + worth(output, targets, used)
+        return total
 
     return loss
 
