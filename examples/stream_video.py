@@ -107,6 +107,7 @@ class Output:
         if any(self._path(later) == self._path() for later in hours):
             raise DynskipError(f"{path} would be the same name again. Put date and hour into it: %Y%m%d-%H%M.")
         self.container: Any = None
+        self.begin = self.zero = self.last = 0  # milliseconds
         self.written: list[Path] = []
         self._claim(self._path())
 
@@ -362,9 +363,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if value is not None and not value > 0:
                 raise DynskipError(f"--{name.replace('_', '-')} {value} is out of range; give a number above 0.")
         source: Recording | LiveSource
+        frames: video.Newest[video.LiveFrame]
         if live.is_live(args.source, args.format):
             address = int(args.source) if args.source.isdecimal() and args.format is None else args.source
-            source = frames = LiveSource(address, lag=args.lag, give_up=args.give_up, format=args.format)
+            frames = source = LiveSource(address, lag=args.lag, give_up=args.give_up, format=args.format)
         else:
             source = Recording(args.source, args.format)
             frames = video.Newest(source, queue=8, drop=False)
