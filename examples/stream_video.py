@@ -7,8 +7,7 @@
 MODEL is a folder that `save_pretrained` or a recipe wrote; similarity_gates.py makes one without training. Frames go
 one at a time through an online session (`model.stream()`), --rate of them a second. As many as the model was trained
 on make one prediction; then the session starts anew, so that a camera may run for days. The output shows, below every
-picture, the running prediction, the multiply-adds (MACs) executed against those of a model that skips nothing, and how
-deep the latest frames ran.
+picture, the running prediction, the multiply-adds (MACs) executed and those of a dense model, and the frames' depths.
 
 Of a file, every frame is shown. Of a camera or another live source the newest one is; those older than --lag are
 dropped and counted. When the link breaks, it connects again. Ctrl-C and SIGTERM end in order; a second one, at once.
@@ -41,8 +40,7 @@ from tqdm import tqdm
 
 from dynskip import UNSEEN, DynskipError, StopOrForward, plot, video
 from dynskip.activation import named_classes
-from dynskip.video import LiveSource, VideoError, command, live
-from dynskip.video.outputs import check_files
+from dynskip.video import LiveSource, VideoError, command, live, outputs
 
 # ---------------------------------------------------------------------------------------------------------- sources
 
@@ -149,7 +147,7 @@ class Output:
 
     def _claim(self, path: Path) -> None:
         self.path, self.new, self.claim, self.last = path, not path.exists(), None, -1
-        check_files(path)
+        outputs.check_files(path)
         if path.exists() and not path.is_file():  # a pipe
             return
         try:
@@ -186,9 +184,11 @@ class Output:
 class Watcher:
     """An online session that starts anew after every prediction, and its accounts."""
 
-    def __init__(self, model: StopOrForward, device: str) -> None:
+    def __init__(self, model: StopOrForward, device: str, font: Path | None = None) -> None:
         self.model, self.prep, self.device = model, video.Preprocessing.of(model), device
-        self.classes = model.class_names or [f"class {i}" for i in range(model.backbone.num_classes)]
+        names = model.class_names or [f"class {i}" for i in range(model.backbone.num_classes)]
+        self.font = plot.find_font("".join(names), font)
+        self.classes = self.font.names(names)
         self.session = model.stream()
         self.dense_macs = model.lookup_for((self.prep.size, self.prep.size)).dense  # a frame
         self.answer = "no answer yet"
@@ -294,8 +294,7 @@ def stop_signals(frames: video.Newest[video.LiveFrame]) -> Iterator[None]:
 TOLD = 60.0  # seconds between two lines about a live source
 SHOWN = 48  # frames whose depth is drawn
 MIN_SIDE = 360  # pixels; smaller pictures are scaled up, so that the text can be read
-# Colours of Okabe and Ito, which colour-blind people can tell apart.
-USED, STOPPED, INK, GROUND = (0, 158, 115), (230, 159, 0), (255, 255, 255), (13, 17, 23)
+USED, STOPPED, INK, GROUND = (0, 158, 115), (230, 159, 0), (255, 255, 255), (13, 17, 23)  # all can tell them apart
 
 
 def draw(picture: np.ndarray, watcher: Watcher) -> np.ndarray:
@@ -305,8 +304,8 @@ def draw(picture: np.ndarray, watcher: Watcher) -> np.ndarray:
     unit = min(image.size) / 100
     width, height, margin = image.width, image.height, 2 * unit
     canvas.rectangle((0, height - 28 * unit, width, height), fill=(*GROUND, 185))
-    for text, size, top in ((watcher.answer, 5, 27), (watcher.costs, 4.2, 20.5)):
-        font = ImageFont.load_default(size * unit)
+    for text, size, top in ((watcher.font.spell(watcher.answer), 5, 27), (watcher.costs, 4.2, 20.5)):
+        font = ImageFont.truetype(watcher.font.path, size * unit)
         canvas.text((margin, height - top * unit), fitting(text, font, width - 2 * margin), INK, font)
 
     stages = watcher.model.backbone.num_stages
@@ -319,7 +318,7 @@ def draw(picture: np.ndarray, watcher: Watcher) -> np.ndarray:
             canvas.rectangle((left, top, left + 0.75 * step, floor), fill=USED if depth == stages else STOPPED)
         if end:
             canvas.line((left + 0.9 * step, floor - tallest, left + 0.9 * step, floor + unit), fill=(*INK, 150))
-    font, left = ImageFont.load_default(3.4 * unit), margin
+    font, left = ImageFont.truetype(watcher.font.path, 3.4 * unit), margin
     for text, colour in (("used", USED), ("stopped: the taller, the deeper", STOPPED)):
         canvas.rectangle((left, height - 4.2 * unit, left + 2.4 * unit, height - 1.8 * unit), fill=colour)
         canvas.text((left + 3.4 * unit, height - 5 * unit), text, INK, font)
@@ -351,6 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--lag", type=float, default=1.0, help="seconds; older frames of a live source are dropped (default: 1)")
     add("--give-up", type=float, metavar="SECONDS", help="how long to wait for a lost source (default: for ever)")
     add("--format", metavar="NAME", help="FFmpeg's name of the source's format, if it does not say: dshow, lavfi, ...")
+    add("--font", type=Path, metavar="FILE", help="a font that has the letters of the classes, if none is found")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     args = parser.parse_args(arguments)
 
@@ -372,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             frames = video.Newest(source, queue=8, drop=False)
         code, output = 0, None if out is None else Output(out, args.overwrite)
         with contextlib.nullcontext() if output is None else contextlib.closing(output):
-            watcher = Watcher(StopOrForward.from_pretrained(args.model).to(args.device), args.device)
+            watcher = Watcher(StopOrForward.from_pretrained(args.model).to(args.device), args.device, args.font)
             try:
                 with stop_signals(frames):
                     watch(source, frames, output, watcher, args.rate, args.output_rate)
