@@ -2,11 +2,11 @@
 
     python examples/cameras_ray.py runs/mine/model cameras.csv --out runs/cameras
 
-MODEL is a folder that `save_pretrained` or a recipe wrote. CAMERAS is a CSV file with the columns key and address. Frames
-go one at a time through an online session, --rate of them a second. As many as the model was trained on make one answer,
-a line of OUT/answers.jsonl. Each --save-every frames, and with each answer, the session's state is saved in OUT/states:
-if an actor dies, its cameras go on from there on others. So does the same command, started again. docs/cameras.md tells
-more. GMACs are 10^9 multiply-adds.
+MODEL is a folder that `save_pretrained` or a recipe wrote; CAMERAS a CSV file with the columns key and address. Frames
+go one at a time through an online session, --rate of them a second. As many as the model was trained on make one
+answer, a line of OUT/answers.jsonl. Each --save-every frames, and with each answer, the session's state is saved in
+OUT/states: if an actor dies, its cameras go on from there on others. So does the same command, started again.
+docs/cameras.md tells more. GMACs are 10^9 multiply-adds.
 """
 
 from __future__ import annotations
@@ -243,8 +243,7 @@ def watch(args: argparse.Namespace) -> int:
         ray.init(ignore_reinit_error=True)  # joins the cluster that RAY_ADDRESS names, or starts one, until the end
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stopped.append(True))
-        failed = sum(over and state is None for _, (state, _, over) in Fleet(cameras, args).run(stopped))
-    return 1 if failed else 0
+        return min(1, sum(over and state is None for _, (state, _, over) in Fleet(cameras, args).run(stopped)))
 
 
 if __name__ == "__main__":
