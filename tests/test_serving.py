@@ -332,6 +332,29 @@ def test_the_important_camera_goes_first_and_the_newest_frame_wins() -> None:
     assert plain.mailbox.dropped == important.mailbox.dropped == 1
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_frame_is_decided_within_the_documented_number_of_stage_runs(batch_size: int) -> None:
+    serving = served(max_streams=24, batch_size=batch_size, model=model_of(ends=False))
+    lives = [serving.add(f"camera {i}", num_frames=5) for i in range(24)]
+    numbers, polls, most = itertools.count(), 0, 0
+    taken: dict[int, int] = {}
+
+    def noted(number: int) -> Tensor:
+        taken[number] = polls
+        return frame_of(number % 64)
+
+    for camera in serving.server._cameras.values():
+        camera.prepare = noted
+    for polls in range(400):
+        for life in lives:
+            serving.put(life, next(numbers))
+        for event in serving.poll():
+            if isinstance(event, FrameResult):
+                most = max(most, polls - taken[event.image])
+        assert serving.server._scheduler._engine.pending.sum() <= 2 * batch_size
+    assert 3 <= most <= 3 * (4 * 3 + 2 * batch_size)
+
+
 def test_lag_is_the_age_of_the_frame_when_it_is_decided() -> None:
     serving = served()
     life = serving.add("door")
