@@ -87,7 +87,7 @@ def small_model(state_update: Any) -> StopOrForward:
         parameter.mul_(3)
     backbone = stage_model(network, input_size=(3, SIZE, SIZE))
     gates = [PolicyGate(width, hidden=16, forward_bias=0.0).double() for width in backbone.num_features]
-    model = StopOrForward(backbone, gates, terminator=EarlyTerminator(0.9, 3), state_update=state_update).eval()
+    model = StopOrForward(backbone, gates, terminator=EarlyTerminator(0.3, 3), state_update=state_update).eval()
     encoded = model.encode(pictures(96).unflatten(0, (32, 3)))
     for gate, pooled in zip(gates, encoded.pooled, strict=True):
         gate.decide.weight.mul_(9)
@@ -274,7 +274,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--cameras", type=int, default=64)
     parser.add_argument("--quick", action="store_true", help="five seconds and eight cameras")
-    parser.add_argument("--bound", type=float, default=1.0, help="seconds that a frame may be old when it is decided")
+    # A camera's last frame may wait for as long as priorities 0 to 2 allow, 2 s, and for the frames before it.
+    parser.add_argument("--bound", type=float, default=3.0, help="seconds that a frame may be old when it is decided")
     parser.add_argument("--state-update", choices=("used", "reached"), default="used")
     parser.add_argument("--json", type=Path, help="file to write the results to")
     args = parser.parse_args(arguments)

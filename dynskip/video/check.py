@@ -16,6 +16,7 @@ from dynskip.errors import DynskipError
 from dynskip.video.annotations import SPLITS, Item
 from dynskip.video.cache import FrameCache
 from dynskip.video.causes import MachineError, explain
+from dynskip.video.loading import ignoring_interrupts
 from dynskip.video.opening import open_source
 from dynskip.video.source import VideoError
 
@@ -78,19 +79,28 @@ def check_videos(items: Sequence[Item], cache: FrameCache | None = None, workers
     if not workers:
         yield from map(check, items)
         return
-    done = 0
-    try:
+    done, others = 0, set(multiprocessing.active_children())
+    with ignoring_interrupts():
         # Forking a process that runs threads may hang: start from a clean one.
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            for finding in pool.map(check, items):
-                yield finding
-                done += 1
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+        findings = pool.map(check, items)
+    own = set(multiprocessing.active_children()) - others
+    try:
+        for finding in findings:
+            yield finding
+            done += 1
     except BrokenProcessPool as error:
         suspects = ", ".join(str(item.path) for item in items[done : done + workers])
         raise DynskipError(
             f"A process that reads videos died after {done} of {len(items)}: out of memory, or killed by a damaged "
             f"file. It may have been reading one of {suspects}. Try one worker to find out; the cache keeps the rest."
         ) from error
+    except BaseException:  # Ctrl-C, or nobody asks for the rest: do not wait for videos that take minutes
+        for process in own:
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def report_on(items: Sequence[Item], findings: Sequence[Finding], num_frames: int, cache: bool) -> dict[str, Any]:

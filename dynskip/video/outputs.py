@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from dynskip.errors import DynskipError
-from dynskip.plot._style import matplotlib
+from dynskip.plot._letters import matplotlib
 
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _WHY = {
