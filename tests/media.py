@@ -36,7 +36,7 @@ def write_video(
     """Encode pictures `(H, W, 3)`; `times` are milliseconds, `aspect` is a pixel's, and `options` are the codec's."""
     pictures = [picture(number) for number in range(COUNT)] if pictures is None else pictures
     with av.open(os.fspath(path), "w", format=form) as container:
-        stream: Any = container.add_stream(codec, rate=25, options=options)  # type: ignore[call-overload]
+        stream: Any = container.add_stream(codec, rate=25, options=options)
         stream.height, stream.width = pictures[0].shape[:2]
         stream.pix_fmt = pixels
         if aspect:
@@ -128,13 +128,16 @@ def _flat(path: Path) -> Path:
 
 _UNEVEN = [33 * i for i in range(40)] + [3000 + 500 * i for i in range(COUNT - 40)]
 _PAUSED = [33 * i + 4000 * (i > 25) for i in range(COUNT)]
-_X265 = {"x265-params": "log-level=none:keyint=15:bframes=3"}
-_VP9 = {"g": "15", "deadline": "realtime", "cpu-used": "8"}
-_OPEN = {"g": "12", "bf": "3", "x264-params": "open-gop=1:scenecut=0"}
+_X265: dict[str, Any] = {"x265-params": "log-level=none:keyint=15:bframes=3"}
+_X265_OPEN: dict[str, Any] = {"x265-params": "log-level=none:keyint=12:open-gop=1"}
+_VP8: dict[str, Any] = {"g": "15", "auto-alt-ref": "1", "lag-in-frames": "10"}
+_REFRESHED: dict[str, Any] = {"g": "12", "x264-params": "intra-refresh=1:bframes=0"}
+_VP9: dict[str, Any] = {"g": "15", "deadline": "realtime", "cpu-used": "8"}
+_OPEN: dict[str, Any] = {"g": "12", "bf": "3", "x264-params": "open-gop=1:scenecut=0"}
 x264, plain = partial(write_video, g="12"), partial(write_video, g="15", bf="0")
 mpeg4 = partial(write_video, codec="mpeg4", g="12")
-vp9 = partial(write_video, codec="libvpx-vp9", **_VP9)  # type: ignore[arg-type]
-x265 = partial(write_video, codec="libx265", **_X265)  # type: ignore[arg-type]
+vp9 = partial(write_video, codec="libvpx-vp9", **_VP9)
+x265 = partial(write_video, codec="libx265", **_X265)
 
 # Whole files. Those of `ONE_PASS` cannot be sought exactly, and are decoded from their start.
 WHOLE: dict[str, Callable[[Path], Path]] = {
@@ -145,9 +148,9 @@ WHOLE: dict[str, Callable[[Path], Path]] = {
     "x264.flv": x264,
     "fragments.mp4": partial(_copied, change=lambda _, p: p, whole=x264, movflags="frag_keyframe+empty_moov"),
     "x265.mp4": x265,
-    "x265_open.mkv": partial(write_video, codec="libx265", **{"x265-params": "log-level=none:keyint=12:open-gop=1"}),
+    "x265_open.mkv": partial(write_video, codec="libx265", **_X265_OPEN),
     "vp9.webm": vp9,
-    "vp8.webm": partial(write_video, codec="libvpx", g="15", **{"auto-alt-ref": "1", "lag-in-frames": "10"}),
+    "vp8.webm": partial(write_video, codec="libvpx", **_VP8),
     "av1.mp4": partial(write_video, codec="libsvtav1", g="15", preset="12"),
     "mpeg4.avi": mpeg4,
     "mpeg4_b.mp4": partial(mpeg4, bf="2"),
@@ -159,9 +162,9 @@ WHOLE: dict[str, Callable[[Path], Path]] = {
     "moves.gif": partial(write_video, codec="gif", pixels="rgb8"),
     "raw.y4m": partial(write_video, codec="rawvideo", form="yuv4mpegpipe"),
     "flat.h264": _flat,
-    "open_gop.mp4": partial(write_video, **_OPEN),  # type: ignore[arg-type]
-    "open_gop.mkv": partial(write_video, **_OPEN),  # type: ignore[arg-type]
-    "refreshed.ts": partial(write_video, form="mpegts", g="12", **{"x264-params": "intra-refresh=1:bframes=0"}),
+    "open_gop.mp4": partial(write_video, **_OPEN),
+    "open_gop.mkv": partial(write_video, **_OPEN),
+    "refreshed.ts": partial(write_video, form="mpegts", **_REFRESHED),
     "one_key.mp4": partial(write_video, g="250"),
     "vfr.mkv": partial(x264, times=_UNEVEN),
     "vfr.mp4": partial(x264, times=_UNEVEN),

@@ -467,7 +467,9 @@ def test_predict_says_and_draws_what_happened(
     assert re.search(r"^test_0000\.mp4: \w+ \d+\.\d %$", captured.out, re.MULTILINE)
     assert "frames: 4 used, 0 stopped, 0 unseen" in captured.out
     assert "  ####\n  # used (4)\n" in captured.out
-    assert re.search(r"[\d.]+ GMACs \(multiply-adds\) against [\d.]+ dense, [\d.]+ ms", captured.out)
+    assert re.search(
+        r"[\d.]+ GMACs \(multiply-adds\) against [\d.]+ dense\n  4 frames, \d+ decoded for them", captured.out
+    )
     assert f"error: {bad}: " in captured.err
     assert "gone.mp4: no such file" in captured.err
     assert "2 of 4 files could not be read." in captured.err

@@ -21,7 +21,7 @@ for needed in ("PIL", "safetensors", "tqdm"):
 import av  # noqa: E402
 import media  # noqa: E402
 
-from dynskip.video import VideoError, open_source, sample_frames, to_array  # noqa: E402
+from dynskip.video import Item, VideoError, open_source, sample_frames, to_array  # noqa: E402
 from dynskip.video.check import check_video  # noqa: E402
 from dynskip.video.files import VideoFile, pixel_aspect  # noqa: E402
 
@@ -56,8 +56,8 @@ def shown(source: VideoFile, path: Path) -> list[np.ndarray]:
         return [frame for _, frame in frames]
     found, number = [], 0
     latest, until = frames[0][1], -1
-    for packet in (source.index.packets[place] for place in source.index.shown):
-        while number < len(frames) and (time := frames[number][0] or 0) <= packet.pts:
+    for moment in source.index.times:
+        while number < len(frames) and (time := frames[number][0] or 0) <= moment:
             if time > until:  # what comes late is not shown
                 latest, until = frames[number][1], time
             number += 1
@@ -157,7 +157,7 @@ def test_lost_frames_are_refused_where_they_are_too_many(zoo: Path) -> None:
     with pytest.raises(VideoError, match=r"damaged: 1 of 60 packets, 14 frames lost: more than the share of 0\.2 that"):
         VideoFile(path, 0.2).read([40], SIDE)
     VideoFile(path, 0.2).read([20], SIDE)  # before the damage
-    finding = check_video(type("Item", (), {"path": path})())  # type: ignore[arg-type]
+    finding = check_video(Item(path, (), "train"))
     assert (finding.frames, finding.damage) == (60, "damaged: 1 of 60 packets, 14 frames lost")
     assert len(wanted) == 60
 

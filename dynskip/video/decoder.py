@@ -34,7 +34,7 @@ class Decoder:
 
     def __init__(self, container: Any, stream: Any, index: PacketIndex, wanted: Sequence[int]) -> None:
         self._container, self._stream, self._index = container, stream, index
-        self._wanted = {index.packets[index.shown[number]].pts for number in wanted}
+        self._wanted = {int(index.times[number]) for number in wanted}
         stream.codec_context.thread_count = 1  # several videos are decoded at a time
         self._skips = stream.codec_context.name in _SKIPS
         self._place, self._last = -1, -1  # the packet to come, and the last frame that was given
@@ -47,7 +47,7 @@ class Decoder:
         Raises:
             AstrayError: if it does not come, or is damaged.
         """
-        start, pts = self._index.start(number), self._index.packets[self._index.shown[number]].pts
+        start, pts = self._index.start(number), int(self._index.times[number])
         try:
             if number <= self._last or start > self._place:
                 self._frames = self._from(start)
@@ -63,19 +63,19 @@ class Decoder:
 
     def _from(self, start: int) -> Iterator[Any]:
         """Seek to a key frame, and decode from there on."""
-        packets, codec = self._index.packets, self._stream.codec_context
-        key = packets[start]
-        self._container.seek(min(key.dts, key.pts), stream=self._stream)
+        times, codec = self._index.pts, self._stream.codec_context
+        pts, dts = int(times[start]), int(self._index.dts[start])
+        self._container.seek(min(dts, pts), stream=self._stream)
         self._place, proven = -1, False
         for packet in self._container.demux(self._stream):
             if packet.size:
                 if self._place < 0:
-                    if packet.pts != key.pts:
-                        if packet.dts is not None and packet.dts > key.dts:
+                    if packet.pts != pts:
+                        if packet.dts is not None and packet.dts > dts:
                             raise AstrayError
                         continue  # before the key frame
                     self._place = start
-                if self._place >= len(packets) or packet.pts != packets[self._place].pts:
+                if self._place >= len(times) or packet.pts != times[self._place]:
                     raise AstrayError
                 self._place += 1
                 if self._skips:
@@ -84,9 +84,9 @@ class Decoder:
                 self.walked += 1
                 if frame.pts is None or frame.is_corrupt:
                     raise AstrayError
-                if frame.pts < key.pts:
+                if frame.pts < pts:
                     continue  # it needs frames before the key frame
-                if frame.pts == key.pts:
+                if frame.pts == pts:
                     proven = frame.pict_type == _INTRA
                 if not proven:  # a container may call any frame a key frame
                     raise AstrayError

@@ -142,7 +142,6 @@ class VideoFile(FrameSource):
     def _walk(self, wanted: Sequence[int]) -> Iterator[tuple[int, Any, float]]:
         """Decode from the start; yield wanted numbers, their frames, and the pixels' aspect."""
         index = self.index
-        numbers = {index.packets[place].pts: number for number, place in enumerate(index.shown)}
         left, last, shown = list(reversed(wanted)), -1, None
         self._lost = self._bad = 0
         with open_video(self.path) as (container, stream):
@@ -151,7 +150,7 @@ class VideoFile(FrameSource):
                 if frame is None:
                     self._bad += 1
                     continue
-                number = index.count if frame is _END else numbers.get(frame.pts, -1)
+                number = index.count if frame is _END else index.number(frame.pts)
                 if number <= last:
                     continue
                 self._lose(number - last - 1)
