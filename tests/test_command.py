@@ -19,7 +19,7 @@ from torch import nn
 for needed in ("av", "matplotlib", "PIL", "safetensors", "tqdm"):
     pytest.importorskip(needed)
 
-from dynskip import DynskipError  # noqa: E402
+from dynskip import DynskipError, stage_model  # noqa: E402
 from dynskip.errors import lacks_memory  # noqa: E402
 from dynskip.video import Clips, Item, MachineError, Preprocessing, VideoError, command, memory, outputs  # noqa: E402
 
@@ -286,3 +286,27 @@ def test_videos_in_memory_are_counted_before_they_are_decoded(monkeypatch: pytes
     monkeypatch.setattr(memory, "memory_left", lambda: 9e8)
     with pytest.raises(DynskipError, match=r"9 videos takes 1\.4 GB .* and 900\.0 MB are left\..*--cache"):
         Clips(items, "a", Preprocessing(896, 16), True).load_into_memory()
+
+
+class Hungry(nn.Module):
+    """A network that gets no memory for its second layer."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.first, self.second, self.error = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), error
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.first(images)
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("no"), RuntimeError("could not create a primitive"), torch.OutOfMemoryError("CUDA out of memory.")],
+)
+def test_a_network_without_memory_does_not_refuse_a_size(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught:
+        stage_model(Hungry(error), ["first", "second"], input_size=(3, 8, 8))
+    assert caught.value is error
+    with pytest.raises(DynskipError, match="Hungry refuses images of 3x8x8"):
+        stage_model(Hungry(RuntimeError("shapes do not fit")), ["first", "second"], input_size=(3, 8, 8))
