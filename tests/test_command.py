@@ -47,6 +47,7 @@ ENDS: dict[str, tuple[BaseException, int, str]] = {
     "torch's": (RuntimeError(f"{ALLOCATOR}\nstack"), 2, OUT + f"({ALLOCATOR}). Less."),
     "oneDNN's": (RuntimeError("could not create a primitive"), 2, OUT + "(could not create a primitive). Less."),
     "the GPU's": (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, OUT + "(CUDA out of memory."),
+    "a library's": (ImportError("a.so: failed to map segment from shared object"), 2, OUT + "(a.so: failed"),
     "fork's": (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, OUT),
     "a process's death": (RuntimeError(KILLED), 2, "error: A process that decodes videos was killed, most likely"),
 }
@@ -73,6 +74,7 @@ def test_what_work_returns_is_the_exit_code() -> None:
         RuntimeError("could not create a primitive descriptor for a convolution"),
         KeyError("a"),
         TypeError("a"),
+        ImportError("a.so: undefined symbol"),
     ],
 )
 def test_an_error_in_code_is_shown_whole(error: Exception) -> None:
