@@ -161,8 +161,13 @@ def run(args: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     args = parser().parse_args(arguments)
+
+    def work() -> None:
+        with video.hold_folder(args.out):
+            run(args)
+
     interrupted = "The same command goes on; what is encoded stays."
-    return command.run(lambda: run(args), interrupted, "Lower --workers, --size, --frames or --batch-size.")
+    return command.run(work, interrupted, "Lower --workers, --size, --frames or --batch-size.")
 
 
 if __name__ == "__main__":
