@@ -43,7 +43,10 @@ from dynskip.order import CoarseToFine, FrameOrder, RandomOrder
 from dynskip.output import EncodedVideo, FrameResult, SkipOutput, VideoResult
 from dynskip.rules import UNSEEN
 from dynskip.runtime.clip import LookAhead
+from dynskip.runtime.counters import StreamCounters
+from dynskip.runtime.mailbox import Mailbox
 from dynskip.runtime.online import Session
+from dynskip.runtime.serving import StreamEnd, StreamServer
 from dynskip.sofnet import sofnet
 from dynskip.terminate import EarlyTerminator
 from dynskip.wrapper import StopOrForward
@@ -76,6 +79,7 @@ __all__ = [
     "LinearGate",
     "LookAhead",
     "LossParts",
+    "Mailbox",
     "MaxOfLogits",
     "MeanOfLogits",
     "MeanOfProbabilities",
@@ -91,6 +95,9 @@ __all__ = [
     "SoFLoss",
     "StagedBackbone",
     "StopOrForward",
+    "StreamCounters",
+    "StreamEnd",
+    "StreamServer",
     "TargetRateLoss",
     "TopKMean",
     "UsageUniformityLoss",

@@ -186,7 +186,8 @@ class StopOrForward(Pretrained, Wrapper):
 
         The results of a stream do not depend on the others. A stream that ends is replaced at once. Where a source
         raises, a frame does not fit, or a stage or gate raises on it, that stream alone fails. A source that waits for
-        its frames holds up the others: give it to `aserve_streams`. Closing the iterator closes the sources.
+        its frames holds up the others, unless it has a method `poll`, which returns a frame or None at once, as live
+        sources do; or give it to `aserve_streams`. Closing the iterator closes the sources.
 
         Args:
             sources: one item a video: `(key, frames)`, or `frames` alone, whose key is its number. Frames are an

@@ -31,8 +31,10 @@ from dynskip.video.clips import (
 )
 from dynskip.video.files import open_video, to_array
 from dynskip.video.formats import AnnotationReader, load_items, read_items, relevant_frames
+from dynskip.video.live import LinkLostError, LiveFrame, LiveSource, LiveVideo
 from dynskip.video.lock import hold_folder
 from dynskip.video.names import find_videos
+from dynskip.video.newest import Newest
 from dynskip.video.opening import open_source
 from dynskip.video.preprocessing import Preprocessing
 from dynskip.video.source import FrameSource, VideoError, sample_frames
@@ -46,7 +48,12 @@ __all__ = [
     "EvaluationLoader",
     "FrameSource",
     "Item",
+    "LinkLostError",
+    "LiveFrame",
+    "LiveSource",
+    "LiveVideo",
     "MachineError",
+    "Newest",
     "Preprocessing",
     "Segment",
     "StoredFeatures",
