@@ -237,7 +237,7 @@ CHANGES = {
     ),
     "split": (
         "videos/high_kick/train_0000.mp4,high_kick,test",
-        r"label or split: .*\(high_kick, test, not high_kick, tr",
+        r"1 with another label or split: .*\(high_kick, test, not high_kick, tr",
     ),
     "order": ("", "the same in another order"),
 }
