@@ -87,7 +87,7 @@ def small_model(state_update: Any) -> StopOrForward:
         parameter.mul_(3)
     backbone = stage_model(network, input_size=(3, SIZE, SIZE))
     gates = [PolicyGate(width, hidden=16, forward_bias=0.0).double() for width in backbone.num_features]
-    model = StopOrForward(backbone, gates, terminator=EarlyTerminator(0.9, 3), state_update=state_update).eval()
+    model = StopOrForward(backbone, gates, terminator=EarlyTerminator(0.3, 3), state_update=state_update).eval()
     encoded = model.encode(pictures(96).unflatten(0, (32, 3)))
     for gate, pooled in zip(gates, encoded.pooled, strict=True):
         gate.decide.weight.mul_(9)

@@ -26,6 +26,7 @@ from dynskip.gates import (
     exponential_temperature,
 )
 from dynskip.inner import InnerClassifier
+from dynskip.lazy import LazyVideo
 from dynskip.losses import (
     BudgetLoss,
     ClassificationLoss,
@@ -76,6 +77,7 @@ __all__ = [
     "Gate",
     "InnerClassificationLoss",
     "InnerClassifier",
+    "LazyVideo",
     "LinearGate",
     "LookAhead",
     "LossParts",

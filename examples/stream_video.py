@@ -7,8 +7,7 @@
 MODEL is a folder that `save_pretrained` or a recipe wrote; similarity_gates.py makes one without training. Frames go
 one at a time through an online session (`model.stream()`), --rate of them a second. As many as the model was trained
 on make one prediction; then the session starts anew, so that a camera may run for days. The output shows, below every
-picture, the running prediction, the multiply-adds (MACs) executed against those of a model that skips nothing, and how
-deep the latest frames ran.
+picture, the running prediction, the multiply-adds (MACs) executed and those of a dense model, and the frames' depths.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ from tqdm import tqdm
 
 from dynskip import UNSEEN, DynskipError, StopOrForward, plot
 from dynskip.activation import named_classes
-from dynskip.video import Preprocessing, VideoError, command, open_video, to_array
-from dynskip.video.outputs import check_files
+from dynskip.video import Preprocessing, VideoError, command, open_video, outputs, to_array
 
 
 class Source:
@@ -130,9 +128,11 @@ class Output:
 class Watcher:
     """An online session that starts anew after every prediction, and its accounts."""
 
-    def __init__(self, model: StopOrForward, device: str) -> None:
+    def __init__(self, model: StopOrForward, device: str, font: Path | None = None) -> None:
         self.model, self.prep, self.device = model, Preprocessing.of(model), device
-        self.classes = model.class_names or [f"class {i}" for i in range(model.backbone.num_classes)]
+        names = model.class_names or [f"class {i}" for i in range(model.backbone.num_classes)]
+        self.font = plot.find_font("".join(names), font)
+        self.classes = self.font.names(names)
         self.session = model.stream()
         self.dense_macs = model.lookup_for((self.prep.size, self.prep.size)).dense  # a frame
         self.answer = "no answer yet"
@@ -220,8 +220,7 @@ def stop_signals() -> Iterator[list[bool]]:
 
 SHOWN = 48  # frames whose depth is drawn
 MIN_SIDE = 360  # pixels; smaller pictures are scaled up, so that the text can be read
-# Colours of Okabe and Ito, which colour-blind people can tell apart.
-USED, STOPPED, INK, GROUND = (0, 158, 115), (230, 159, 0), (255, 255, 255), (13, 17, 23)
+USED, STOPPED, INK, GROUND = (0, 158, 115), (230, 159, 0), (255, 255, 255), (13, 17, 23)  # all can tell them apart
 
 
 def draw(picture: np.ndarray, watcher: Watcher) -> np.ndarray:
@@ -231,8 +230,8 @@ def draw(picture: np.ndarray, watcher: Watcher) -> np.ndarray:
     unit = min(image.size) / 100
     width, height, margin = image.width, image.height, 2 * unit
     canvas.rectangle((0, height - 28 * unit, width, height), fill=(*GROUND, 185))
-    for text, size, top in ((watcher.answer, 5, 27), (watcher.costs, 4.2, 20.5)):
-        font = ImageFont.load_default(size * unit)
+    for text, size, top in ((watcher.font.spell(watcher.answer), 5, 27), (watcher.costs, 4.2, 20.5)):
+        font = ImageFont.truetype(watcher.font.path, size * unit)
         canvas.text((margin, height - top * unit), fitting(text, font, width - 2 * margin), INK, font)
 
     stages = watcher.model.backbone.num_stages
@@ -245,7 +244,7 @@ def draw(picture: np.ndarray, watcher: Watcher) -> np.ndarray:
             canvas.rectangle((left, top, left + 0.75 * step, floor), fill=USED if depth == stages else STOPPED)
         if end:
             canvas.line((left + 0.9 * step, floor - tallest, left + 0.9 * step, floor + unit), fill=(*INK, 150))
-    font, left = ImageFont.load_default(3.4 * unit), margin
+    font, left = ImageFont.truetype(watcher.font.path, 3.4 * unit), margin
     for text, colour in (("used", USED), ("stopped: the taller, the deeper", STOPPED)):
         canvas.rectangle((left, height - 4.2 * unit, left + 2.4 * unit, height - 1.8 * unit), fill=colour)
         canvas.text((left + 3.4 * unit, height - 5 * unit), text, INK, font)
@@ -272,6 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("output", metavar="OUT", type=Path, help="the video to write; .mkv stays playable even if the power fails")
     add("--rate", type=float, default=4.0, help="frames a second that the model is shown (default: 4)")
     add("--format", metavar="NAME", help="FFmpeg's name of the source's format, if it does not say: dshow, lavfi, ...")
+    add("--font", type=Path, metavar="FILE", help="a font that has the letters of the classes, if none is found")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     args = parser.parse_args(arguments)
 
@@ -281,8 +281,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise DynskipError(f"{args.output} is the source itself. Name another file to write.")
         if not args.rate > 0:
             raise DynskipError(f"--rate {args.rate} is out of range; give a number above 0.")
-        check_files(args.output)
-        watcher = Watcher(StopOrForward.from_pretrained(args.model).to(args.device), args.device)
+        outputs.check_files(args.output)
+        watcher = Watcher(StopOrForward.from_pretrained(args.model).to(args.device), args.device, args.font)
         with contextlib.closing(output), stop_signals() as stopped:
             watch(source, output, watcher, args.rate, stopped)
         if output.container is None:

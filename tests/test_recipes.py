@@ -544,6 +544,100 @@ def test_predict_says_and_draws_what_happened(
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 2  # of two videos with one name
 
 
+@pytest.mark.filterwarnings("ignore:.* lacks the letters")
+def test_a_name_that_is_not_utf_8_is_a_name(
+    video: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = tmp_path / os.fsdecode(b"caf\xe9.mp4")
+    shutil.copy(video, odd)
+    assert run(predict, trained / "model", odd, video, "--out", tmp_path / "pictures") == 0
+    assert "caf\\udce9.mp4: " in capsys.readouterr().out
+    assert is_picture(tmp_path / "pictures" / os.fsdecode(b"caf\xe9.png"))
+    odd.write_bytes(b"words")
+    monkeypatch.setattr(video_package, "read_items", lambda *_: [video_package.Item(odd, ("a",), "train")])
+    assert run(prepare_data, "--data", tmp_path, "--report", tmp_path / "report.json", "--workers", 0) == 1
+    assert json.loads((tmp_path / "report.json").read_text())["unreadable"] == [
+        f"{odd}: is text, no video. Give the file itself."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "advice"),
+    [
+        (predict, ("model", "a.mp4"), "What was printed and drawn stays."),
+        (evaluate, ("model", "--data", "data"), "Nothing was written but what --cache keeps."),
+        (prepare_data, ("--data", "data"), "Nothing was written. The same command starts again."),
+        (prepare_data, ("--data", "data", "--cache", "kept"), "What is in kept stays. The same command starts again."),
+        (frozen_gates, ("--data", "data", "--out", "out"), "The same command goes on; what is encoded stays."),
+        (sofnet_activitynet, ("demo", "--out", "out"), "The same command goes on from where it was."),
+        (sofnet_activitynet, ("train", "--data", "d", "--out", "out"), "The same command with --resume goes on from"),
+    ],
+)
+def test_ctrl_c_has_the_advice_of_the_command(
+    script: Any,
+    arguments: tuple[str, ...],
+    advice: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for name in ("load_items", "read_items", "render_set"):
+        monkeypatch.setattr(video_package, name, interrupt)
+    monkeypatch.setattr(StopOrForward, "from_pretrained", interrupt)
+    assert run(script, *arguments) == 130
+    assert capsys.readouterr().err.startswith(f"\nInterrupted. {advice}")
+
+
+def test_outputs_are_tried_before_the_work(
+    data: Path, trained: Path, video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    bad, model = tmp_path / "file" / "x", trained / "model"
+    own = ("--data", data, "--workers", 0, "--device", "cpu")
+    for script, arguments in (
+        (sofnet_activitynet, ("train", "--data", data, "--out", bad)),
+        (sofnet_activitynet, ("train", "--data", data, "--out", tmp_path / "out", "--cache", bad)),
+        (sofnet_activitynet, ("demo", "--out", bad)),
+        (frozen_gates, ("--data", data, "--out", bad)),
+        (similarity_gates, ("--out", bad / "model")),
+        (predict, (model, video, "--out", bad)),
+        (prepare_data, ("--data", data, "--workers", 0, "--report", bad)),
+        (prepare_data, ("--data", data, "--workers", 0, "--report", tmp_path / "r.json", "--cache", bad)),
+        (evaluate, (model, *own, "--per-video", bad)),
+        (evaluate, (model, *own, "--usage", bad.with_suffix(".png"))),
+        (evaluate, (model, *own, "--usage", tmp_path / "x.abc")),
+        (evaluate, (model, *own, "--budget", 1, "--curve", tmp_path / "x.csv")),
+        (evaluate, (model, *own, "--cache", bad)),
+    ):
+        assert run(script, *arguments) == 2, (script, arguments)
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert re.search("Could not write|no picture can be written", captured.err)
+
+
+def test_a_checkpoint_of_another_version_is_told_in_a_line(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(trained, tmp_path / "run"))
+    content = torch.load(out / "last.pt", weights_only=True)
+    content["model"].popitem()
+    torch.save(content, out / "last.pt")
+    assert train(data, out, "--resume") == 2
+    said = capsys.readouterr().err
+    assert re.search(
+        r"error: Cannot load the model of \S+last\.pt: Missing key.* It was written with dynskip \S+, ", said
+    )
+    assert said.count("\n") == 1
+    torch.save({**checkpoint(trained), "settings": {**content["settings"], "new_gate": "x"}}, out / "last.pt")
+    assert train(data, out, "--resume") == 2
+    assert "is of another run: new_gate differ" in capsys.readouterr().err
+
+
 def test_prepare(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = tmp_path / "new" / "report.json"
     arguments = ("--data", data, "--report", report, "--workers", 0, "--cache", tmp_path / "cache", "--frames", 4)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -109,6 +110,25 @@ def test_what_is_drawn_follows_the_decisions(model: Path) -> None:
     assert 0 < count(drawn["stopped"], orange) < count(drawn["later"], orange)
     assert count(drawn["later"], green) == 0
     assert np.array_equal(drawn["unseen"], drawn["none"])
+
+
+@pytest.mark.filterwarnings("ignore:.* lacks the letters")
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_labels_that_a_terminal_or_a_font_cannot_show(
+    encoding: str, model: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = StopOrForward.from_pretrained(model)
+    loaded.class_names = tuple(f"\U0001f3c3\u8dd1 {name}" for name in loaded.class_names or ())
+    loaded.save_pretrained(tmp_path / "model")
+    with io.TextIOWrapper(io.BytesIO(), encoding) as log:
+        monkeypatch.setattr("sys.stdout", log)
+        assert run(tmp_path / "model", video, tmp_path / "out.mp4") == 0
+        log.flush()
+        said = log.buffer.getvalue().decode(encoding)
+    assert len(read(tmp_path / "out.mp4")[0]) == LENGTH
+    assert "\\U0001f3c3\\u8dd1 " in said
+    watcher = stream_video.Watcher(StopOrForward.from_pretrained(tmp_path / "model"), "cpu")
+    assert all(name.startswith("class ") for name in watcher.classes)  # the number can be read in any case
 
 
 def test_an_endless_source_is_closed_properly_when_it_is_stopped(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ class Camera:
 
     key: str
     mailbox: Mailbox
+    close: Callable[[], Any] | None  # ends its source, from any thread
     prepare: Callable[[Any], Any] | None
     period: float  # least seconds between two frames
     priority: float
@@ -30,7 +32,8 @@ class Camera:
     stream: Stream | None = None  # the open video
     taken: int = 0  # frames of the current video, unseen ones included
     frame: Any = None  # the one taken last, as the source gave it
-    came: float = 0.0  # when it came
+    came: float = 0.0  # when it was new
+    link: int = 0  # connections of its source, as far as videos know
     in_flight: bool = False
     over: bool = False
     unseen: int = 0
@@ -79,6 +82,13 @@ class Camera:
         self.frame = None
         self.taken %= self.num_frames
 
+    def leave(self) -> None:
+        """Take no more frames, and tell the source."""
+        self.mailbox.close(lost=self.in_flight)
+        if self.close is not None:
+            with contextlib.suppress(Exception):
+                self.close()
+
     def silence(self, now: float) -> DynskipError:
         """Say that no frame comes."""
         return DynskipError(
@@ -88,17 +98,17 @@ class Camera:
 
     def counters(self, now: float) -> StreamCounters:
         """Return its counters."""
-        box = self.mailbox
+        received, dropped = self.mailbox.counts()
         return StreamCounters(
-            frames_in=box.received,
-            frames_dropped=box.dropped,
+            frames_in=received,
+            frames_dropped=dropped,
             frames_unseen=self.unseen,
             frames_stopped=tuple(self.stopped),
             frames_used=self.used,
             answers=self.answers,
-            reconnects=box.reconnects,
+            reconnects=self.mailbox.reconnects,
             macs=self.macs,
             lag=self.lag,
             lag_sum=self.lag_sum,
-            silent=now - box.newest,
+            silent=now - self.mailbox.newest,
         )

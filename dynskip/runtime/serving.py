@@ -50,7 +50,8 @@ class StreamServer:
     """Classifies cameras that come and go, for as long as it takes: iterate over it for what happens.
 
     A camera is an endless series of videos. Each is answered after `num_frames` frames; then the next one begins. Where
-    the model ends a video early, the rest of its frames is not looked at.
+    the model ends a video early, the rest of its frames is not looked at. Where the source had to connect again, the
+    next video begins at once.
 
     A thread reads each source, and the newest frame wins. Frames run in the thread that iterates. When there is room
     for a frame, the most urgent camera with a frame gives it: the one for which the time when it began to wait, minus
@@ -113,8 +114,9 @@ class StreamServer:
 
         Args:
             key: its name, in events and metrics.
-            source: an iterable of frames, `(C, H, W)` normalised tensors, which a thread of its own reads and closes;
-                it may have an attribute `reconnects`. Or a `Mailbox` that somebody puts frames into.
+            source: an iterable of frames, `(C, H, W)` normalised tensors, which a thread of its own reads and closes.
+                Of attributes `reconnects`, `dropped` (frames) and `lag` (age of the last frame in seconds), as live
+                sources have them, notice is taken. Or a `Mailbox` that somebody puts frames into.
             rate: most frames a second that are looked at; by default as many as there is room for.
             priority: a step of it is worth `ageing` seconds of waiting.
             idle_timeout: seconds without a frame after which the stream ends.
@@ -137,18 +139,21 @@ class StreamServer:
         if mailbox.closed:
             raise DynskipError(f"The mailbox of {key!r} belonged to a stream that has ended. Make a new one.")
         stopped = [0] * self._scheduler.stages
+        # What can be polled can be closed while its thread waits; for other iterators that may be fatal.
+        close = getattr(source, "close", None) if hasattr(source, "poll") else None
         with self._lock:
             if self._closed:
                 raise DynskipError("The server is closed. Make a new one.")
             if key in self._cameras:
                 raise DynskipError(f"A stream named {key!r} is served already. Remove it first, or use another key.")
-            self._cameras[key] = Camera(key, mailbox, prepare, period, priority, timeout, num_frames, stopped)
+            self._cameras[key] = Camera(key, mailbox, close, prepare, period, priority, timeout, num_frames, stopped)
         mailbox.wake = self._wake
         self._wake()
         if source is not mailbox:
             thread = threading.Thread(target=pull, args=(source, mailbox), name=f"source of {key}", daemon=True)
-            self._threads = [t for t in self._threads if t.is_alive()] + [thread]
             thread.start()
+            with self._lock:
+                self._threads = [other for other in self._threads if other.is_alive()] + [thread]
 
     def remove(self, key: str) -> bool:
         """End a stream. Its open video is answered from the frames so far; what is in flight is dropped.
@@ -181,7 +186,7 @@ class StreamServer:
         self.close()
         with self._lock:
             for camera in (*self._cameras.values(), *self._leaving):
-                camera.mailbox.close()
+                camera.leave()
         end = time.monotonic() + 1.0
         for thread in self._threads:
             thread.join(max(end - time.monotonic(), 0.0))
@@ -235,7 +240,10 @@ class StreamServer:
             over = box.over  # before looking for the last frame, which may come in between
             if camera.in_flight:
                 room -= 1
-            elif camera.waits_since <= now:
+                continue
+            if box.reconnects != camera.link:
+                events += self._begin_anew(camera)
+            if camera.waits_since <= now:
                 if camera.stream is None and camera.taken:  # its video has ended early
                     camera.skip(now)
                 else:
@@ -253,6 +261,13 @@ class StreamServer:
                 camera.stream = self._scheduler.admit((camera, None))
             events += self._offer(camera, now)
             room -= camera.in_flight
+        return events
+
+    def _begin_anew(self, camera: Camera) -> list[ServerEvent]:
+        """Answer the open video, since a gap parts its frames from those that come."""
+        camera.link = camera.mailbox.reconnects
+        events = [] if camera.stream is None else self._noted(self._scheduler.end(camera.stream))
+        camera.taken = 0
         return events
 
     def _offer(self, camera: Camera, now: float) -> list[ServerEvent]:
@@ -295,7 +310,7 @@ class StreamServer:
 
     def _over(self, camera: Camera, error: Exception | None) -> StreamEnd:
         camera.over = True
-        camera.mailbox.close(lost=camera.in_flight)
+        camera.leave()
         counters = camera.counters(self._clock())
         for name, value in summed([counters]).items():
             self._gone[name] += value

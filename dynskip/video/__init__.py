@@ -31,6 +31,7 @@ from dynskip.video.clips import (
 )
 from dynskip.video.files import open_video, to_array
 from dynskip.video.formats import AnnotationReader, load_items, read_items, relevant_frames
+from dynskip.video.lazy import LazyClips, lazy_frames
 from dynskip.video.live import LinkLostError, LiveFrame, LiveSource, LiveVideo
 from dynskip.video.lock import hold_folder
 from dynskip.video.names import find_videos
@@ -48,6 +49,7 @@ __all__ = [
     "EvaluationLoader",
     "FrameSource",
     "Item",
+    "LazyClips",
     "LinkLostError",
     "LiveFrame",
     "LiveSource",
@@ -67,6 +69,7 @@ __all__ = [
     "fit_classifier",
     "held_out_split",
     "hold_folder",
+    "lazy_frames",
     "list_videos",
     "load_items",
     "open_source",

@@ -21,7 +21,7 @@ from dynskip.video.opening import open_source
 from dynskip.video.outputs import cannot_write
 from dynskip.video.source import FrameSource, sample_frames
 
-DECODING = 1  # goes up when the same file gives other frames: what was kept of earlier versions is made again
+DECODING = 2  # goes up when the same file gives other frames: what was kept of earlier versions is made again
 CHOICES = 3  # frames kept for each one that the network sees: early, middle and late in its part of the video
 
 

@@ -74,6 +74,12 @@ def explain(error: BaseException, address: Path | str, kind: str = "video") -> D
     return VideoError(f"{address}: not a readable {kind} ({error}). {advice}")
 
 
+def of_machine(error: BaseException) -> bool:
+    """Whether an error while a file was read is this machine's fault, not the file's."""
+    number = getattr(error, "errno", None)
+    return lacks_memory(error) or number == errno.ENOMEM or number in _OF_THE_MACHINE
+
+
 def check_regular(path: Path, mode: int) -> None:
     """Refuse, before it is opened, what is no regular file: a pipe would be waited for without end.
 

@@ -20,9 +20,10 @@ from dynskip.errors import DynskipError
 from dynskip.video.annotations import SPLITS, Item
 from dynskip.video.cache import FrameCache
 from dynskip.video.causes import MachineError, explain
+from dynskip.video.loading import ignoring_interrupts
 from dynskip.video.names import count_suffixes, counts_text
 from dynskip.video.opening import open_source
-from dynskip.video.source import VideoError, sample_frames
+from dynskip.video.source import VideoError
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def check_video(item: Item, cache: FrameCache | None = None) -> Finding:
             frames = cache.read(item.path, range(cache.num_frames))[1]  # checks every frame that was kept
             return Finding(frames, kept=cache.file(item.path).is_file())
         source = open_source(item.path)
-        sample_frames(source, 1, 32)
+        source.check()
         return Finding(len(source))
     except VideoError as error:
         return Finding(error=str(error))
@@ -81,19 +82,28 @@ def check_videos(items: Sequence[Item], cache: FrameCache | None = None, workers
     if not workers:
         yield from map(check, items)
         return
-    done = 0
-    try:
+    done, others = 0, set(multiprocessing.active_children())
+    with ignoring_interrupts():
         # Forking a process that runs threads may hang: start from a clean one.
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            for finding in pool.map(check, items):
-                yield finding
-                done += 1
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+        findings = pool.map(check, items)
+    own = set(multiprocessing.active_children()) - others
+    try:
+        for finding in findings:
+            yield finding
+            done += 1
     except BrokenProcessPool as error:
         suspects = ", ".join(str(item.path) for item in items[done : done + workers])
         raise DynskipError(
             f"A process that reads videos died after {done} of {len(items)}: out of memory, or killed by a damaged "
             f"file. It may have been reading one of {suspects}. Try one worker to find out; the cache keeps the rest."
         ) from error
+    except BaseException:  # Ctrl-C, or nobody asks for the rest: do not wait for videos that take minutes
+        for process in own:
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def left_out(items: Sequence[Item], annotations: Iterable[Path | None] = ()) -> list[Path]:

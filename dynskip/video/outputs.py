@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dynskip.errors import DynskipError
-from dynskip.plot._style import matplotlib
+from dynskip.plot._letters import matplotlib
 
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _WHY = {

@@ -26,6 +26,8 @@ _TIME = re.compile(
 class Pictures(FrameSource):
     """Pictures as the frames of a video, in the given order."""
 
+    one_pass = ""
+
     def __init__(self, path: Path, files: Sequence[Path]) -> None:
         self.path, self.files = path, files
 
