@@ -91,6 +91,12 @@ class Camera:
         self.server.close()
 
 
+def closed_port() -> int:
+    """Return a port that nothing listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
 @contextlib.contextmanager
 def camera(*plays: Play) -> Iterator[Camera]:
     """Run a camera."""

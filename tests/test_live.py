@@ -6,7 +6,6 @@ import http.server
 import itertools
 import re
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ pytest.importorskip("av")
 for needed in ("PIL", "safetensors", "tqdm"):
     pytest.importorskip(needed)
 
-from loopback import Play, camera, transport_stream  # noqa: E402
+from loopback import Play, camera, closed_port, transport_stream  # noqa: E402
 
 from dynskip import DynskipError, FrameResult, VideoResult  # noqa: E402
 from dynskip.video import LinkLostError, LiveSource, Newest, Preprocessing, VideoError, live, to_array  # noqa: E402
@@ -248,17 +247,13 @@ def test_a_link_that_breaks_is_connected_again_with_another_size_and_codec(caplo
     assert len([r for r in caplog.records if "it is back" in r.message]) == 2
 
 
-def closed_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
 @pytest.mark.parametrize(
     ("play", "message"),
     [
         (Play(DATA, "silent"), "no frame for 0.5 s"),
         (Play(b"", "silent"), "no frame for 0.5 s"),
         (Play(DATA, "close"), r"the link broke after \d+\.\d s \(closed\)"),
+        (Play(b"SSH-2.0 " * 999, "close"), "what it sends is no video"),
         (None, "refused: .* is the port right"),
     ],
 )

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,6 +25,7 @@ from dynskip.video.source import VideoError
 
 log = logging.getLogger(__name__)
 CATCH_UP = 3.0  # seconds; after so long behind, only key frames are decoded until the newest is reached
+_STORED = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")  # what is a file, though it comes over HTTP
 FROZEN = 60.0  # seconds after which it is said that the picture stays the same
 
 
@@ -267,7 +269,7 @@ class Clock:
         step = 0.0 if stamp is None or self._stamp is None else stamp - self._stamp
         if self._now is None:
             self._now = self._begun = now
-        elif 0 < step < 60:
+        elif 0 < step < 3600:
             self.time += step
         else:  # no stamps, others than before, or a clock that was set
             self.time = max(self.time + 1e-3, now - self._begun)
@@ -280,6 +282,21 @@ class Clock:
         self._least[0] = min(self._least[0], difference)
         self.late = difference - min(self._least)
         return self.time
+
+
+def is_live(name: str, format: str | None = None) -> bool:
+    """Say whether a source does not wait: a camera, a device or an address.
+
+    Args:
+        name: a path, an address or a camera's number. An HTTP address that ends like a video file is a file.
+        format: FFmpeg's name of its format, if that is given.
+    """
+    if name.isdecimal() or (Path(name).exists() and not Path(name).is_file()):
+        return True
+    parts = urlsplit(name)
+    if not name.startswith(f"{parts.scheme}://"):
+        return format is not None and not Path(name).exists()
+    return parts.scheme not in ("http", "https", "file") or not parts.path.lower().endswith(_STORED)
 
 
 def camera_address(number: int) -> tuple[str, dict[str, Any]]:
@@ -331,7 +348,7 @@ def explain(error: BaseException | None, address: str, lasted: float | None, tim
     if parts.hostname and not _is_known(parts.hostname):
         return f"there is no host {parts.hostname}. Is the name right, and the network up?", True
     if isinstance(error, av.error.InvalidDataError):
-        return f"what it sends is no video ({name}). Is the address right, or a format missing?", True
+        return f"what it sends is no video ({name}). Is the address right, or a format missing?", False
     return f"the link broke before the first frame ({name if error else 'closed'}).", False
 
 
