@@ -28,6 +28,7 @@ from dynskip.gates import (
 from dynskip.inner import InnerClassifier
 from dynskip.lazy import LazyVideo
 from dynskip.losses import (
+    AnytimeLoss,
     BudgetLoss,
     ClassificationLoss,
     DistillationLoss,
@@ -56,6 +57,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "UNSEEN",
+    "AnytimeLoss",
     "AttentionMean",
     "BudgetLoss",
     "Carry",

@@ -51,6 +51,13 @@ def check_share(value: Any, name: str) -> float:
     return value
 
 
+def check_weight(value: Any, name: str) -> float:
+    """Refuse all but 0 and finite positive numbers."""
+    if not (isinstance(value, int | float) and 0.0 <= value < float("inf")):
+        raise DynskipError(f"{name}={value} is out of range; give a weight, 0 or more.")
+    return value
+
+
 def check_eval(model: Any, what: str) -> None:
     """Refuse to skip while a part is in training mode: a frame's answer would depend on its batch."""
     for part in running_parts(model):

@@ -18,11 +18,12 @@ for needed in ("PIL", "safetensors", "tqdm"):
     pytest.importorskip(needed)
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is reported to anybody
 
+import loopback  # noqa: E402
 import numpy as np  # noqa: E402
 import ray  # noqa: E402
 
 from dynskip import StopOrForward  # noqa: E402
-from dynskip.video import Preprocessing, open_video, stick_figures, to_array  # noqa: E402
+from dynskip.video import Preprocessing, VideoError, open_video, stick_figures, to_array  # noqa: E402
 
 cameras_ray = recipe("cameras_ray")  # Ray's workers cannot import it: they are sent what they need
 PREP = Preprocessing(size=32, num_frames=4)
@@ -149,6 +150,26 @@ def test_a_run_that_is_stopped_goes_on(
     other = save_tiny_sofnet(tmp_path / "other", PREP, seed=1)
     assert cameras_ray.main([str(other), *command[1:]]) == 2
     assert "The state is of another model" in capfd.readouterr().err
+
+
+def test_live_cameras_give_the_newest_frames() -> None:
+    """Their ticks count from where they are opened; closing ends the connection."""
+    with loopback.camera(loopback.Play(loopback.transport_stream(50), "silent", 2.0)) as live:
+        shown = cameras_ray.frames(live.address, 5.0, due=700, short_side=32)
+        ticks = [next(shown)[0] for _ in range(3)]
+        assert ticks[0] < 20
+        assert ticks == sorted(set(ticks))
+        shown.close()
+    with pytest.raises(VideoError, match="nothing is there"):
+        next(cameras_ray.frames("no/such/file.mp4", 5.0, 0, 32))
+
+
+def test_damaged_packets_end_no_file(tmp_path: Path) -> None:
+    data = loopback.transport_stream(40, good=20)
+    (tmp_path / "a.ts").write_bytes(data)
+    ticks = [due - 1 for due, _ in cameras_ray.frames(str(tmp_path / "a.ts"), 25.0, 0, 32)]
+    assert len(ticks) >= 19
+    assert ticks == sorted(set(ticks))
 
 
 def test_only_the_cameras_of_a_dead_actor_move() -> None:

@@ -41,7 +41,7 @@ TRAIN = [
 
 sofnet_activitynet = recipe("sofnet_activitynet")
 evaluate, predict, prepare_data = recipe("evaluate"), recipe("predict"), recipe("prepare_data")
-frozen_gates, similarity_gates = recipe("frozen_gates"), recipe("similarity_gates")
+train_gates, similarity_gates = recipe("train_gates"), recipe("similarity_gates")
 
 
 def train(data: Path, out: Path, *more: object) -> int:
@@ -280,7 +280,7 @@ with dynskip.video.hold_folder(pathlib.Path(sys.argv[1])):
 """
 
 
-@pytest.mark.parametrize("script", ["sofnet_activitynet", "frozen_gates"])
+@pytest.mark.parametrize("script", ["sofnet_activitynet", "train_gates"])
 def test_two_runs_do_not_share_a_folder(
     script: str, data: Path, trained: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,8 +289,8 @@ def test_two_runs_do_not_share_a_folder(
     with subprocess.Popen([sys.executable, "-c", HOLD, str(out)], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        if script == "frozen_gates":
-            assert run(frozen_gates, "--data", data, "--out", out, "--weights", weights, "--backbone", BACKBONE) == 2
+        if script == "train_gates":
+            assert run(train_gates, "--data", data, "--out", out, "--weights", weights, "--backbone", BACKBONE) == 2
         else:
             assert train(data, out, "--resume") == 2
         other.kill()
@@ -568,7 +568,7 @@ def test_a_name_that_is_not_utf_8_is_a_name(
         (evaluate, ("model", "--data", "data"), "Nothing was written but what --cache keeps."),
         (prepare_data, ("--data", "data"), "Nothing was written. The same command starts again."),
         (prepare_data, ("--data", "data", "--cache", "kept"), "What is in kept stays. The same command starts again."),
-        (frozen_gates, ("--data", "data", "--out", "out"), "The same command goes on; what is encoded stays."),
+        (train_gates, ("--data", "data", "--out", "out"), "The same command goes on after the last whole epoch."),
         (sofnet_activitynet, ("demo", "--out", "out"), "The same command goes on from where it was."),
         (sofnet_activitynet, ("train", "--data", "d", "--out", "out"), "The same command with --resume goes on from"),
     ],
@@ -603,7 +603,7 @@ def test_outputs_are_tried_before_the_work(
         (sofnet_activitynet, ("train", "--data", data, "--out", bad)),
         (sofnet_activitynet, ("train", "--data", data, "--out", tmp_path / "out", "--cache", bad)),
         (sofnet_activitynet, ("demo", "--out", bad)),
-        (frozen_gates, ("--data", data, "--out", bad)),
+        (train_gates, ("--data", data, "--out", bad)),
         (similarity_gates, ("--out", bad / "model")),
         (predict, (model, video, "--out", bad)),
         (prepare_data, ("--data", data, "--workers", 0, "--report", bad)),
@@ -679,40 +679,105 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+SMALL = [
+    "--backbone", BACKBONE, "--size", "32", "--frames", str(FRAMES), "--hidden", "8", "--gate-epochs", "3",
+    "--workers", "0", "--device", "cpu", "--batch-size", "4",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("glance", [False, True])
 def test_gates_on_a_frozen_backbone(
     glance: bool, data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options: tuple[object, ...] = ("--glance", BACKBONE, "--glance-size", 16, "--glance-weights", weights)
-    options = (options if glance else ()) + (
-        "--data",
-        data,
-        "--weights",
-        weights,
-        "--backbone",
-        BACKBONE,
-        "--size",
-        32,
-        "--frames",
-        FRAMES,
-    )
-    more = ("--hidden", 8, "--epochs", 3, "--workers", 0, "--device", "cpu")
-    assert run(frozen_gates, *options, *more, "--out", tmp_path / "one") == 0
-    assert list(table_rows(capsys.readouterr().out)) == list(MODES)
+    options = [*SMALL, "--data", data, "--weights", weights, "--epochs", 0, "--variants", 2, "--out", tmp_path / "one"]
+    options += ["--glance", BACKBONE, "--glance-size", 16, "--glance-weights", weights] if glance else []
+    assert run(train_gates, *options) == 0
+    printed = capsys.readouterr().out
+    assert list(table_rows(printed)) == list(MODES)
+    assert "Thresholds chosen on 2 validation videos: top-1" in printed
     model = StopOrForward.from_pretrained(tmp_path / "one" / "model")
+    assert len(set(model.forward_threshold)) > 0
     for key, value in load_file(weights).items():
         if not key.startswith("head.fc"):
             assert torch.equal(model.backbone.model.state_dict()[key], value)  # nothing was trained but the last layer
             if glance:
                 assert torch.equal(model.backbone.glance.light.model.state_dict()[key], value)
-    # The same command starts with what is encoded, and ends with the same weights.
-    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "one" / "features").rglob("*.safetensors")}
+    # The same command starts with what is there, and ends with the same weights and thresholds.
+    kept = [*(tmp_path / "one" / "features").rglob("*.safetensors"), tmp_path / "one" / "gates.pt"]
+    assert {file.parent.name for file in kept} == {"variant0", "variant1", "val", "one"}
+    times = [file.stat().st_mtime_ns for file in kept]
     shutil.rmtree(tmp_path / "one" / "model")
-    assert run(frozen_gates, *options, *more, "--out", tmp_path / "one") == 0
-    assert {file: file.stat().st_mtime_ns for file in files} == files
+    assert run(train_gates, *options) == 0
+    assert [file.stat().st_mtime_ns for file in kept] == times
     again = StopOrForward.from_pretrained(tmp_path / "one" / "model")
+    assert again.forward_threshold == model.forward_threshold
     torch.testing.assert_close(dict(again.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
     assert [line["epoch"] for line in log_of(tmp_path / "one")] == [0, 1, 2]
+    assert {"curves.json", "curves.png", "videos.jsonl"} <= {file.name for file in (tmp_path / "one").iterdir()}
+
+
+@pytest.mark.parametrize("phase", ["backbone", "gates"])
+def test_the_default_recipe_goes_on_after_a_kill(
+    phase: str, data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*SMALL, "--data", data, "--weights", weights, "--epochs", 2, "--lr", 0.01]
+    assert run(train_gates, *options, "--out", tmp_path / "whole") == 0
+    replaced = os.replace
+
+    def dies_after_the_first_epoch(source: Any, target: Any) -> None:
+        replaced(source, target)
+        if Path(target).name == f"{phase}.pt":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", dies_after_the_first_epoch)
+        assert run(train_gates, *options, "--out", tmp_path / "killed") == 130
+    assert not (tmp_path / "killed" / "model").exists()
+    assert run(train_gates, *options, "--out", tmp_path / "killed") == 0
+    one, other = (StopOrForward.from_pretrained(tmp_path / each / "model") for each in ("whole", "killed"))
+    assert one.forward_threshold == other.forward_threshold
+    torch.testing.assert_close(dict(one.state_dict()), dict(other.state_dict()), rtol=0, atol=0)
+    started = {key: value for key, value in load_file(weights).items() if not key.startswith("head.fc")}
+    trained = one.backbone.model.state_dict()
+    assert not all(torch.equal(trained[key], value) for key, value in started.items())
+    assert all(torch.equal(trained[key], value) for key, value in started.items() if "running" in key)
+    # Each epoch of either was done once.
+    done = [(line["phase"], line["epoch"]) for line in log_of(tmp_path / "killed")]
+    assert done == [("backbone", 0), ("backbone", 1), ("gates", 0), ("gates", 1), ("gates", 2)]
+    assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")
+
+
+def test_the_default_recipe_refuses_to_go_on_with_other_settings(
+    data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*SMALL, "--data", data, "--weights", weights, "--epochs", 1, "--out", tmp_path]
+    assert run(train_gates, *options) == 0
+    for more, differ in ((["--lr", 0.1, "--seed", 1], "lr, seed"), (["--alpha", 0.5], "alpha")):
+        assert run(train_gates, *options, *more) == 2
+        assert f".pt has other settings: {differ}. Delete it, or choose" in capsys.readouterr().err
+    other = Path(shutil.copytree(data, tmp_path / "other"))
+    labels = (
+        (other / "labels.csv").read_text().replace("kick/train_0000.mp4,high_kick", "kick/train_0000.mp4,side_lunge")
+    )
+    (other / "labels.csv").write_text(labels)
+    assert run(train_gates, *options, "--data", other) == 2
+    changed = r"settings: videos \(1 with another label or split: \S*train_0000.mp4 \(side_lunge, train, not high_kick"
+    assert re.search(changed, capsys.readouterr().err)
+    assert run(train_gates, "--out", tmp_path) == 2
+    assert "Say with --data where the videos are, or try --demo." in capsys.readouterr().err
+
+
+def test_recordings_stay_together_where_validation_videos_are_set_aside() -> None:
+    items = [video_package.Item(Path(f"v_{k}_g{k // 3}_c.mp4"), (str(k % 2),), "train") for k in range(30)]
+    items += [video_package.Item(Path(f"w{k}.mp4"), ("0",), "val") for k in range(4)]
+    args = train_gates.parser().parse_args(["--groups", "_g[0-9]+_"])
+    divided = train_gates.divide(items, args)
+    parts = {split: {item.path.name for item in divided if item.split == split} for split in ("train", "val", "test")}
+    assert parts["test"] == {f"w{k}.mp4" for k in range(4)}  # there was no other test split
+    assert len(parts["val"]) == 6
+    assert not {name.split("_")[2] for name in parts["train"]} & {name.split("_")[2] for name in parts["val"]}
+    tested = [*items, video_package.Item(Path("x.mp4"), ("0",), "test")]
+    assert train_gates.divide(tested, args) == tested  # val and test are there
 
 
 def test_gates_without_training(
