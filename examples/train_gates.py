@@ -291,13 +291,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if top.parse_args(arguments).demo:
         top.set_defaults(**DEMO)
     args = top.parse_args(arguments)
-
-    def work() -> None:
-        with video.hold_folder(args.out):
-            run(args)
-
+    held = video.hold_folder(args.out)(run)  # one run at a time
     interrupted = "The same command goes on after the last whole epoch."
-    return command.run(work, interrupted, "Lower --workers, --size, --frames or --batch-size.")
+    return command.run(lambda: held(args), interrupted, "Lower --workers, --size, --frames or --batch-size.")
 
 
 if __name__ == "__main__":
