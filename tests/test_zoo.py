@@ -95,7 +95,7 @@ def test_any_frames_are_those_of_a_full_decode(name: str, zoo: Path) -> None:
         source = VideoFile(path)
         assert_same(source.read(numbers, SIDE), [wanted[number] for number in numbers])
         rng.shuffle(numbers)
-        assert_same(list(VideoFile(path).frames(numbers, SIDE)), [wanted[number] for number in numbers])
+        assert_same(list(VideoFile(path).read_each(numbers, SIDE)), [wanted[number] for number in numbers])
     assert_same(VideoFile(path).read(range(len(wanted)), SIDE), wanted)
     assert VideoFile(path).check() == ""
     two = VideoFile(path)
@@ -112,7 +112,7 @@ def test_damage_costs_frames_and_not_the_video(name: str, zoo: Path) -> None:
         numbers = sorted(rng.sample(range(len(wanted)), count))
         assert_same(VideoFile(path).read(numbers, SIDE), [wanted[number] for number in numbers])
         rng.shuffle(numbers)
-        assert_same(list(VideoFile(path).frames(numbers, SIDE)), [wanted[number] for number in numbers])
+        assert_same(list(VideoFile(path).read_each(numbers, SIDE)), [wanted[number] for number in numbers])
     damage = source.check()
     assert len(source) == len(wanted)
     kind, codec = name.split("_", 1)
@@ -137,14 +137,14 @@ def test_damage_costs_frames_and_not_the_video(name: str, zoo: Path) -> None:
 def test_any_order_of_frames(zoo: Path, numbers: list[int], name: str) -> None:
     path, wanted = made(name, zoo)
     source = VideoFile(path)
-    assert_same(list(source.frames(numbers, SIDE)), [wanted[number] for number in numbers])
+    assert_same(list(source.read_each(numbers, SIDE)), [wanted[number] for number in numbers])
 
 
 def test_a_frame_costs_what_lies_between_it_and_its_key_frame(zoo: Path) -> None:
     path, _ = made("vp9.webm", zoo)  # a key frame every 15 frames, and none is left out
     for numbers, decoded in (([15], 1), ([20], 6), ([20, 22], 8), ([20, 47], 6 + 3), ([47, 20], 3 + 6), ([3, 5], 6)):
         source = VideoFile(path)
-        frames = source.frames(numbers, SIDE)
+        frames = source.read_each(numbers, SIDE)
         assert source.decoded == 0  # nothing is decoded before a frame is asked for
         list(frames)
         assert source.decoded == decoded

@@ -93,12 +93,12 @@ class VideoFile(FrameSource):
         """Read some frames; see `FrameSource.read`."""
         if self.index.one_pass:
             return self._read_all(set(numbers), short_side)
-        return list(self.frames([number for number in numbers if number < len(self)], short_side))
+        return list(self.read_each([number for number in numbers if number < len(self)], short_side))
 
-    def frames(self, numbers: Sequence[int], short_side: int) -> Iterator[np.ndarray]:
-        """Give some frames one by one, each decoded when it is asked for; see `FrameSource.frames`."""
+    def read_each(self, numbers: Sequence[int], short_side: int) -> Iterator[np.ndarray]:
+        """Give some frames one by one, each decoded when it is asked for; see `FrameSource.read_each`."""
         if self.index.one_pass:
-            yield from super().frames(numbers, short_side)
+            yield from super().read_each(numbers, short_side)
             return
         numbers, given = list(numbers), 0
         try:

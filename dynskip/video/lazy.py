@@ -277,7 +277,7 @@ class _Reader:
 
     def _read(self, numbers: Sequence[int]) -> Iterator[np.ndarray]:
         if not self._whole:
-            yield from self.source.frames(numbers, self._prep.short_side)
+            yield from self.source.read_each(numbers, self._prep.short_side)
             return
         frames = sample_frames(self.source, self._prep.num_frames, self._prep.short_side)
         for number in numbers:

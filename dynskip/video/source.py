@@ -54,7 +54,7 @@ class FrameSource(ABC):
             VideoError: if frames cannot be read.
         """
 
-    def frames(self, numbers: Sequence[int], short_side: int) -> Iterator[np.ndarray]:
+    def read_each(self, numbers: Sequence[int], short_side: int) -> Iterator[np.ndarray]:
         """Give some frames one by one; where `one_pass` is empty, a frame is read when it is asked for.
 
         Args:
