@@ -66,7 +66,7 @@ class Camera:
 
     def __init__(self, actor: Actor, address: str, saved: bytes) -> None:
         self.session = actor.model.stream()
-        self.state: dict[str, Any] = {"looked": 0, "answers": 0, "due": 0}
+        self.state: dict[str, Any] = {"looked": 0, "fresh": 0, "answers": 0, "due": 0}
         if saved:
             self.state = torch.load(io.BytesIO(saved), weights_only=True, map_location="cpu")
             self.session.load_state_dict(self.state.pop("session"))
@@ -107,15 +107,13 @@ class Actor:
             for state["due"], picture in camera.frames:
                 with self.lock:
                     camera.session(self.prep.normalize(self.prep.crop(picture[None]).to(self.device))[0])
-                    state["looked"] += 1
-                    if state["looked"] % self.prep.num_frames == 0:
+                    state |= {"looked": state["looked"] + 1, "fresh": state["fresh"] + 1}
+                    if state["fresh"] == self.prep.num_frames:
                         return *self._answer(key, camera), False
                     if state["looked"] % self.save_every == 0:
                         return camera.save(), None, False
             with self.lock:
-                return *(
-                    self._answer(key, camera) if state["looked"] % self.prep.num_frames else (camera.save(), None)
-                ), True
+                return *(self._answer(key, camera) if state["fresh"] else (camera.save(), None)), True
         except (DynskipError, OSError, ValueError) as error:
             return None, {"camera": key, "error": f"{type(error).__name__}: {error}"}, True
 
@@ -123,7 +121,7 @@ class Actor:
         """Return what the frames since the last answer say, and the state of starting anew."""
         row = camera.session.result().row(self.model.class_names)
         camera.session.reset()
-        camera.state["answers"] += 1
+        camera.state |= {"answers": camera.state["answers"] + 1, "fresh": 0}
         place = {"camera": key, "answer": camera.state["answers"], "at": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         return camera.save(), {**place, **row, "since": camera.since}
 
