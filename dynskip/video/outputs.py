@@ -143,7 +143,7 @@ def _errno(error: BaseException | None) -> int | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno
-        if match := re.search(r"os error (\d+)", str(error)):  # safetensors
+        if match := re.search(r"(?:os error|Os { code:) (\d+)", str(error)):  # safetensors, newer and older
             return int(match[1])
         error = error.__cause__ or error.__context__
     return None
