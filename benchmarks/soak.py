@@ -274,7 +274,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--cameras", type=int, default=64)
     parser.add_argument("--quick", action="store_true", help="five seconds and eight cameras")
-    parser.add_argument("--bound", type=float, default=1.0, help="seconds that a frame may be old when it is decided")
+    # A camera's last frame may wait for as long as priorities 0 to 2 allow, 2 s, and for the frames before it.
+    parser.add_argument("--bound", type=float, default=3.0, help="seconds that a frame may be old when it is decided")
     parser.add_argument("--state-update", choices=("used", "reached"), default="used")
     parser.add_argument("--json", type=Path, help="file to write the results to")
     args = parser.parse_args(arguments)

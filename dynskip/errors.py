@@ -13,7 +13,7 @@ class DynskipError(ValueError):
 # What the allocators of torch, oneDNN, C++ and the system say; torch raises RuntimeError for all of them.
 _NO_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|out of memory|cannot allocate memory|bad_alloc|bad allocation"
-    r"|could not create a (primitive(?! desc)|memory)",
+    r"|failed to map segment|could not create a (primitive(?! desc)|memory)",
     re.IGNORECASE,
 )
 
@@ -22,6 +22,6 @@ def lacks_memory(error: BaseException) -> bool:
     """Say whether an error is about memory, and so says nothing about what was given."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
-    )
+    # A library that cannot be loaded for a lack of memory is an ImportError.
+    told = isinstance(error, RuntimeError | ImportError) and _NO_MEMORY.search(str(error)) is not None
+    return told or isinstance(error, MemoryError)

@@ -2,16 +2,17 @@
 
     python examples/cameras_ray.py runs/mine/model cameras.csv --out runs/cameras
 
-MODEL is a folder that `save_pretrained` or a recipe wrote. CAMERAS is a CSV file with the columns key and address: a
-file, or what FFmpeg opens. Frames go one at a time through an online session, --rate of them a second. As many as the
-model was trained on make one answer, a line of OUT/answers.jsonl. Each --save-every frames, and with each answer, the
-session's state is saved in OUT/states: if an actor dies, its cameras go on from there on others. So does the same
-command, started again. docs/cameras.md tells more. GMACs are 10^9 multiply-adds.
+MODEL is a folder that `save_pretrained` or a recipe wrote; CAMERAS a CSV file with the columns key and address. Frames
+go one at a time through an online session, --rate of them a second. As many as the model was trained on make one
+answer, a line of OUT/answers.jsonl. Each --save-every frames, and with each answer, the session's state is saved in
+OUT/states: if an actor dies, its cameras go on from there on others. So does the same command, started again.
+docs/cameras.md tells more. GMACs are 10^9 multiply-adds.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import io
 import json
@@ -30,8 +31,10 @@ import numpy as np
 import torch
 
 from dynskip import DynskipError, StopOrForward
-from dynskip.video import Preprocessing, command, open_video, to_array
+from dynskip.video import LiveSource, Preprocessing, command, open_video, to_array
 from dynskip.video.annotations import read_rows
+from dynskip.video.decoder import one_pass
+from dynskip.video.lock import hold_folder
 from dynskip.video.outputs import check_folders
 
 try:
@@ -39,16 +42,23 @@ try:
 except ImportError as error:
     raise SystemExit(f"error: This needs Ray ({error}). Run `pip install 'dynskip[examples,ray]'`.") from None
 
-Told: TypeAlias = tuple[bytes | None, dict[str, Any] | None, bool]  # a state, an answer or error, if the camera is over
+Told: TypeAlias = tuple[bytes | None, dict[str, Any] | None, bool]  # to save, to write, and if a camera is over
 
 
 def frames(address: str, rate: float, due: int, short_side: int) -> Generator[tuple[int, np.ndarray]]:
-    """Yield the first frame of every tick, `rate` ticks a second, from a tick on; each with the tick due next."""
-    with open_video(address) as (container, stream):
-        for frame in container.decode(stream):
-            if (tick := int(frame.time * rate + 1e-6)) >= due:
+    """Yield the first frame of every tick, `rate` ticks a second, and the tick due next; if live, the newest one."""
+    with contextlib.ExitStack() as opened:
+        if Path(address).is_file():
+            container, stream = opened.enter_context(open_video(Path(address)))
+            shown = ((frame, frame.time or 0.0) for frame in one_pass(container, stream) if frame is not None)
+        else:
+            live = LiveSource(int(address) if address.isdecimal() else address)
+            opened.callback(live.close)
+            due, shown = 0, ((frame.picture, frame.time) for frame in live)
+        for picture, seconds in shown:
+            if (tick := int(seconds * rate + 1e-6)) >= due:
                 due = tick + 1
-                yield due, to_array(frame, short_side)
+                yield due, to_array(picture, short_side)
 
 
 class Camera:
@@ -56,7 +66,7 @@ class Camera:
 
     def __init__(self, actor: Actor, address: str, saved: bytes) -> None:
         self.session = actor.model.stream()
-        self.state: dict[str, Any] = {"looked": 0, "answers": 0, "due": 0}
+        self.state: dict[str, Any] = {"looked": 0, "fresh": 0, "answers": 0, "due": 0}
         if saved:
             self.state = torch.load(io.BytesIO(saved), weights_only=True, map_location="cpu")
             self.session.load_state_dict(self.state.pop("session"))
@@ -97,15 +107,13 @@ class Actor:
             for state["due"], picture in camera.frames:
                 with self.lock:
                     camera.session(self.prep.normalize(self.prep.crop(picture[None]).to(self.device))[0])
-                    state["looked"] += 1
-                    if state["looked"] % self.prep.num_frames == 0:
+                    state |= {"looked": state["looked"] + 1, "fresh": state["fresh"] + 1}
+                    if state["fresh"] == self.prep.num_frames:
                         return *self._answer(key, camera), False
                     if state["looked"] % self.save_every == 0:
                         return camera.save(), None, False
             with self.lock:
-                return *(
-                    self._answer(key, camera) if state["looked"] % self.prep.num_frames else (camera.save(), None)
-                ), True
+                return *(self._answer(key, camera) if state["fresh"] else (camera.save(), None)), True
         except (DynskipError, OSError, ValueError) as error:
             return None, {"camera": key, "error": f"{type(error).__name__}: {error}"}, True
 
@@ -113,7 +121,7 @@ class Actor:
         """Return what the frames since the last answer say, and the state of starting anew."""
         row = camera.session.result().row(self.model.class_names)
         camera.session.reset()
-        camera.state["answers"] += 1
+        camera.state |= {"answers": camera.state["answers"] + 1, "fresh": 0}
         place = {"camera": key, "answer": camera.state["answers"], "at": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         return camera.save(), {**place, **row, "since": camera.since}
 
@@ -137,9 +145,7 @@ class Fleet:
         self.held: dict[str, str] = {}  # the actor of each camera
         self.ready = dict.fromkeys(cameras, 0.0)  # cameras that are not over, and when each may go on
         self.deaths: Counter[str] = Counter()  # of actors with a camera, since it last got on: then it waits for longer
-        self.calls: dict[Any, tuple[str, str]] = {}  # those in flight: actor, and camera or nothing
-        for name in names:
-            self._begin(name)
+        self.calls = {self._begin(name): (name, "") for name in names}  # those in flight: actor, and camera or nothing
 
     def run(self, stopped: Sequence[bool] = ()) -> Iterator[tuple[str, Told]]:
         """Watch until all cameras are over, or `stopped` has an item; yield what was told of which camera."""
@@ -162,17 +168,16 @@ class Fleet:
                     self.up[name] = told
                     print(f"{name} is up: {told}.", file=sys.stderr)
 
-    def _begin(self, name: str) -> None:
-        self.calls[self.actors[name].where.options(max_task_retries=-1).remote()] = name, ""
+    def _begin(self, name: str) -> Any:
+        return self.actors[name].where.options(max_task_retries=-1).remote()
 
     def _watch(self, key: str, name: str) -> None:
         """Let an actor watch a camera; if another did before, from the last saved state on."""
-        state, before = None, self.held.get(key)
+        state, before, self.held[key] = None, self.held.get(key), name
         if before != name:
             state = self.file(key).read_bytes() if self.file(key).exists() else b""
             if before is not None:
                 self.actors[before].leave.remote(key)
-        self.held[key] = name
         self.calls[self.actors[name].watch.remote(key, self.cameras[key], state)] = name, key
 
     def _note(self, key: str, state: bytes | None, line: dict[str, Any] | None, over: bool) -> None:
@@ -191,13 +196,13 @@ class Fleet:
     def _lose(self, name: str, key: str, error: Exception) -> None:
         """Note that an actor is lost. Ray starts it again; its cameras go on elsewhere."""
         if not key:
-            raise error  # it cannot be started
+            raise DynskipError(f"{name} cannot be started: {error}") from error
         self.ready[key] = time.monotonic() + min(2 ** self.deaths[key] - 1, 300)
         self.deaths[key] += 1
         del self.held[key]
         if self.up.pop(name, None):
             print(f"{name} is lost, its cameras go on elsewhere: {error}", file=sys.stderr)
-            self._begin(name)
+            self.calls[self._begin(name)] = name, ""
 
     def file(self, key: str) -> Path:
         """Return where a camera's state is saved. Keys may hold any character, and differ in case alone."""
@@ -227,23 +232,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def watch(args: argparse.Namespace) -> int:
     """Watch all cameras; return 1 if one of them failed."""
-    stopped, started = list[bool](), not ray.is_initialized()
     cameras, session = read_cameras(args.cameras), StopOrForward.from_pretrained(args.model).stream()
     check_folders(args.out / "states")
     for file in (args.out / "states").glob("*.pt"):  # says if they are of another model
         session.load_state_dict(torch.load(file, weights_only=True, map_location="cpu")["session"])
-    try:
-        if started:
-            ray.init()  # joins the cluster that RAY_ADDRESS names, or starts one of this machine
+    stopped = list[bool]()
+    with hold_folder(args.out):
+        ray.init(ignore_reinit_error=True)  # joins the cluster that RAY_ADDRESS names, or starts one, until the end
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stopped.append(True))
-        failed = sum(over and state is None for _, (state, _, over) in Fleet(cameras, args).run(stopped))
-        return 1 if failed else 0
-    except ray.exceptions.RayError as error:
-        raise DynskipError(f"Ray gave up: {error}") from error
-    finally:
-        if started:
-            ray.shutdown()
+        return min(1, sum(over and state is None for _, (state, _, over) in Fleet(cameras, args).run(stopped)))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from dynskip import video
 from dynskip.video import command
 from dynskip.video.cache import FrameCache, kept_bytes
-from dynskip.video.check import check_videos, is_clean, report_on, summary
+from dynskip.video.check import check_videos, is_clean, left_out, report_on, summary
 from dynskip.video.outputs import check_files, check_folders
 
 
@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_folders(args.cache, needed=kept_bytes(missing, prep.num_frames, prep.short_side))
         checks = check_videos(items, cache, args.workers)
         findings = list(tqdm(checks, "prepare", len(items), leave=False, disable=None))
-        report = report_on(items, findings, args.frames, cache is not None)
+        beside = left_out(items, [args.data, *args.annotations, args.classes, args.report])
+        report = report_on(items, findings, args.frames, cache is not None, beside)
         print(summary(report))
         # A name that is not UTF-8 is kept with escapes, which JSON turns back into the name.
         text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"

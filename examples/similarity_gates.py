@@ -18,6 +18,7 @@ from timm.data import ImageNetInfo
 from dynskip import DynskipError, FixedGate, SimilarityGate, StopOrForward, stage_model, video
 from dynskip.backbone.weights import load_weights
 from dynskip.video import command
+from dynskip.video.annotations import text_lines
 from dynskip.video.outputs import check_folders
 
 
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         info, count = ImageNetInfo(), backbone.num_classes
         known = count == info.num_classes()
         names = [info.index_to_description(i) if known else f"class {i}" for i in range(count)]
-        model.class_names = args.class_names.read_text().splitlines() if args.class_names else names
+        model.class_names = [name for _, name in text_lines(args.class_names)] if args.class_names else names
         mean, std = (tuple(network.pretrained_cfg[key]) for key in ("mean", "std"))
         model.preprocessing = video.Preprocessing(args.size, args.frames, mean, std).to_dict()
         print(f"Wrote {model.eval().save_pretrained(args.out)}.")

@@ -31,7 +31,7 @@ from dynskip import DynskipError, SoFLoss, StopOrForward, evaluation, glance, pl
 from dynskip.backbone.weights import load_weights
 from dynskip.sofnet import Recipe
 from dynskip.video import command
-from dynskip.video.outputs import cannot_write, check_folders
+from dynskip.video.outputs import check_folders, whole_file
 
 # -------------------------------------------------------------------------------------------------------- settings
 
@@ -187,7 +187,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> evaluation.Eval
     sgd: dict[str, Any] = {"momentum": recipe.momentum} if args.optimizer == "sgd" else {}
     kind = torch.optim.SGD if sgd else torch.optim.AdamW
     optimizer = kind(recipe.parameter_groups(model), recipe.lr, weight_decay=recipe.weight_decay, **sgd)
-    run = Run(args, model, optimizer, accelerator)
+    run = Run(args, model, optimizer, accelerator, video.list_videos(items, args.data))
     wrapped: Any = None
     for epoch in range(run.epoch, recipe.epochs):
         dense = args.dense or recipe.is_warmup(epoch)
@@ -242,10 +242,11 @@ FREE = {"command", "out", "resume", "start", "save_every", "tensorboard", "data"
 class Run:
     """How far a run is. One file holds everything, so that a save is whole or not there."""
 
-    def __init__(self, args: Any, model: StopOrForward, optimizer: Any, accelerator: Accelerator) -> None:
+    def __init__(self, args: Any, model: StopOrForward, optimizer: Any, accelerator: Accelerator, data: Any) -> None:
         self.out, self.model, self.optimizer, self.accelerator = args.out, model, optimizer, accelerator
-        self.settings = {key: str(value) for key, value in vars(args).items() if key not in FREE}
+        self.settings: dict[str, Any] = {key: str(value) for key, value in vars(args).items() if key not in FREE}
         self.settings |= {"classes": str(model.class_names), "kept frames": str(bool(args.cache or args.in_memory))}
+        self.settings["videos"] = data
         self.launcher = os.getppid()
         self.epoch = self.step = 0  # the next ones to do; with --accumulate, a step is a part
         self.sums: dict[str, float] = {}
@@ -290,15 +291,9 @@ class Run:
             return
         kept = {key: getattr(self, key) for key in ("settings", "epoch", "step", "sums", "log", "unreadable")}
         parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.accelerator.scaler}
-        file, unfinished = self.out / name, self.out / f"{name}.part"
-        try:
-            with unfinished.open("wb") as opened:  # given a path, torch does not say that the disk is full
-                states = {key: part.state_dict() for key, part in parts.items() if part is not None}
-                torch.save(kept | states | {"made_with": command.VERSIONS}, opened)
-            os.replace(unfinished, file)
-        except (OSError, RuntimeError) as error:
-            unfinished.unlink(missing_ok=True)
-            raise cannot_write(file, error, "Go on with --resume.") from error
+        states = {key: part.state_dict() for key, part in parts.items() if part is not None}
+        with whole_file(self.out / name, "Go on with --resume.") as file:
+            torch.save(kept | states | {"made_with": command.VERSIONS}, file)
 
     def restore(self, file: Path, compare: bool) -> None:
         """Go on from a checkpoint; `compare` refuses one that was made with other settings."""
@@ -308,8 +303,11 @@ class Run:
         except Exception as error:  # a damaged file can fail in any way
             raise DynskipError(f"{file} is missing or damaged ({error!r}). Train again.") from error
         differ = [key for key in self.settings | settings if settings.get(key) != self.settings.get(key)]
+        changes = video.data_changes(settings.get("videos", []), self.settings["videos"])
         if compare and differ:
-            raise DynskipError(f"{file} is of another run: {', '.join(differ)} differ. Train with the same settings.")
+            raise DynskipError(
+                f"{file} is of another run: {', '.join(differ)} differ{changes}. Train with the same settings and data."
+            )
         for key, part in {"model": self.model, "optimizer": self.optimizer, "scaler": self.accelerator.scaler}.items():
             state = content.pop(key, None)
             with command.explained(f"the {key} of {file}", made_with):
@@ -388,7 +386,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             cpu=args.device == "cpu", mixed_precision=args.amp, gradient_accumulation_steps=args.accumulate,
             log_with="tensorboard" if args.tensorboard else None, project_dir=args.out,
         )  # fmt: skip
-        (demo if args.command == "demo" else train)(args, accelerator)
+        with video.hold_folder(args.out, accelerator.is_main_process):
+            (demo if args.command == "demo" else train)(args, accelerator)
         accelerator.end_training()
 
     interrupted = f"The same command{'' if args.command == 'demo' else ' with --resume'} goes on from where it was."

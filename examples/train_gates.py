@@ -41,7 +41,7 @@ from dynskip.backbone.weights import load_weights
 from dynskip.losses import AnytimeLoss, SoFLoss
 from dynskip.sofnet import Recipe
 from dynskip.video import command
-from dynskip.video.outputs import cannot_write, check_folders
+from dynskip.video.outputs import check_folders, whole_file
 from dynskip.video.stored import classifier
 
 DEMO = {"backbone": "test_resnet", "weights": "none", "size": 48, "workers": 0, "lr": 3e-3, "epochs": 20}
@@ -91,11 +91,14 @@ GATES = (*BACKBONE, "glance", "glance_size", "variants", "hidden", "alpha", "bet
 
 def epochs(name: str, count: int, settings: Sequence[str], parts: dict[str, Any], args: Any) -> Iterator[int]:
     """Count epochs, and keep what they change in OUT/NAME.pt after each: a run goes on after the last whole one."""
-    file, unfinished = args.out / f"{name}.pt", args.out / f"{name}.part"
+    file = args.out / f"{name}.pt"
     own, first = {key: str(getattr(args, key)) for key in settings}, 0
     if file.exists():
         content = torch.load(file, map_location="cpu", weights_only=True)
-        if differ := [key for key, value in own.items() if content["settings"].get(key) != value]:
+        differ = [key for key, value in own.items() if content["settings"].get(key) != value]
+        if changes := video.data_changes(content["videos"], args.videos):
+            differ.append(f"videos{changes}")
+        if differ:
             raise DynskipError(f"{file} has other settings: {', '.join(differ)}. Delete it, or choose another --out.")
         first = content["epoch"]
         for key, part in parts.items():
@@ -104,12 +107,8 @@ def epochs(name: str, count: int, settings: Sequence[str], parts: dict[str, Any]
         torch.manual_seed(video.derive_seed(args.seed, epoch))
         yield epoch
         states = {key: part.state_dict() for key, part in parts.items()}
-        try:
-            with unfinished.open("wb") as opened:  # given a path, torch does not say that the disk is full
-                torch.save({"settings": own, "epoch": epoch + 1, **states}, opened)
-            os.replace(unfinished, file)
-        except (OSError, RuntimeError) as error:
-            raise cannot_write(file, error, "The same command goes on.") from error
+        with whole_file(file, "The same command goes on.") as opened:
+            torch.save({"settings": own, "videos": args.videos, "epoch": epoch + 1, **states}, opened)
 
 
 def build_model(args: argparse.Namespace) -> tuple[StopOrForward, bool]:
@@ -252,8 +251,9 @@ def run(args: argparse.Namespace) -> None:
     if args.demo:
         args.data = video.render_set(args.out / "videos", train_per_class=50, test_per_class=30, seed=args.seed)
         args.cache = args.out / "cache"
-    items = divide(video.load_items(args.data, args.annotations, args.format, args.classes), args)
-    args.names = video.class_names(items, args.classes)
+    items = video.load_items(args.data, args.annotations, args.format, args.classes)
+    args.names, args.videos = video.class_names(items, args.classes), video.list_videos(items, args.data)
+    items = divide(items, args)
     model, new = build_model(args)
 
     def clips_of(split: str, training: bool = False) -> video.Clips:
@@ -291,8 +291,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if top.parse_args(arguments).demo:
         top.set_defaults(**DEMO)
     args = top.parse_args(arguments)
+    held = video.hold_folder(args.out)(run)  # one run at a time
     interrupted = "The same command goes on after the last whole epoch."
-    return command.run(lambda: run(args), interrupted, "Lower --workers, --size, --frames or --batch-size.")
+    return command.run(lambda: held(args), interrupted, "Lower --workers, --size, --frames or --batch-size.")
 
 
 if __name__ == "__main__":

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dynskip import DynskipError
 
 for needed in ("av", "PIL", "safetensors", "tqdm"):
     pytest.importorskip(needed)
 
-from dynskip.video import Item, Segment, class_names, held_out_split, load_items, pick_split, read_items  # noqa: E402
+from dynskip.video import (  # noqa: E402
+    Item,
+    Segment,
+    class_names,
+    data_changes,
+    held_out_split,
+    list_videos,
+    load_items,
+    pick_split,
+    read_items,
+)
 from dynskip.video.annotations import read_classes  # noqa: E402
 from dynskip.video.formats import relevant_frames  # noqa: E402
 from dynskip.video.stick_figures import write_video  # noqa: E402
@@ -420,6 +433,25 @@ def test_faults_of_lists_are_named(
     listed = write(tmp_path / "classes.txt", classes) if classes is not None else None
     with pytest.raises(DynskipError, match=re.escape(message)):
         load_items(tmp_path, [write(tmp_path / name, content)], classes=listed)
+
+
+# --------------------------------------------------------------------------------------------- what a run remembers
+
+
+def test_data_are_compared_by_path_label_and_split(tmp_path: Path) -> None:
+    names = [f"{i}.mp4" for i in range(5)] + ["one\u2028two.mp4", os.fsdecode(b"caf\xe9.mp4")]
+    items = [Item(tmp_path / name, ("a",), "train") for name in names]
+    torch.save(list_videos(items, tmp_path / "labels.csv"), tmp_path / "last.pt")  # as a checkpoint keeps it
+    before = torch.load(tmp_path / "last.pt", weights_only=True)
+    moved = [replace(item, path=tmp_path / "x" / ".." / item.path.name) for item in items]
+    assert data_changes(before, list_videos(moved, tmp_path)) == ""
+    assert data_changes(before, list_videos(items[::-1], tmp_path)) == " (the same in another order)"
+    other = [*items[4:], Item(tmp_path / "new.mp4", (), "train")]
+    other[0] = replace(other[0], labels=("a", "b"), split="test")
+    assert data_changes(before, list_videos(other, tmp_path)) == (
+        " (1 added: new.mp4; 4 gone: 0.mp4, 1.mp4, 2.mp4, ...; "
+        "1 with another label or split: 4.mp4 (a, b, test, not a, train))"
+    )
 
 
 # ------------------------------------------------------------------------------------------- class lists and readers

@@ -122,7 +122,7 @@ def test_a_film_whose_sound_has_a_cover_is_a_film(tmp_path: Path) -> None:
         cover = container.add_stream("png", rate=1)
         cover.width = cover.height = 128
         cover.pix_fmt = "rgb24"
-        cover.disposition = av.stream.Disposition.attached_pic
+        cover.disposition = av.stream.Disposition.attached_pic.value  # av 15 takes a number
         film = container.add_stream("libx264", rate=10)
         film.width, film.height, film.pix_fmt = 64, 48, "yuv420p"
         container.mux(cover.encode(av.VideoFrame.from_image(picture)))

@@ -19,7 +19,7 @@ from torch import nn
 for needed in ("av", "matplotlib", "PIL", "safetensors", "tqdm"):
     pytest.importorskip(needed)
 
-from dynskip import DynskipError  # noqa: E402
+from dynskip import DynskipError, stage_model  # noqa: E402
 from dynskip.errors import lacks_memory  # noqa: E402
 from dynskip.video import Clips, Item, MachineError, Preprocessing, VideoError, command, memory, outputs  # noqa: E402
 
@@ -47,6 +47,7 @@ ENDS: dict[str, tuple[BaseException, int, str]] = {
     "torch's": (RuntimeError(f"{ALLOCATOR}\nstack"), 2, OUT + f"({ALLOCATOR}). Less."),
     "oneDNN's": (RuntimeError("could not create a primitive"), 2, OUT + "(could not create a primitive). Less."),
     "the GPU's": (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, OUT + "(CUDA out of memory."),
+    "a library's": (ImportError("a.so: failed to map segment from shared object"), 2, OUT + "(a.so: failed"),
     "fork's": (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, OUT),
     "a process's death": (RuntimeError(KILLED), 2, "error: A process that decodes videos was killed, most likely"),
 }
@@ -73,6 +74,7 @@ def test_what_work_returns_is_the_exit_code() -> None:
         RuntimeError("could not create a primitive descriptor for a convolution"),
         KeyError("a"),
         TypeError("a"),
+        ImportError("a.so: undefined symbol"),
     ],
 )
 def test_an_error_in_code_is_shown_whole(error: Exception) -> None:
@@ -286,3 +288,27 @@ def test_videos_in_memory_are_counted_before_they_are_decoded(monkeypatch: pytes
     monkeypatch.setattr(memory, "memory_left", lambda: 9e8)
     with pytest.raises(DynskipError, match=r"9 videos takes 1\.4 GB .* and 900\.0 MB are left\..*--cache"):
         Clips(items, "a", Preprocessing(896, 16), True).load_into_memory()
+
+
+class Hungry(nn.Module):
+    """A network that gets no memory for its second layer."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.first, self.second, self.error = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), error
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.first(images)
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("no"), RuntimeError("could not create a primitive"), torch.OutOfMemoryError("CUDA out of memory.")],
+)
+def test_a_network_without_memory_does_not_refuse_a_size(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught:
+        stage_model(Hungry(error), ["first", "second"], input_size=(3, 8, 8))
+    assert caught.value is error
+    with pytest.raises(DynskipError, match="Hungry refuses images of 3x8x8"):
+        stage_model(Hungry(RuntimeError("shapes do not fit")), ["first", "second"], input_size=(3, 8, 8))

@@ -187,9 +187,10 @@ def test_what_a_model_does_not_look_at_is_not_decoded(tmp_path: Path, monkeypatc
     saved = save_tiny_sofnet(tmp_path / "model", PREP, threshold=0.01, min_frames=1)
     monkeypatch.setattr(ray, "get_gpu_ids", list)
     classify = corpus_ray.Classify(argparse.Namespace(model=str(saved), streams=2))
-    paths = [str(tmp_path / name) for name in ("long.mp4", "bare.h264", "none.mp4")]
+    os.mkfifo(tmp_path / "pipe.ts")  # of which nobody would ever hear again
+    paths = [str(tmp_path / name) for name in ("long.mp4", "bare.h264", "none.mp4", "pipe.ts")]
     batch = {key: np.array([row(path)[key] for path in paths]) for key in ("path", "path_bytes", "stamp")}
-    long, bare_row, none = classify(batch).to_pylist()
+    long, bare_row, none, pipe = classify(batch).to_pylist()
     wanted = StopOrForward.from_pretrained(saved)(
         PREP.normalize(PREP.crop(sample_frames(open_source(tmp_path / "long.mp4"), PREP.num_frames, PREP.short_side)))[
             None
@@ -204,6 +205,15 @@ def test_what_a_model_does_not_look_at_is_not_decoded(tmp_path: Path, monkeypatc
     assert bare_row["notes"].startswith("decoded as a whole: ")
     assert "none.mp4: no such file" in none["error"]
     assert none["network_ms"] is None
+    assert "pipe.ts" in pipe["error"]
+
+
+def test_results_that_cannot_be_written_are_told_before_ray_starts(
+    model: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(model, corpus, corpus / "notes.txt" / "out") == 2
+    assert "Could not write" in capsys.readouterr().err
+    assert not ray.is_initialized()
 
 
 def test_a_second_run_in_the_same_folder_is_refused(

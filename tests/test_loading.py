@@ -185,6 +185,8 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 from dynskip.video import FrameSource, Item, Clips, Preprocessing, training_batches, command
+from dynskip.video.cache import FrameCache
+from dynskip.video.check import check_videos
 
 class Slow(FrameSource):
     def __init__(self, path): pass
@@ -193,21 +195,26 @@ class Slow(FrameSource):
         Path(sys.argv[1]).touch()
         time.sleep(60)
 
-def work():
-    items = [Item(Path(f"{i}"), ("a",), "train") for i in range(4)]
+def load():
     clips = Clips(items, "a", Preprocessing(8, 2), True, opener=Slow)
     list(training_batches(clips, 0, 2, workers=2))
 
+def look():
+    list(check_videos(items, FrameCache(Path("cache"), 2, 8, Slow), workers=2))
+
 if __name__ == "__main__":
-    sys.exit(command.run(work, "What is there stays."))
+    items = [Item(Path(__file__), ("a",), "train")] * 4
+    sys.exit(command.run({"load": load, "check": look}[sys.argv[2]], "What is there stays."))
 """
 
 
-def test_ctrl_c_is_told_once_and_without_tracebacks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("work", ["load", "check"])
+def test_ctrl_c_is_told_once_and_without_tracebacks(work: str, tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(SCRIPT)
     started = tmp_path / "started"
     process = subprocess.Popen(
-        [sys.executable, tmp_path / "slow.py", started], stderr=subprocess.PIPE, text=True, start_new_session=True,
+        [sys.executable, tmp_path / "slow.py", started, work],
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(Path(loading.__file__).parents[2])},
     )  # fmt: skip
     while not started.exists():

@@ -200,7 +200,7 @@ def test_a_killed_process_goes_on_exactly(data: Path, trained: Path, tmp_path: P
     assert_same_run(tmp_path, trained)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs a device that is always full")
 def test_a_full_disk_costs_nothing(
     data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +226,76 @@ def test_resuming_with_other_settings_is_refused(
     out = Path(shutil.copytree(trained, tmp_path / "run"))
     assert train(data, out, "--resume", option, value) == 2
     assert re.search(rf"last\.pt is of another run: .*\b{named}\b.* differ.*same settings", capsys.readouterr().err)
+
+
+CHANGES = {
+    "added": ("videos/new.mp4", r"1 added: videos/new\.mp4"),
+    "gone": ("", r"1 gone: videos/high_kick/train_0000\.mp4"),
+    "label": (
+        "videos/high_kick/train_0000.mp4,side_lunge,train",
+        r"1 with another label .*\(side_lunge, train, not high",
+    ),
+    "split": (
+        "videos/high_kick/train_0000.mp4,high_kick,test",
+        r"1 with another label or split: .*\(high_kick, test, not high_kick, tr",
+    ),
+    "order": ("", "the same in another order"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_resuming_with_other_data_is_refused(
+    what: str, data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, other = Path(shutil.copytree(trained, tmp_path / "run")), Path(shutil.copytree(data, tmp_path / "other"))
+    header, *rows = (data / "labels.csv").read_text().splitlines()
+    first = rows.index("videos/high_kick/train_0000.mp4,high_kick,train")
+    if what == "added":
+        shutil.copy(other / "videos" / "high_kick" / "train_0000.mp4", other / "videos" / "new.mp4")
+        rows.append("videos/new.mp4,high_kick,train")
+    elif what == "order":
+        rows.reverse()
+    else:
+        rows[first : first + 1] = [CHANGES[what][0]] if CHANGES[what][0] else []
+    (other / "labels.csv").write_text("\n".join([header, *rows]) + "\n")
+    before = (out / "last.pt").read_bytes()
+    assert train(other, out, "--resume", "--epochs", 2) == 2
+    message = capsys.readouterr().err
+    assert re.search(rf"last\.pt is of another run: videos differ \({CHANGES[what][1]}", message)
+    assert "Train with the same settings and data." in message
+    assert (out / "last.pt").read_bytes() == before
+
+
+def test_a_run_goes_on_with_the_same_data_elsewhere(data: Path, trained: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(trained, tmp_path / "run"))
+    moved = Path(shutil.copytree(data, tmp_path / "moved"))
+    assert train(moved / "labels.csv", out, "--resume", "--epochs", 2) == 0
+    assert checkpoint(out)["epoch"] == 3
+
+
+HOLD = """import sys, time, pathlib, dynskip.video
+with dynskip.video.hold_folder(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("script", ["sofnet_activitynet", "train_gates"])
+def test_two_runs_do_not_share_a_folder(
+    script: str, data: Path, trained: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(trained, tmp_path / "run"))
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.name != ".lock"}
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(out)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        if script == "train_gates":
+            assert run(train_gates, "--data", data, "--out", out, "--weights", weights, "--backbone", BACKBONE) == 2
+        else:
+            assert train(data, out, "--resume") == 2
+        other.kill()
+    assert re.search(rf"Another run writes to .*run: process {other.pid} on .*, since", capsys.readouterr().err)
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.name != ".lock"} == before
 
 
 def test_an_existing_run_is_not_overwritten(data: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -577,6 +647,27 @@ def test_prepare(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 18
 
 
+def test_prepare_names_labels_that_read_alike_and_what_it_leaves_out(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    video = data / "videos" / "high_kick" / "train_0000.mp4"
+    rows = zip("abcdef", ("jump", "jump ", "Jump", "air drumming", "Air_Drumming", "kick"), strict=True)
+    for name in ("a.mp4", "b.mp4", "c.mp4", "d.mp4", "e.mp4", "f.mp4", "more.MP4", "even.mp4", "old.xyz", ".hidden"):
+        shutil.copy(video, tmp_path / name)
+    text = "".join(f"{name}.mp4,{label},train\n" for name, label in rows)
+    (tmp_path / "labels.csv").write_text("path,label,split\n" + text)
+    report = tmp_path / "report.json"
+    for _ in range(2):  # the report itself is left out of the list
+        assert run(prepare_data, "--data", tmp_path, "--report", report, "--workers", 0) == 1
+        found = json.loads(report.read_text())
+        assert found["labels_alike"] == ["'Air_Drumming', 'air drumming'", "'Jump', 'jump'"]
+        assert found["left_out"] == [str(tmp_path / name) for name in ("even.mp4", "more.MP4", "old.xyz")]
+    printed = capsys.readouterr().out
+    assert "2 groups of labels differ only in case or spaces: each is probably one class:\n  'Air_Drumming'" in printed
+    assert "3 files beside the videos are in no annotation (.mp4 2, .xyz 1):\n" in printed
+    assert "5 classes" in printed
+
+
 # ------------------------------------------------------------------------------- gates around a finished classifier
 
 
@@ -664,6 +755,14 @@ def test_the_default_recipe_refuses_to_go_on_with_other_settings(
     for more, differ in ((["--lr", 0.1, "--seed", 1], "lr, seed"), (["--alpha", 0.5], "alpha")):
         assert run(train_gates, *options, *more) == 2
         assert f".pt has other settings: {differ}. Delete it, or choose" in capsys.readouterr().err
+    other = Path(shutil.copytree(data, tmp_path / "other"))
+    labels = (
+        (other / "labels.csv").read_text().replace("kick/train_0000.mp4,high_kick", "kick/train_0000.mp4,side_lunge")
+    )
+    (other / "labels.csv").write_text(labels)
+    assert run(train_gates, *options, "--data", other) == 2
+    changed = r"settings: videos \(1 with another label or split: \S*train_0000.mp4 \(side_lunge, train, not high_kick"
+    assert re.search(changed, capsys.readouterr().err)
     assert run(train_gates, "--out", tmp_path) == 2
     assert "Say with --data where the videos are, or try --demo." in capsys.readouterr().err
 

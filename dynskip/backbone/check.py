@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from dynskip._modes import DrawingApart, in_mode
 from dynskip.backbone._fx import BY_HAND, twin
 from dynskip.backbone.carry import Carry, flatten
-from dynskip.errors import DynskipError
+from dynskip.errors import DynskipError, lacks_memory
 
 if TYPE_CHECKING:
     from dynskip.backbone.staged import StagedBackbone
@@ -41,6 +41,8 @@ def fitting_size(
             with torch.inference_mode(False), torch.no_grad(), in_mode(model, False):
                 reference = Reference(model, probe_images(model, size)[1:2], inside)
         except Exception as error:
+            if lacks_memory(error):
+                raise
             refusal = error
         else:
             return size, reference if verify else None

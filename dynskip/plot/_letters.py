@@ -17,7 +17,7 @@ def matplotlib(module: str) -> Any:
     """Import a module of matplotlib, or say how to install it."""
     try:
         return importlib.import_module(f"matplotlib.{module}")
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise DynskipError("Drawing needs matplotlib. Run `pip install 'dynskip[plot]'`.") from error
 
 

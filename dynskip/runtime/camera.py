@@ -55,7 +55,7 @@ class Camera:
             return False
         self.frame, self.came = item
         # A frame that is taken late does not make the next one late; but missed frames are not made up for.
-        self.due = max(self.due, now - self.period) + self.period
+        self.due = (self.due if self.due + self.period > now else now) + self.period
         self.taken += 1
         return True
 

@@ -19,7 +19,7 @@ from dynskip import rules
 from dynskip.backbone import Carry
 from dynskip.backbone.carry import count_samples, flatten, restore
 from dynskip.consensus import Consensus, Readout, TopKMean
-from dynskip.errors import DynskipError
+from dynskip.errors import DynskipError, lacks_memory
 from dynskip.order import FrameOrder, RandomOrder
 from dynskip.terminate import EarlyTerminator
 
@@ -173,6 +173,8 @@ def _write(folder: Path, name: str, part: _Part, outputs: list[str]) -> str:
             weight.type = weight.shape = None
         graph.save(folder / file, external_data=False)
     except Exception as error:
+        if lacks_memory(error):
+            raise
         raise DynskipError(
             f"The part {name!r} cannot be exported for any batch size: {type(error).__name__}: {error}. Choose other "
             "boundaries, so that code that depends on the batch size lies inside another part, or replace the "

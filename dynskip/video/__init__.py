@@ -11,7 +11,15 @@ try:
 except ImportError as error:
     raise ImportError(f"dynskip.video needs {error.name}. Run `pip install 'dynskip[video]'`.") from error
 
-from dynskip.video.annotations import Item, Segment, class_names, held_out_split, pick_split
+from dynskip.video.annotations import (
+    Item,
+    Segment,
+    class_names,
+    data_changes,
+    held_out_split,
+    list_videos,
+    pick_split,
+)
 from dynskip.video.causes import MachineError
 from dynskip.video.clips import (
     Batch,
@@ -54,6 +62,7 @@ __all__ = [
     "VideoError",
     "class_names",
     "collate_padded",
+    "data_changes",
     "derive_seed",
     "encode_clips",
     "find_videos",
@@ -61,6 +70,7 @@ __all__ = [
     "held_out_split",
     "hold_folder",
     "lazy_frames",
+    "list_videos",
     "load_items",
     "open_source",
     "open_video",

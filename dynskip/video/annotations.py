@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dynskip.errors import DynskipError
 from dynskip.video.names import normal
@@ -85,6 +87,42 @@ def class_names(items: Sequence[Item], classes: Path | None = None) -> list[str]
         return list(read_classes(classes).values())
     labels = {label for item in items for label in item.labels}
     return sorted(labels, key=lambda label: (not label.isdigit(), int(label) if label.isdigit() else 0, label))
+
+
+def list_videos(items: Sequence[Item], data: Path) -> list[tuple[str, tuple[str, ...], str]]:
+    """Return what a run remembers of its data: each video's path within `data`, its labels and its split."""
+    root = data if data.is_dir() else data.parent
+    return [(Path(os.path.relpath(item.path, root)).as_posix(), item.labels, item.split) for item in items]
+
+
+def data_changes(before: Sequence[Sequence[Any]], now: Sequence[Sequence[Any]]) -> str:
+    """Say how data differ from what they were.
+
+    Args:
+        before: what `list_videos` returned then.
+        now: what it returns now.
+
+    Returns:
+        Which videos were added, are gone or have another label, in brackets; nothing if all is the same.
+    """
+    old, new = ({path: (*labels, split) for path, labels, split in videos} for videos in (before, now))
+    kinds = {
+        "added": [path for path in new if path not in old],
+        "gone": [path for path in old if path not in new],
+        "with another label or split": [
+            f"{path} ({', '.join(new[path])}, not {', '.join(old[path])})"
+            for path in new
+            if new[path] != old.get(path, new[path])
+        ],
+    }
+    found = [
+        f"{len(paths)} {kind}: {', '.join(paths[:3])}" + ", ..." * (len(paths) > 3)
+        for kind, paths in kinds.items()
+        if paths
+    ]
+    if not found and list(before) != list(now):
+        found = ["the same in another order"]
+    return f" ({'; '.join(found)})" if found else ""
 
 
 # ------------------------------------------------------------------------------------------ what readers are made of

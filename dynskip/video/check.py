@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import re
 import statistics
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from dynskip.errors import DynskipError
@@ -17,6 +21,7 @@ from dynskip.video.annotations import SPLITS, Item
 from dynskip.video.cache import FrameCache
 from dynskip.video.causes import MachineError, explain
 from dynskip.video.loading import ignoring_interrupts
+from dynskip.video.names import count_suffixes, counts_text
 from dynskip.video.opening import open_source
 from dynskip.video.source import VideoError
 
@@ -101,7 +106,33 @@ def check_videos(items: Sequence[Item], cache: FrameCache | None = None, workers
         pool.shutdown(cancel_futures=True)
 
 
-def report_on(items: Sequence[Item], findings: Sequence[Finding], num_frames: int, cache: bool) -> dict[str, Any]:
+def left_out(items: Sequence[Item], annotations: Iterable[Path | None] = ()) -> list[Path]:
+    """List the files that lie beside annotated videos and belong to none of them.
+
+    Args:
+        items: the annotated videos.
+        annotations: files that describe them, which do not count.
+
+    Returns:
+        The files, sorted, without hidden ones, `labels.csv` and `segments.csv`.
+    """
+    known = {os.path.realpath(path) for path in (*filter(None, annotations), *(item.path for item in items))}
+    beside = (file for folder in {item.path.parent for item in items} if folder.is_dir() for file in folder.iterdir())
+    return sorted(
+        file
+        for file in beside
+        if not (file.name.startswith(".") or file.name in ("labels.csv", "segments.csv") or file.is_dir())
+        and os.path.realpath(file) not in known
+    )
+
+
+def report_on(
+    items: Sequence[Item],
+    findings: Sequence[Finding],
+    num_frames: int,
+    cache: bool,
+    beside: Sequence[Path] = (),
+) -> dict[str, Any]:
     """Sum up what was found.
 
     Args:
@@ -109,6 +140,7 @@ def report_on(items: Sequence[Item], findings: Sequence[Finding], num_frames: in
         findings: what `check_videos` said of each.
         num_frames: frames that the network will see; videos with fewer are short.
         cache: whether frames were to be kept.
+        beside: what `left_out` found.
 
     Returns:
         Plain values for JSON.
@@ -129,10 +161,21 @@ def report_on(items: Sequence[Item], findings: Sequence[Finding], num_frames: in
             if item.num_frames and finding.frames < 0.99 * item.num_frames
         ],
         "several_labels": [str(item.path) for item, _ in good if len(item.labels) > 1],
+        "labels_alike": _alike({label for item in items for label in item.labels}),
         "labels_without_training_videos": sorted({label for item, _ in good for label in item.labels} - trained),
         "not_in_cache": [str(item.path) for item, finding in good if cache and not finding.kept],
+        "left_out": [str(file) for file in beside],
         "splits": {split: _split_facts(split, both) for split in SPLITS if any(i.split == split for i in items)},
     }
+
+
+def _alike(labels: Iterable[str]) -> list[str]:
+    """Group labels that differ in case or in what separates words: they are probably one class."""
+    groups: dict[str, list[str]] = {}
+    for label in sorted(labels):
+        key = re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", label).casefold())
+        groups.setdefault(key, []).append(label)
+    return [", ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
 
 
 def _split_facts(split: str, both: Sequence[tuple[Item, Finding]]) -> dict[str, Any]:
@@ -167,6 +210,7 @@ LISTS = {
     "not_checked": "could not be checked, which is this machine's fault and not theirs",
     "short": "have fewer frames than the network sees, which repeats some",
     "fewer_frames_than_annotated": "have fewer frames than annotated",
+    "labels_alike": "groups of labels differ only in case or spaces: each is probably one class",
     "labels_without_training_videos": "labels have no training videos",
     "not_in_cache": "could not be kept in the cache",
 }
@@ -193,7 +237,8 @@ def summary(report: dict[str, Any]) -> str:
         lines.append(line)
     if report["several_labels"]:
         lines.append(f"{len(report['several_labels'])} have several labels.")
-    for key, what in LISTS.items():
+    suffixes = counts_text(count_suffixes(report["left_out"]))
+    for key, what in {**LISTS, "left_out": f"files beside the videos are in no annotation ({suffixes})"}.items():
         if found := report[key]:
             lines += [f"{len(found)} {what}:", *(f"  {entry}" for entry in found[:5])]
             lines += [f"  ... and {len(found) - 5} more, in the report"] * (len(found) > 5)

@@ -37,7 +37,7 @@ def run(work: Callable[[], int | None], interrupted: str, memory: str = "") -> i
     except KeyboardInterrupt:
         print(f"\nInterrupted. {interrupted}", file=sys.stderr)
         return 130
-    except (DynskipError, OSError, MemoryError, RuntimeError) as error:
+    except (DynskipError, OSError, MemoryError, RuntimeError, ImportError) as error:
         message = explain(error, memory)
         if message is None:
             raise

@@ -88,9 +88,11 @@ class LiveSource(Newest[LiveFrame]):
         if not timeout > 0:
             raise DynskipError(f"timeout={timeout} has to be a positive number of seconds.")
         self.address, self.timeout, self.give_up = str(address), timeout, give_up
-        self._options: dict[str, Any] = {"format": format, "options": options or {}}
+        self._options: dict[str, Any] = {"format": format}
         if isinstance(address, int):
             self.address, self._options = camera_address(address)
+        # FFmpeg looks at 5 seconds before it gives the first frame, which is then as old.
+        self._options["options"] = {"analyzeduration": "500000", **self._options.get("options", {}), **(options or {})}
         self.damaged = self.reconnects = 0
         self.lost = 0.0
         self._held: LiveFrame | None = None  # of the next video
@@ -179,7 +181,7 @@ class LiveSource(Newest[LiveFrame]):
         options = {**self._options, "timeout": (self.timeout, self.timeout)}
         with open_video(self.address, **options) as (container, stream):
             seen = on_time = time.monotonic()
-            packets = 0
+            packets, joined = 0, False
             for packet in container.demux():  # all streams: sound that goes on must not hide that the pictures stopped
                 if self._closed.is_set():
                     return
@@ -189,10 +191,10 @@ class LiveSource(Newest[LiveFrame]):
                     try:
                         pictures = packet.decode()
                     except av.error.FFmpegError:
-                        self.damaged += 1
+                        self.damaged += joined  # what comes before the first key frame lacks its references
                 for picture in pictures:
                     yield picture
-                    seen, packets = time.monotonic(), 0
+                    seen, packets, joined = time.monotonic(), 0, True
                     if self._clock.late <= self.max_lag:
                         on_time, stream.codec_context.skip_frame = seen, "DEFAULT"
                     elif seen - on_time > CATCH_UP:  # decoding is what is slow

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import re
 import shutil
 import signal
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
@@ -114,13 +115,20 @@ class BatchLoader(Generic[BatchT]):
             pin_memory=self.pin_memory,
             timeout=PATIENCE if self.workers else 0,
         )
-        with ignoring_interrupts():  # the processes are born with it
+        others = set(multiprocessing.active_children())
+        with ignoring_interrupts():
             batches = iter(loader)
-        for number in range(len(self.keys)):
-            batch = self._next(batches, number)
-            if isinstance(batch, DynskipError):
-                raise batch
-            yield batch
+        own = set(multiprocessing.active_children()) - others
+        try:
+            for number in range(len(self.keys)):
+                batch = self._next(batches, number)
+                if isinstance(batch, DynskipError):
+                    raise batch
+                yield batch
+        except BaseException:  # Ctrl-C, or nobody asks for the rest: torch would wait for videos that take minutes
+            for process in own:
+                process.terminate()
+            raise
 
     def _next(self, batches: Iterator[Any], number: int) -> Any:
         for told in range(TOLD):
@@ -201,12 +209,13 @@ def check_shared_memory(needed: int) -> None:
 
 @contextlib.contextmanager
 def ignoring_interrupts() -> Iterator[None]:
-    """Start processes that leave Ctrl-C to this one."""
-    if threading.current_thread() is not threading.main_thread():
+    """Start processes that leave Ctrl-C to this one: they inherit what is blocked here. It waits here, meanwhile."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource_tracker.ensure_running()  # starting it later would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

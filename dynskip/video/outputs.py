@@ -8,7 +8,9 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from dynskip.errors import DynskipError
 from dynskip.plot._letters import matplotlib
@@ -84,6 +86,30 @@ def check_pictures(*files: Path | None) -> None:
         check_files(file)
 
 
+@contextlib.contextmanager
+def whole_file(file: Path, then: str = "") -> Iterator[BinaryIO]:
+    """Open a file that takes its place when all of it is written, so that it is there whole or not at all.
+
+    Args:
+        file: the file.
+        then: what to do after an error.
+
+    Yields:
+        The unfinished file, `file.part`.
+
+    Raises:
+        DynskipError: if it cannot be written. What was there before stays.
+    """
+    unfinished = file.with_name(f"{file.name}.part")
+    try:
+        with unfinished.open("wb") as opened:
+            yield opened
+        os.replace(unfinished, file)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError
+        unfinished.unlink(missing_ok=True)
+        raise cannot_write(file, error, then) from error
+
+
 def cannot_write(path: Path, error: BaseException, then: str = "") -> DynskipError:
     """Say why something could not be written. The advice to make room belongs to a full disk alone.
 
@@ -117,7 +143,7 @@ def _errno(error: BaseException | None) -> int | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno
-        if match := re.search(r"os error (\d+)", str(error)):  # safetensors
+        if match := re.search(r"(?:os error|Os { code:) (\d+)", str(error)):  # safetensors, newer and older
             return int(match[1])
         error = error.__cause__ or error.__context__
     return None
