@@ -114,10 +114,8 @@ def epochs(name: str, count: int, settings: Sequence[str], parts: dict[str, Any]
 def build_model(args: argparse.Namespace) -> tuple[StopOrForward, bool]:
     """Return the model, and whether its classifier is new."""
     torch.manual_seed(args.seed)
-    size = (3, args.size, args.size)
-    backbone = stage_model(
-        args.backbone, num_classes=len(args.names), input_size=size, pretrained=args.weights == "hub"
-    )
+    sizes = {"num_classes": len(args.names), "input_size": (3, args.size, args.size)}
+    backbone = stage_model(args.backbone, pretrained=args.weights == "hub", **sizes)
     network: Any = backbone.model
     published, new = network.pretrained_cfg, True
     if args.weights == "hub":
@@ -247,7 +245,6 @@ def run(args: argparse.Namespace) -> None:
     """Do one phase after the other."""
     if args.data is None and not args.demo:
         raise DynskipError("Say with --data where the videos are, or try --demo.")
-    check_folders(args.out, args.cache)
     if args.demo:
         args.data = video.render_set(args.out / "videos", train_per_class=50, test_per_class=30, seed=args.seed)
         args.cache = args.out / "cache"
@@ -262,15 +259,13 @@ def run(args: argparse.Namespace) -> None:
     def encode(clips: video.Clips, name: str, epoch: int = 0) -> video.StoredFeatures:
         return video.encode_clips(model, clips, args.out / "features" / name, args.workers, epoch)
 
-    middle, drawn = clips_of("train"), clips_of("train", training=True)
-    if args.epochs:
-        train_backbone(model, drawn, new, args)
+    middle, drawn, val = clips_of("train"), clips_of("train", training=True), clips_of("val")
+    train_backbone(model, drawn, new, args)
     variants = [encode(middle, "variant0")]  # the draws of others are not those of the backbone's epochs
     variants += [encode(drawn, f"variant{k}", args.epochs + k) for k in range(1, args.variants)]
     if new and not args.epochs:
         video.fit_classifier(model, variants[0], targets_of(middle, variants[0]))
     train_gates(model, variants, middle, args)
-    val = clips_of("val")
     choose_thresholds(model.eval(), encode(val, "val"), val, args)
     rows = []
     if any(item.split == "test" for item in items):
@@ -291,9 +286,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if top.parse_args(arguments).demo:
         top.set_defaults(**DEMO)
     args = top.parse_args(arguments)
-    held = video.hold_folder(args.out)(run)  # one run at a time
-    interrupted = "The same command goes on after the last whole epoch."
-    return command.run(lambda: held(args), interrupted, "Lower --workers, --size, --frames or --batch-size.")
+
+    def work() -> None:
+        check_folders(args.out, args.cache)
+        with video.hold_folder(args.out):  # one run at a time
+            run(args)
+
+    return command.run(work, "The same command goes on after the last whole epoch.", "Lower --workers or --batch-size.")
 
 
 if __name__ == "__main__":
