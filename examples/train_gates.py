@@ -114,11 +114,11 @@ def epochs(name: str, count: int, settings: Sequence[str], parts: dict[str, Any]
 def build_model(args: argparse.Namespace) -> tuple[StopOrForward, bool]:
     """Return the model, and whether its classifier is new."""
     torch.manual_seed(args.seed)
-    sizes = {"num_classes": len(args.names), "input_size": (3, args.size, args.size)}
-    backbone = stage_model(args.backbone, pretrained=args.weights == "hub", **sizes)
+    size, hub = (3, args.size, args.size), args.weights == "hub"
+    backbone = stage_model(args.backbone, num_classes=len(args.names), input_size=size, pretrained=hub)
     network: Any = backbone.model
     published, new = network.pretrained_cfg, True
-    if args.weights == "hub":
+    if hub:
         new = published["num_classes"] != len(args.names)
     elif args.weights != "none":
         new = not load_weights(network, args.weights)
