@@ -33,6 +33,7 @@ import startup  # noqa: E402
 import training_step  # noqa: E402
 
 from dynskip.video import stick_figures  # noqa: E402
+from dynskip.video.files import VideoFile  # noqa: E402
 
 # By hand, since a well-known package has the same name.
 spec = importlib.util.spec_from_file_location("backbone_coverage", BENCHMARKS / "coverage.py")
@@ -110,7 +111,7 @@ def test_files_are_made_and_measured(
     monkeypatch.setitem(file_to_answer.SHAPES, "360p", (96, 64))
     path = tmp_path / "long.mp4"
     file_to_answer.make(path, 60, 60, "360p")  # a segment of 10 seconds, written again and again
-    source = file_to_answer.VideoFile(path)
+    source = VideoFile(path)
     assert len(source) == 60 * file_to_answer.RATE
     assert source.check() == ""
     assert source.index.key.nonzero()[0].tolist() == list(range(0, len(source), 60))
