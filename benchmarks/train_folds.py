@@ -40,6 +40,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av_or_not  # noqa: F401
 import common
 import numpy as np
 import sparse

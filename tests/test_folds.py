@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,8 @@ from dynskip import DynskipError
 for needed in ("av", "matplotlib", "safetensors", "tqdm"):
     pytest.importorskip(needed)
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import sparse  # noqa: E402
 import train_folds  # noqa: E402
@@ -62,6 +65,27 @@ def test_packed_pictures_come_back(packed: Path) -> None:
     written = file.stat().st_mtime_ns
     train_folds.unpack(packed)
     assert file.stat().st_mtime_ns == written
+
+
+def test_opencv_decodes_where_it_is(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = train_folds.pictures_of(packed / "part00.mp4")
+
+    class Capture:
+        def __init__(self, file: str) -> None:
+            assert file == str(packed / "part00.mp4")
+            self.rest = [picture.transpose(1, 2, 0)[..., ::-1] for picture in wanted]  # OpenCV has blue first
+
+        def read(self) -> tuple[bool, Any]:
+            return (True, self.rest.pop(0)) if self.rest else (False, None)
+
+    monkeypatch.setitem(sys.modules, "cv2", SimpleNamespace(VideoCapture=Capture))
+    assert np.array_equal(train_folds.pictures_of(packed / "part00.mp4"), wanted)
+
+
+def test_a_fold_needs_no_pyav() -> None:
+    code = "import sys; sys.modules['av'] = None; sys.path.insert(0, 'benchmarks'); import train_folds; print('fine')"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.stdout == "fine\n", run.stderr
 
 
 def test_pictures_missing_in_a_packed_file_are_told(packed: Path, tmp_path: Path) -> None:
