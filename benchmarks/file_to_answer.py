@@ -50,7 +50,8 @@ def make(path: Path, seconds: int, distance: int, shape: str) -> None:
     width, height = SHAPES[shape]
     blocks = np.random.default_rng(0).integers(30, 220, (height // 16 + 5, width // 16 + 5, 3), np.uint8)
     ground = blocks.repeat(16, 0).repeat(16, 1)
-    segment = min(max(distance, 240 // distance * distance), seconds * RATE)
+    total = seconds * RATE
+    segment = min(300 // distance * distance, total)  # begins with a key frame
     options = {"g": str(distance), "preset": "fast", "x264-params": "scenecut=0:open-gop=0"}
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream("libx264", rate=RATE, options=options)
@@ -63,13 +64,13 @@ def make(path: Path, seconds: int, distance: int, shape: str) -> None:
         kept = [(bytes(packet), packet.pts, packet.dts, packet.is_keyframe) for packet in packets]
         base = packets[0].time_base
         step = round(segment / (RATE * base))
-        for again in range(math.ceil(seconds * RATE / segment)):
-            for content, pts, dts, key in kept:
-                packet = av.Packet(content)
-                packet.stream, packet.time_base = stream, base
-                packet.pts, packet.dts = pts + again * step, dts + again * step
-                packet.is_keyframe = key
-                container.mux(packet)
+        for number in range(total):
+            again, (content, pts, dts, key) = number // segment, kept[number % segment]
+            packet = av.Packet(content)
+            packet.stream, packet.time_base = stream, base
+            packet.pts, packet.dts = pts + again * step, dts + again * step
+            packet.is_keyframe = key
+            container.mux(packet)
 
 
 def one_pass(path: Path, prep: Preprocessing) -> torch.Tensor:

@@ -53,8 +53,10 @@ def check_video(item: Item, cache: FrameCache | None = None) -> Finding:
         if not item.path.exists():
             return Finding(missing=True)
         if cache is not None:
+            known = cache.file(item.path).is_file()
             frames = cache.read(item.path, range(cache.num_frames))[1]  # checks every frame that was kept
-            return Finding(frames, kept=cache.file(item.path).is_file())
+            damage = "" if known else open_source(item.path).check()
+            return Finding(frames, kept=cache.file(item.path).is_file(), damage=damage)
         source = open_source(item.path)
         damage = source.check()
         return Finding(len(source), damage=damage)

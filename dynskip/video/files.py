@@ -278,14 +278,27 @@ def to_array(frame: Any, short_side: int, aspect: float = 1.0, reformatter: Any 
     shown = frame.width * aspect
     scale = short_side / min(shown, frame.height)
     size = max(round(shown * scale), 1), max(round(frame.height * scale), 1)
-    # Where a file does not say, players take large pictures for BT.709 and small ones for BT.601.
-    unknown = frame.colorspace == _UNSPECIFIED and (frame.width >= 1280 or frame.height > 576)
-    space = Colorspace.ITU709 if unknown else None
-    image = (reformatter or VideoReformatter()).reformat(frame, *size, format="rgb24", src_colorspace=space)
+    space = _space(frame)
+    colours = {"src_colorspace": space, "dst_colorspace": Colorspace.ITU601} if space is not None else {}
+    full = frame.color_range == _FULL_RANGE or frame.format.name.startswith("yuvj")
+    image = (reformatter or VideoReformatter()).reformat(
+        frame, *size, format="rgb24", src_color_range=_FULL_RANGE if full else None, **colours
+    )
     return _upright(image.to_ndarray(), frame.side_data.get("DISPLAYMATRIX"))
 
 
-_UNSPECIFIED = 2  # FFmpeg's number of a colour space
+# FFmpeg's numbers: of a frame's colour space, and what its scaler calls it.
+_UNSPECIFIED, _SPACES, _FULL_RANGE = 2, {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}, 2
+
+
+def _space(frame: Any) -> int | None:
+    """Return the colour space of a frame for the scaler; `None` of one that has no luma.
+
+    Where a file does not say, players take large pictures for BT.709 and small ones for BT.601.
+    """
+    if frame.colorspace == _UNSPECIFIED and not frame.format.is_rgb:
+        return int(Colorspace.ITU709 if frame.width >= 1280 or frame.height > 576 else Colorspace.ITU601)
+    return _SPACES.get(frame.colorspace)
 
 
 def _upright(picture: np.ndarray, matrix: Any) -> np.ndarray:
