@@ -31,9 +31,10 @@ import numpy as np
 import torch
 
 from dynskip import DynskipError, StopOrForward
-from dynskip.video import LiveSource, Preprocessing, command, open_video, to_array
+from dynskip.video import LiveFrame, LiveSource, Preprocessing, command, open_video
 from dynskip.video.annotations import read_rows
 from dynskip.video.decoder import one_pass
+from dynskip.video.files import pixel_aspect
 from dynskip.video.lock import hold_folder
 from dynskip.video.outputs import check_folders
 
@@ -50,15 +51,16 @@ def frames(address: str, rate: float, due: int, short_side: int) -> Generator[tu
     with contextlib.ExitStack() as opened:
         if Path(address).is_file():
             container, stream = opened.enter_context(open_video(Path(address)))
-            shown = ((frame, frame.time or 0.0) for frame in one_pass(container, stream) if frame is not None)
+            aspect, pictures = pixel_aspect(stream), one_pass(container, stream)
+            shown = (LiveFrame(each, each.time or 0.0, 0, aspect) for each in pictures if each is not None)
         else:
             live = LiveSource(int(address) if address.isdecimal() else address)
             opened.callback(live.close)
-            due, shown = 0, ((frame.picture, frame.time) for frame in live)
-        for picture, seconds in shown:
-            if (tick := int(seconds * rate + 1e-6)) >= due:
+            due, shown = 0, live
+        for frame in shown:
+            if (tick := int(frame.time * rate + 1e-6)) >= due:
                 due = tick + 1
-                yield due, to_array(picture, short_side)
+                yield due, frame.to_array(short_side)
 
 
 class Camera:

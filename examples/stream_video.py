@@ -59,7 +59,7 @@ class Recording:
         clock, begin, end, stated = live.Clock(), 0.0, 0.0, 0.0
         try:
             with video.open_video(self.address, format=self.form, timeout=(20.0, 20.0)) as (container, stream):
-                self.length = stream.frames
+                self.length, aspect = stream.frames, video.files.pixel_aspect(stream)
                 if stream.duration:
                     stated = float(stream.duration * stream.time_base)
                 elif container.duration and len(container.streams) == 1:
@@ -76,7 +76,7 @@ class Recording:
                         begin = begin if self.frames else picture.time or 0.0
                         now = clock.at(picture.time, clock.time + 1 / 30 if self.frames else 0.0)
                         self.frames += 1
-                        yield video.LiveFrame(picture, now, 0)
+                        yield video.LiveFrame(picture, now, 0, aspect)
         except VideoError as error:
             if not self.frames:
                 raise
@@ -259,11 +259,11 @@ def watch(
                 link, now = frame.link, frame.time
                 if now >= look:
                     look = max(look + 1 / rate, now)
-                    say(watcher.look(video.to_array(frame.picture, watcher.prep.short_side)))
+                    say(watcher.look(frame.to_array(watcher.prep.short_side)))
                 if output is not None and now >= show:
                     show = max(show + 1 / output_rate, now)
                     size = max(MIN_SIDE, min(frame.picture.width, frame.picture.height))
-                    output.write(draw(video.to_array(frame.picture, size), watcher), round(1000 * now))
+                    output.write(draw(frame.to_array(size), watcher), round(1000 * now))
                 if isinstance(source, LiveSource) and time.monotonic() - told >= TOLD:
                     told = time.monotonic()
                     say(source.summary())

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,9 +22,10 @@ for needed in ("PIL", "safetensors", "tqdm"):
     pytest.importorskip(needed)
 
 from loopback import Play, camera, closed_port, transport_stream  # noqa: E402
+from media import write_video  # noqa: E402
 
 from dynskip import DynskipError, FrameResult, VideoResult  # noqa: E402
-from dynskip.video import LinkLostError, LiveSource, Newest, Preprocessing, VideoError, live, to_array  # noqa: E402
+from dynskip.video import LinkLostError, LiveSource, Newest, Preprocessing, VideoError, live  # noqa: E402
 
 PREP = Preprocessing(size=8, num_frames=4, mean=(0.5,) * 3, std=(0.5,) * 3)
 DATA = transport_stream(20)
@@ -31,7 +33,15 @@ QUICK: dict[str, Any] = {"options": {"analyzeduration": "100000"}}
 
 
 def level(frame: live.LiveFrame) -> int:
-    return int(to_array(frame.picture, 16).mean())
+    return int(frame.to_array(16).mean())
+
+
+def test_frames_have_the_shape_that_players_show(tmp_path: Path) -> None:
+    source = LiveSource(str(write_video(tmp_path / "wide.mkv", aspect=(2, 1))))
+    frame = next(source)
+    source.close()
+    assert frame.aspect == 2
+    assert frame.to_array(16).shape == (16, round(32 * frame.picture.width / frame.picture.height), 3)
 
 
 @pytest.fixture(autouse=True)

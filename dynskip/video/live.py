@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from dynskip.errors import DynskipError
-from dynskip.video.files import open_video, to_array
+from dynskip.video.files import open_video, pixel_aspect, to_array
 from dynskip.video.newest import Newest, Polled
 from dynskip.video.preprocessing import Preprocessing
 from dynskip.video.source import VideoError
@@ -38,14 +38,20 @@ class LiveFrame:
     """A frame of a live source.
 
     Attributes:
-        picture: the `av.VideoFrame`; `to_array` makes an array of it.
+        picture: the `av.VideoFrame`.
         time: seconds since the source's first frame, lost time included.
         link: number of the connection that it came through. Where it changes, frames are missing: start anew.
+        aspect: how much wider than high a pixel is shown.
     """
 
     picture: Any
     time: float
     link: int
+    aspect: float = 1.0
+
+    def to_array(self, short_side: int) -> np.ndarray:
+        """Return it as players show it, `(H, W, 3)` uint8 RGB, its shorter side scaled to so many pixels."""
+        return to_array(self.picture, short_side, self.aspect)
 
 
 class LiveSource(Newest[LiveFrame]):
@@ -146,7 +152,7 @@ class LiveSource(Newest[LiveFrame]):
             error: BaseException | None = None
             before, begun = self.taken, time.monotonic()
             try:
-                for picture in self._connection():
+                for picture, aspect in self._connection():
                     now = time.monotonic()
                     if self.taken == before:
                         if link:
@@ -155,7 +161,7 @@ class LiveSource(Newest[LiveFrame]):
                         link, pauses = link + 1, _pauses()
                         clock.start()
                     self._look(picture, now)
-                    yield LiveFrame(picture, clock.at(picture.time, now), link), clock.late
+                    yield LiveFrame(picture, clock.at(picture.time, now), link, aspect), clock.late
             except DynskipError as caught:
                 error = caught.__cause__ or caught
             if self._closed.is_set():
@@ -176,12 +182,12 @@ class LiveSource(Newest[LiveFrame]):
             log.warning("%s: %s Connecting again in %.3g s.", self, words, pause)
             self._closed.wait(pause)
 
-    def _connection(self) -> Iterator[Any]:
-        """Connect, and yield pictures until the link ends."""
+    def _connection(self) -> Iterator[tuple[Any, float]]:
+        """Connect, and yield pictures and their pixels' aspect until the link ends."""
         options = {**self._options, "timeout": (self.timeout, self.timeout)}
         with open_video(self.address, **options) as (container, stream):
             seen = on_time = time.monotonic()
-            packets, joined = 0, False
+            packets, joined, aspect = 0, False, pixel_aspect(stream)
             for packet in container.demux():  # all streams: sound that goes on must not hide that the pictures stopped
                 if self._closed.is_set():
                     return
@@ -193,7 +199,7 @@ class LiveSource(Newest[LiveFrame]):
                     except av.error.FFmpegError:
                         self.damaged += joined  # what comes before the first key frame lacks its references
                 for picture in pictures:
-                    yield picture
+                    yield picture, aspect
                     seen, packets, joined = time.monotonic(), 0, True
                     if self._clock.late <= self.max_lag:
                         on_time, stream.codec_context.skip_frame = seen, "DEFAULT"
@@ -240,7 +246,7 @@ class LiveVideo(Polled[Tensor]):
             raise StopIteration
         self._link = frame.link
         self.times.append(frame.time)
-        picture = to_array(frame.picture, self.preprocessing.short_side)
+        picture = frame.to_array(self.preprocessing.short_side)
         return self.preprocessing.normalize(self.preprocessing.crop(picture[None]))[0]
 
 
