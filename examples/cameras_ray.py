@@ -52,11 +52,13 @@ def frames(address: str, rate: float, due: int, short_side: int) -> Generator[tu
         if Path(address).is_file():
             container, stream = opened.enter_context(open_video(Path(address)))
             aspect, pictures = pixel_aspect(stream), one_pass(container, stream)
-            shown = (LiveFrame(each, each.time or 0.0, 0, aspect) for each in pictures if each is not None)
+            shown: Iterator[LiveFrame] = (
+                LiveFrame(each, each.time or 0.0, 0, aspect) for each in pictures if each is not None
+            )
         else:
             live = LiveSource(int(address) if address.isdecimal() else address)
             opened.callback(live.close)
-            due, shown = 0, live
+            due, shown = 0, iter(live)
         for frame in shown:
             if (tick := int(frame.time * rate + 1e-6)) >= due:
                 due = tick + 1
