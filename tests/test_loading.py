@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import re
 import signal
@@ -9,7 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ for needed in ("av", "PIL", "safetensors", "tqdm"):
     pytest.importorskip(needed)
 
 from dynskip import DynskipError  # noqa: E402
-from dynskip.video import MachineError, loading  # noqa: E402
+from dynskip.video import Item, MachineError, check, loading  # noqa: E402
 from dynskip.video.loading import BatchLoader, worker_fault  # noqa: E402
 
 
@@ -224,3 +226,36 @@ def test_ctrl_c_is_told_once_and_without_tracebacks(work: str, tmp_path: Path) -
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.strip() == "Interrupted. What is there stays."
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda folder: list(loader(lambda: time.sleep(600), workers=2)),
+        lambda folder: list(check.check_videos([Item(folder / "none.mp4", ("a",), "train")] * 4, workers=2)),
+    ],
+)
+def test_ctrl_c_while_processes_are_started_ends_them(
+    work: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ignoring = loading.ignoring_interrupts
+
+    @contextlib.contextmanager
+    def pressed() -> Iterator[None]:
+        with ignoring():
+            yield
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loading, "ignoring_interrupts", pressed)
+    monkeypatch.setattr(check, "ignoring_interrupts", pressed)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    others = set(multiprocessing.active_children())
+    try:
+        with pytest.raises(KeyboardInterrupt) as raised:
+            work(tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert raised.tb is not None  # what it holds is not cleared away by chance
+    for process in set(multiprocessing.active_children()) - others:
+        process.join(60)
+        assert not process.is_alive()

@@ -86,13 +86,13 @@ def check_videos(items: Sequence[Item], cache: FrameCache | None = None, workers
     if not workers:
         yield from map(check, items)
         return
-    done, others = 0, set(multiprocessing.active_children())
-    with ignoring_interrupts():
-        # Forking a process that runs threads may hang: start from a clean one.
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-        findings = pool.map(check, items)
-    own = set(multiprocessing.active_children()) - others
+    done, own, others = 0, set[Any](), set(multiprocessing.active_children())
+    # Forking a process that runs threads may hang: start from a clean one.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     try:
+        with ignoring_interrupts():  # one that came meanwhile is raised at its end
+            findings = pool.map(check, items)
+            own = set(multiprocessing.active_children()) - others
         for finding in findings:
             yield finding
             done += 1

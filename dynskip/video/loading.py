@@ -115,11 +115,11 @@ class BatchLoader(Generic[BatchT]):
             pin_memory=self.pin_memory,
             timeout=PATIENCE if self.workers else 0,
         )
-        others = set(multiprocessing.active_children())
-        with ignoring_interrupts():
-            batches = iter(loader)
-        own = set(multiprocessing.active_children()) - others
+        own, others = set[Any](), set(multiprocessing.active_children())
         try:
+            with ignoring_interrupts():  # one that came meanwhile is raised at its end
+                batches = iter(loader)
+                own = set(multiprocessing.active_children()) - others
             for number in range(len(self.keys)):
                 batch = self._next(batches, number)
                 if isinstance(batch, DynskipError):
