@@ -303,8 +303,8 @@ ROWS = {
 }
 
 
-def table(results: Results, budget: float) -> str:
-    """Compare all methods on the test parts, settings chosen on the validation parts."""
+def table(results: Results, budget: float, rows: dict[str, tuple[str, ...]] = ROWS) -> str:
+    """Compare methods on the test parts, settings chosen on the validation parts."""
 
     def difference(ones: Sequence[list[float]], others: Sequence[list[float]]) -> str:
         """Compare video by video. Clusters are videos around one clip, of any seed, and around one camera group."""
@@ -316,7 +316,7 @@ def table(results: Results, budget: float) -> str:
 
     head = "| | top-1 % | cost, % of dense | less dense | less uniform frames at its cost |\n|---|---:|---:|---:|---:|"
     lines, dense = [head], [hits(r["points"]["dense"][0]) for r in results]
-    for method, how in [(method, how) for method, own in ROWS.items() for how in own]:
+    for method, how in [(method, how) for method, own in rows.items() for how in own]:
         row = method + ENDINGS[how]
         found = [p for r in results if (p := choose(r["points"][method], how, budget))]
         if len(found) < len(results):

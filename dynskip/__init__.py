@@ -26,7 +26,9 @@ from dynskip.gates import (
     exponential_temperature,
 )
 from dynskip.inner import InnerClassifier
+from dynskip.lazy import LazyVideo
 from dynskip.losses import (
+    AnytimeLoss,
     BudgetLoss,
     ClassificationLoss,
     DistillationLoss,
@@ -43,7 +45,10 @@ from dynskip.order import CoarseToFine, FrameOrder, RandomOrder
 from dynskip.output import EncodedVideo, FrameResult, SkipOutput, VideoResult
 from dynskip.rules import UNSEEN
 from dynskip.runtime.clip import LookAhead
+from dynskip.runtime.counters import StreamCounters
+from dynskip.runtime.mailbox import Mailbox
 from dynskip.runtime.online import Session
+from dynskip.runtime.serving import StreamEnd, StreamServer
 from dynskip.sofnet import sofnet
 from dynskip.terminate import EarlyTerminator
 from dynskip.wrapper import StopOrForward
@@ -52,6 +57,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "UNSEEN",
+    "AnytimeLoss",
     "AttentionMean",
     "BudgetLoss",
     "Carry",
@@ -73,9 +79,11 @@ __all__ = [
     "Gate",
     "InnerClassificationLoss",
     "InnerClassifier",
+    "LazyVideo",
     "LinearGate",
     "LookAhead",
     "LossParts",
+    "Mailbox",
     "MaxOfLogits",
     "MeanOfLogits",
     "MeanOfProbabilities",
@@ -91,6 +99,9 @@ __all__ = [
     "SoFLoss",
     "StagedBackbone",
     "StopOrForward",
+    "StreamCounters",
+    "StreamEnd",
+    "StreamServer",
     "TargetRateLoss",
     "TopKMean",
     "UsageUniformityLoss",

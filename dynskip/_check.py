@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from dynskip.errors import DynskipError
+from dynskip.lazy import LazyVideo
 
 if TYPE_CHECKING:
     from dynskip.backbone import StagedBackbone
 
 Lengths: TypeAlias = Tensor | Sequence[int]
+Videos: TypeAlias = Tensor | LazyVideo
 
 
 class Checked(nn.Module):
@@ -49,6 +51,13 @@ def check_share(value: Any, name: str) -> float:
     return value
 
 
+def check_weight(value: Any, name: str) -> float:
+    """Refuse all but 0 and finite positive numbers."""
+    if not (isinstance(value, int | float) and 0.0 <= value < float("inf")):
+        raise DynskipError(f"{name}={value} is out of range; give a weight, 0 or more.")
+    return value
+
+
 def check_eval(model: Any, what: str) -> None:
     """Refuse to skip while a part is in training mode: a frame's answer would depend on its batch."""
     for part in running_parts(model):
@@ -75,8 +84,18 @@ def settings_of(part: nn.Module | None) -> str | None:
     return f"{type(part).__name__}({', '.join(shown)})"
 
 
-def check_video(video: Any, backbone: StagedBackbone, lengths: Any = None) -> tuple[Tensor, Tensor | None]:
-    """Return normalised videos `(B, T, C, H, W)` on the backbone's device, and their lengths on the host."""
+def check_video(
+    video: Any, backbone: StagedBackbone, lengths: Any = None, lazily: bool = False
+) -> tuple[Any, Tensor | None]:
+    """Return normalised videos `(B, T, C, H, W)` on the backbone's device, and their lengths on the host.
+
+    A lazy video is loaded now, or `lazily` returned as it is.
+    """
+    if isinstance(video, LazyVideo):
+        _check_lazy(video, backbone)
+        if lazily:
+            return video, check_lengths(lengths, *video.shape[:2])
+        video = video.whole(check_lengths(lengths, *video.shape[:2]), next(backbone.parameters()).device)
     if isinstance(video, list | tuple):
         raise DynskipError(
             f"Videos must be one tensor (B, T, C, H, W); got {type(video).__name__}. Pad videos of different length, "
@@ -88,6 +107,18 @@ def check_video(video: Any, backbone: StagedBackbone, lengths: Any = None) -> tu
     lengths = check_lengths(lengths, *video.shape[:2])
     refuse_not_finite(video, "video", "frame", real=None if lengths is None else present(lengths, video.shape[1]))
     return moved, lengths
+
+
+def _check_lazy(video: LazyVideo, backbone: StagedBackbone) -> None:
+    """Refuse a lazy video of another shape or dtype than the model takes."""
+    channels, weight = backbone.input_size[0], next(backbone.parameters())
+    if len(video.shape) != 5 or video.shape[2] != channels or 0 in video.shape:
+        raise DynskipError(f"Videos must have shape (B, T, {channels}, H, W); got {tuple(video.shape)}.")
+    if video.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+        raise DynskipError(
+            f"The lazy video gives {video.dtype} and the model is {weight.dtype}. Convert one of them: LazyClips takes "
+            "dtype=..., or run under torch.autocast."
+        )
 
 
 def check_lengths(lengths: Any, batch: int, frames: int) -> Tensor | None:

@@ -13,7 +13,7 @@ from dynskip._modes import in_mode
 from dynskip.activation import Activation, check_activation
 from dynskip.backbone import StagedBackbone
 from dynskip.consensus import Consensus, Readout
-from dynskip.errors import DynskipError
+from dynskip.errors import DynskipError, lacks_memory
 from dynskip.flops import FLOPsLookup
 from dynskip.output import EncodedVideo
 from dynskip.summary import as_size, one_frame, stage_table
@@ -240,6 +240,8 @@ def check_parts(
             with in_mode(gate, False):
                 logits, state = gate(weight.new_zeros(2, channels), gate.initial_state(2))
         except Exception as error:
+            if lacks_memory(error):
+                raise
             raise DynskipError(
                 f"{this} cannot run {where}: {error}. Build it for {channels} input features, on the backbone's device "
                 "and in its dtype."
@@ -275,6 +277,8 @@ def check_consensus(consensus: Any, backbone: StagedBackbone) -> None:
             after = consensus.add(before, values.double())
             answer = consensus.answer(after)
     except Exception as error:
+        if lacks_memory(error):
+            raise
         raise DynskipError(
             f"{this} cannot run on logits of {classes} classes: {error}. Build it for {classes} classes, on the "
             "backbone's device and in its dtype."
@@ -306,6 +310,8 @@ def _check_classifier(classifier: nn.Module, state: tuple[Tensor, ...], classes:
     try:
         answer = classifier(state[0])
     except Exception as error:
+        if lacks_memory(error):
+            raise
         raise DynskipError(
             f"Inner classifier {n} does not fit gate {n}, whose hidden state has {state[0].shape[-1]} features: "
             f"{error}."

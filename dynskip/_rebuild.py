@@ -36,7 +36,7 @@ from dynskip._modes import DrawingApart
 from dynskip.backbone import StagedBackbone, stage_model
 from dynskip.backbone.cut import check_name
 from dynskip.backbone.glance import glance
-from dynskip.errors import DynskipError
+from dynskip.errors import DynskipError, lacks_memory
 from dynskip.flops import FLOPsLookup
 
 if TYPE_CHECKING:
@@ -46,6 +46,11 @@ if TYPE_CHECKING:
 SPARE_NUMBERS, SPARE_TENSORS = 2**26, 1000
 # What folders of earlier versions lack: such models have the default.
 LATER_SETTINGS = {"activation", "consensus", "order"}
+# What a configuration has beside the wrapper's arguments; earlier versions wrote a hash of the configuration, too.
+OTHER_FIELDS = {
+    "format", "version", "made_with", "wrapper", "dtype", "temperature", "class_names", "preprocessing",
+    "weights_sha256", "config_sha256",
+}  # fmt: skip
 MOST_PIXELS = 2**24  # numbers in one image; the backbone is tried on a few
 
 
@@ -78,18 +83,44 @@ def rebuild(
     try:
         with DrawingApart():  # initial weights are thrown away
             wrapper = {cls.__name__: cls for cls in wrappers}[config["wrapper"]]
+            _check_fields(wrapper, config)
             _try_without_memory(wrapper, config, known, tensors)
             model = _build(wrapper, config, known)
     except DynskipError:
         raise
     except Exception as error:
+        if lacks_memory(error):
+            raise
         raise DynskipError(
-            f"{CONFIG} does not describe a model that dynskip {dynskip.__version__} with timm {timm.__version__} can "
-            f"build ({type(error).__name__}: {error}). It was written with {config.get('made_with')}; install these "
-            "versions, or save the model again."
+            f"{CONFIG} does not describe a model that can be built ({type(error).__name__}: {error}). "
+            f"{_versions(config)}"
         ) from error
-    _load(model, tensors)
+    _load(model, tensors, _versions(config))
     return model.eval()
+
+
+def _versions(config: dict[str, Any]) -> str:
+    """Say which versions wrote a model, which ones read it, and what helps."""
+    given = config.get("made_with")
+    wrote = ", ".join(f"{name} {version}" for name, version in given.items()) if isinstance(given, dict) else given
+    return (
+        f"It was written with {wrote}; here are dynskip {dynskip.__version__}, timm {timm.__version__}. Install the "
+        "versions that wrote it, or save the model again."
+    )
+
+
+def _check_fields(wrapper: type[Wrapped], config: dict[str, Any]) -> None:
+    """Refuse a configuration with a setting that this version would pass over, or without one that it needs."""
+    arguments = set(inspect.signature(wrapper).parameters)
+    for what, names in (
+        ("has no", arguments - LATER_SETTINGS - set(config)),
+        ("has fields that are not known here:", set(config) - arguments - OTHER_FIELDS),
+    ):
+        if names:
+            raise DynskipError(
+                f"{CONFIG} does not describe a model that can be built: it {what} {', '.join(sorted(names))}. "
+                f"{_versions(config)}"
+            )
 
 
 def _try_without_memory(
@@ -250,7 +281,7 @@ class _Parts:
         return part
 
 
-def _load(model: Wrapped, tensors: dict[str, Tensor]) -> None:
+def _load(model: Wrapped, tensors: dict[str, Tensor], versions: str) -> None:
     first = first_names(model)
     tensors = {first.get(key, key): tensor for key, tensor in tensors.items()}  # version 1 wrote tied weights again
     own, given = (
@@ -263,6 +294,6 @@ def _load(model: Wrapped, tensors: dict[str, Tensor]) -> None:
             f"The weights do not fit the model that the configuration builds: {len(wrong)} entries are missing, "
             f"unknown, or of another shape or dtype. {key!r} is {given.get(key, 'missing')} in {WEIGHTS} and "
             f"{own.get(key, 'unknown')} in the model. A model that was changed after it was built (folded, cast in "
-            "part, layers replaced or shared) cannot be saved; save the plain one."
+            f"part, layers replaced or shared) cannot be saved; save the plain one. {versions}"
         )
     model.load_state_dict({key: tensors[name] for key, name in first.items()})

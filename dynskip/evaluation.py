@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -26,16 +26,25 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dynskip import calibrate, metrics
-from dynskip._check import Lengths, with_lengths
+from dynskip._check import Lengths, Videos, with_lengths
 from dynskip._targets import as_rows
 from dynskip.activation import Activation, named_classes
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
+from dynskip.lazy import LazyVideo, Loaded
 from dynskip.output import EncodedVideo, SkipOutput
 from dynskip.rules import UNSEEN
 from dynskip.wrapper import StopOrForward
 
 MODES = ("dense", "gates", "gates + early termination")
+
+
+class MeanLoad(NamedTuple):
+    """Means over lazy videos: frames that were asked for, frames that were decoded for it, and milliseconds of that."""
+
+    frames: float
+    decoded: float
+    milliseconds: float
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,7 @@ class Result:
         fallbacks: videos in which the gates used no frame.
         videos: number of videos.
         label_accuracy: with a sigmoid, the share of right decisions over all videos and classes; else `None`.
+        loaded: of lazy videos, what their frames took on average; else `None`.
     """
 
     mode: str
@@ -68,6 +78,7 @@ class Result:
     fallbacks: int
     videos: int
     label_accuracy: float | None = None
+    loaded: MeanLoad | None = None
 
 
 @dataclass(frozen=True)
@@ -80,15 +91,17 @@ class Evaluation:
             probable class is one of them; with one output, whether the decision is right), `answer` (the classes that
             the model names, with their probabilities), `best` (the most probable classes), `gmacs`, `milliseconds`,
             `stopped_at` of each frame, `fallback_frame`, and where they are known the `relevant` parts, `[first frame,
-            one after the last]`.
+            one after the last]`. Of lazy videos also `frames_loaded`, `frames_decoded` and `decode_milliseconds`.
         stage_names: names of the backbone's stages.
         setting: how it was measured, in words.
+        unreadable: why lazy videos were left out: frames that the model needed could not be loaded.
     """
 
     results: Sequence[Result]
     records: Sequence[Mapping[str, Any]]
     stage_names: Sequence[str]
     setting: str
+    unreadable: Sequence[str] = ()
 
     def table(self, full: bool = False) -> str:
         """Return a Markdown table, a row for each way of running.
@@ -116,6 +129,8 @@ class Evaluation:
             )
         if full and any(result.relevance for result in self.results):
             lines.append("Precision and recall compare used frames with the annotated segments.")
+        if any(result.loaded for result in self.results):
+            lines.append("decoded: frames that were decoded for those looked at, and the time of the decoding threads.")
         if fallbacks := self.results[-1].fallbacks:
             lines.append(f"In {fallbacks} videos the gates used no frame; the furthest one was run to the end.")
         return "\n".join(lines)
@@ -140,6 +155,8 @@ class Evaluation:
             "unseen %": f"{100 * r.usage.unseen:.1f}",
             "ms/video": f"{r.milliseconds:.1f}",
         }
+        if r.loaded:
+            row |= {"decoded/video": f"{r.loaded.decoded:.1f}", "decode ms/video": f"{r.loaded.milliseconds:.1f}"}
         if full:
             row["of dense %"] = f"{100 * r.compute.share:.1f}"
             if not math.isnan(r.top5):
@@ -155,7 +172,7 @@ class Evaluation:
 
 def evaluate(
     model: StopOrForward,
-    loader: Iterable[tuple[Tensor, Tensor, Sequence[str]]],
+    loader: Iterable[tuple[Any, Tensor, Sequence[str]]],
     modes: Sequence[str] = MODES,
     relevant: Mapping[str, Tensor] | None = None,
 ) -> Evaluation:
@@ -166,7 +183,7 @@ def evaluate(
         loader: batches of videos `(B, T, C, H, W)`, normalised and on the model's device, targets (`(B,)` class
             indices or `(B, K)` with ones; with one output, `(B,)` zeros and ones), and a key for each video. All
             videos have frames of one size. Videos of different length are padded, and are `(videos, lengths)` in the
-            place of `videos`.
+            place of `videos`. A `LazyVideo` may take the place of a tensor.
         modes: which of `MODES`: every frame without gates, with gates, and also ending videos early.
         relevant: `(T,)` boolean, the frames that show the action, by the videos' keys; for each video, as many as it
             has frames.
@@ -179,24 +196,36 @@ def evaluate(
     """
     model.eval()
     outputs: dict[str, list[SkipOutput]] = {mode: [] for mode in modes}
-    milliseconds: dict[str, list[float]] = {mode: [] for mode in modes}
+    costs: dict[str, list[_Cost]] = {mode: [] for mode in modes}
     targets: list[Tensor] = []
     lengths: list[Tensor] = []
     keys: list[str] = []
+    unreadable: list[str] = []
     for given, labels, names in loader:
         video, ends = with_lengths(given)
-        for mode in modes:
-            if not keys:
-                run(model, video, mode, ends)  # first calls allocate and choose kernels: not timed
-            begin = _clock(video.device)
-            outputs[mode].append(run(model, video, mode, ends))
-            milliseconds[mode] += [1000 * (_clock(video.device) - begin) / len(video)] * len(video)
+        while True:
+            try:
+                found = [_timed(model, video, mode, ends, first=not keys) for mode in modes] if len(video) else []
+                break
+            except DynskipError:
+                if not isinstance(video, LazyVideo) or not video.failed:
+                    raise
+                unreadable += [str(error) for error in video.failed.values()]
+                kept = [row for row in range(len(video)) if row not in video.failed]
+                video, labels, names = video.rows(kept), labels[kept], [names[row] for row in kept]
+                ends = None if ends is None else torch.as_tensor(ends)[kept]
+        if not found:
+            continue
+        for mode, (output, taken) in zip(modes, found, strict=True):
+            outputs[mode].append(output)
+            costs[mode] += taken
         targets.append(as_rows(labels.cpu(), len(video), model.backbone.num_classes))
+        size, device = (video.shape[-2], video.shape[-1]), outputs[modes[0]][-1].logits.device
         lengths.append(torch.full((len(video),), video.shape[1]) if ends is None else torch.as_tensor(ends).cpu())
         keys += names
     if not keys:
         raise DynskipError("There are no videos to evaluate, or none of them could be read.")
-    lookup = model.lookup_for((video.shape[-2], video.shape[-1]))
+    lookup = model.lookup_for(size)
     results: list[Result] = []
     records: list[Mapping[str, Any]] = []
     for mode in modes:
@@ -207,16 +236,16 @@ def evaluate(
         rows = [row for output in outputs[mode] for row in output.stopped_at.cpu()]
         joined["stopped_at"] = pad_sequence(rows, batch_first=True, padding_value=UNSEEN)
         joined |= {"targets": torch.cat(targets), "lengths": torch.cat(lengths)}
-        videos = _Videos(keys, relevant or {}, milliseconds[mode], model.activation, **joined)
+        videos = _Videos(keys, relevant or {}, costs[mode], model.activation, **joined)
         results.append(_result(mode, videos, lookup))
         records += _records(mode, videos, model.class_names)
     batch = len(targets[0])
-    setting = f"ms: network only, {batch} video{'s' * (batch > 1)} at a time, {machine(video.device)}"
-    return Evaluation(results, records, model.backbone.stage_names, setting)
+    setting = f"ms: network only, {batch} video{'s' * (batch > 1)} at a time, {machine(device)}"
+    return Evaluation(results, records, model.backbone.stage_names, setting, unreadable)
 
 
 @torch.no_grad()
-def run(model: StopOrForward, video: Tensor, mode: str, lengths: Lengths | None = None) -> SkipOutput:
+def run(model: StopOrForward, video: Videos, mode: str, lengths: Lengths | None = None) -> SkipOutput:
     """Run a model in one of `MODES`; `video` is `(B, T, C, H, W)`, with `(B,)` lengths where it is padded."""
     terminator = model.terminator
     model.terminator = terminator if mode == MODES[2] else None
@@ -225,6 +254,27 @@ def run(model: StopOrForward, video: Tensor, mode: str, lengths: Lengths | None 
         return output
     finally:
         model.terminator = terminator
+
+
+class _Cost(NamedTuple):
+    """What one video took: milliseconds of the network, and of a lazy video, what loading took."""
+
+    milliseconds: float
+    loaded: Loaded | None
+
+
+def _timed(
+    model: StopOrForward, video: Videos, mode: str, lengths: Lengths | None, first: bool
+) -> tuple[SkipOutput, list[_Cost]]:
+    """Run videos in one mode, and time the network."""
+    device = next(model.parameters()).device
+    if first:
+        run(model, video, mode, lengths)  # first calls allocate and choose kernels: not timed
+    begin = _clock(device)
+    output = run(model, video, mode, lengths)
+    seconds = _clock(device) - begin - (video.waited if isinstance(video, LazyVideo) else 0.0)
+    loaded = video.loaded() if isinstance(video, LazyVideo) else [None] * len(video)
+    return output, [_Cost(1000 * seconds / len(video), each) for each in loaded]
 
 
 def curves(
@@ -267,7 +317,7 @@ class _Videos:
 
     keys: Sequence[str]
     relevant: Mapping[str, Tensor]  # (T,) by key
-    milliseconds: Sequence[float]
+    costs: Sequence[_Cost]
     activation: Activation
     targets: Tensor  # (V, K)
     lengths: Tensor  # (V,)
@@ -297,11 +347,19 @@ def _result(mode: str, videos: _Videos, lookup: FLOPsLookup) -> Result:
         compute=metrics.executed_compute(videos.macs, videos.lengths, lookup),
         usage=metrics.frame_usage(videos.stopped_at, stages, videos.lengths),
         relevance=relevance,
-        milliseconds=sum(videos.milliseconds) / len(videos.keys),
+        milliseconds=sum(cost.milliseconds for cost in videos.costs) / len(videos.keys),
         fallbacks=int((videos.fallback_frame >= 0).sum()),
         videos=len(videos.keys),
         label_accuracy=metrics.label_accuracy(scores, targets) if videos.activation == "sigmoid" else None,
+        loaded=_mean_load([cost.loaded for cost in videos.costs if cost.loaded is not None]),
     )
+
+
+def _mean_load(each: Sequence[Loaded]) -> MeanLoad | None:
+    if not each:
+        return None
+    sums = sum(x.frames for x in each), sum(x.decoded for x in each), sum(x.milliseconds for x in each)
+    return MeanLoad(*(total / len(each) for total in sums))
 
 
 def _records(mode: str, videos: _Videos, class_names: Sequence[str] | None) -> list[dict[str, Any]]:
@@ -319,11 +377,14 @@ def _records(mode: str, videos: _Videos, class_names: Sequence[str] | None) -> l
             "answer": {names[index]: probability for index, probability in answer.items()},
             "best": {names[i]: p for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)},
             "gmacs": float(videos.macs[row]) / 1e9,
-            "milliseconds": videos.milliseconds[row],
+            "milliseconds": videos.costs[row].milliseconds,
             # A stage; their number where used, -1 where unseen.
             "stopped_at": videos.stopped_at[row, : int(videos.lengths[row])].tolist(),
             "fallback_frame": int(videos.fallback_frame[row]),  # -1 where frames were used
         }
+        if (loaded := videos.costs[row].loaded) is not None:
+            record |= {"frames_loaded": loaded.frames, "frames_decoded": loaded.decoded}
+            record["decode_milliseconds"] = loaded.milliseconds
         if key in videos.relevant:
             steps = videos.relevant[key].long().diff(prepend=torch.zeros(1), append=torch.zeros(1))
             firsts, ends = (steps == 1).nonzero().flatten().tolist(), (steps == -1).nonzero().flatten().tolist()

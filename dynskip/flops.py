@@ -15,7 +15,7 @@ from dynskip._modes import DrawingApart, in_mode
 from dynskip.backbone import StagedBackbone
 from dynskip.backbone.count import Count
 from dynskip.consensus import Consensus
-from dynskip.errors import DynskipError
+from dynskip.errors import DynskipError, lacks_memory
 from dynskip.gates import parts_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -142,6 +142,8 @@ class FLOPsLookup:
                 try:
                     gate_macs.append(_count_gate(count, this, gates[n], backbone.pool(n, carry)))
                 except Exception as error:
+                    if lacks_memory(error):
+                        raise
                     raise DynskipError(
                         f"{this} cannot run after stage {name!r}: {error}. Build it for {backbone.num_features[n]} "
                         "input features."

@@ -6,7 +6,7 @@ One quantity has one name everywhere. `used` is of a frame, `frames_used` of a v
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dynskip import rules
 from dynskip._check import present
-from dynskip.activation import Activation, probabilities
+from dynskip.activation import Activation, confidence, named_classes, probabilities
 from dynskip.consensus import Readout
 from dynskip.flops import FLOPsLookup
 
@@ -38,6 +38,8 @@ class FrameResult:
         key: name of the stream; `None` in sessions.
         frame: the frame's number in its stream; `None` in sessions.
         activation: the model's head activation, which makes probabilities of logits.
+        image: the frame itself, as its source gave it. Only a `StreamServer` sets it.
+        lag: seconds from the coming of the frame to its decision. Only a `StreamServer` sets it.
     """
 
     stopped_at: Any
@@ -50,6 +52,8 @@ class FrameResult:
     key: Hashable = None
     frame: int | None = None
     activation: Activation = "softmax"
+    image: Any = None
+    lag: float | None = None
 
     @property
     def running_probabilities(self) -> Tensor:
@@ -90,6 +94,28 @@ class VideoResult:
     def probabilities(self) -> Tensor:
         """`(B, K)` class probabilities."""
         return probabilities(self.logits, self.activation)
+
+    def row(self, class_names: Sequence[str] | None = None) -> dict[str, Any]:
+        """Return the answer for one video as plain values, for a table.
+
+        Args:
+            class_names: the model's; by default classes are called by their numbers.
+
+        Returns:
+            `label`, the most probable class, or with a sigmoid all that hold; `probability`, how sure the answer is;
+            `used` and `seen`, numbers of frames; `fallback`, whether no frame was used; `gmacs`, 10^9 executed
+            multiply-adds.
+        """
+        (given,) = self.probabilities.view(-1, self.logits.shape[-1])
+        named = named_classes(given, self.activation)
+        return {
+            "label": ", ".join(class_names[index] if class_names else str(index) for index in named),
+            "probability": float(confidence(given, self.activation)),
+            "used": int(self.frames_used),
+            "seen": int(self.frames_seen),
+            "fallback": bool(self.fallback_frame >= 0),
+            "gmacs": float(self.macs) / 1e9,
+        }
 
 
 @dataclass

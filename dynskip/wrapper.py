@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dynskip import rules
-from dynskip._check import Lengths, check_eval, check_video, present, settings_of
+from dynskip._check import Lengths, Videos, check_eval, check_video, present, settings_of
 from dynskip._fit import Wrapper, check_encoded, check_parts
 from dynskip._pretrained import Pretrained
 from dynskip.activation import Activation
@@ -102,12 +102,13 @@ class StopOrForward(Pretrained, Wrapper):
         return super().check_setting(name, value)
 
     def forward(
-        self, video: Tensor, *, lengths: Lengths | None = None, dense: bool = False, sample: bool | None = None
+        self, video: Videos, *, lengths: Lengths | None = None, dense: bool = False, sample: bool | None = None
     ) -> SkipOutput:
         """Classify videos.
 
         Args:
-            video: `(B, T, C, H, W)` normalised frames in time, floating point.
+            video: `(B, T, C, H, W)` normalised frames in time, floating point; or a `LazyVideo`, of which in eval mode
+                only the frames that are looked at are loaded.
             lengths: `(B,)` frames of each video, where they are padded to `T` frames; `None` for all. Padding is never
                 run, counted or averaged, and its values do not matter.
             dense: leave the gates out and use every frame (the plain backbone; also the recipe's warm-up).
@@ -131,14 +132,14 @@ class StopOrForward(Pretrained, Wrapper):
         # A frame's draw must not depend on how far the clip looks ahead, so a sampled pass goes frame by frame.
         return run_clip(self, video, lengths, window=1 if sample else None, sample=bool(sample))
 
-    def run_clip(self, video: Tensor, window: int | None = None, lengths: Lengths | None = None) -> SkipOutput:
+    def run_clip(self, video: Videos, window: int | None = None, lengths: Lengths | None = None) -> SkipOutput:
         """Classify stored videos, really skipping: as `model(video)` in eval, with a window that you choose.
 
         A window of frames of every video goes through each stage as one batch, before all decisions are made that they
         depend on. Outputs do not depend on the window: it trades `speculative_macs` for larger batches.
 
         Args:
-            video: `(B, T, C, H, W)` normalised frames in time, floating point.
+            video: as in `forward`.
             window: frames of a video in flight; 1 goes frame by frame. By default as `look_ahead` says.
             lengths: as in `forward`.
 
@@ -150,7 +151,7 @@ class StopOrForward(Pretrained, Wrapper):
         """
         return run_clip(self, video, lengths, window)
 
-    def tune(self, video: Tensor, lengths: Lengths | None = None) -> LookAhead:
+    def tune(self, video: Videos, lengths: Lengths | None = None) -> LookAhead:
         """Measure with which look-ahead clips run fastest on this machine, and keep it as `look_ahead`.
 
         Answers do not depend on it. It depends on the videos' number and length, and on what the gates decide.
@@ -186,7 +187,8 @@ class StopOrForward(Pretrained, Wrapper):
 
         The results of a stream do not depend on the others. A stream that ends is replaced at once. Where a source
         raises, a frame does not fit, or a stage or gate raises on it, that stream alone fails. A source that waits for
-        its frames holds up the others: give it to `aserve_streams`. Closing the iterator closes the sources.
+        its frames holds up the others, unless it has a method `poll`, which returns a frame or None at once, as live
+        sources do; or give it to `aserve_streams`. Closing the iterator closes the sources.
 
         Args:
             sources: one item a video: `(key, frames)`, or `frames` alone, whose key is its number. Frames are an
@@ -235,11 +237,11 @@ class StopOrForward(Pretrained, Wrapper):
         """Show the rules, and what a frame costs where that has been counted."""
         return f"state_update={self.state_update!r}, {super().extra_repr()}"
 
-    def encode(self, video: Tensor, lengths: Lengths | None = None) -> EncodedVideo:
+    def encode(self, video: Videos, lengths: Lengths | None = None) -> EncodedVideo:
         """Run the whole backbone on every frame.
 
         Args:
-            video: `(B, T, C, H, W)` normalised frames.
+            video: `(B, T, C, H, W)` normalised frames; a `LazyVideo` is loaded as a whole.
             lengths: as in `forward`. Padding is not run, and has zeros.
 
         Returns:
@@ -250,12 +252,12 @@ class StopOrForward(Pretrained, Wrapper):
         """
         if not self.training:
             check_eval(self, "`encode`")
-        video, ends = check_video(video, self.backbone, lengths)
-        batch, frames, _, height, width = video.shape
-        images, real = video.flatten(0, 1), None
+        checked, ends = check_video(video, self.backbone, lengths)
+        batch, frames, _, height, width = checked.shape
+        images, real = checked.flatten(0, 1), None
         if ends is not None:
-            real = present(ends, frames).flatten().nonzero().squeeze(1).to(video.device, non_blocking=True)
-            images, ends = images[real], ends.to(video.device, non_blocking=True)
+            real = present(ends, frames).flatten().nonzero().squeeze(1).to(images.device, non_blocking=True)
+            images, ends = images[real], ends.to(images.device, non_blocking=True)
         pooled, logits = encode_images(self.backbone, images)
         found = [*pooled, logits]
         if real is not None:

@@ -19,6 +19,8 @@ import torch
 from tqdm import tqdm
 
 from dynskip import DynskipError, StopOrForward, calibrate, evaluation, metrics, plot, video
+from dynskip.video import command
+from dynskip.video.outputs import check_files, check_folders, check_pictures
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,14 +30,19 @@ def parser() -> argparse.ArgumentParser:
     add("model", metavar="MODEL", help="folder of a saved model, or its name on the Hugging Face Hub")
     add("--data", type=Path, required=True, help="folder with labels.csv (path,label,split), or such a CSV file")
     add("--annotations", type=Path, nargs="+", default=[], metavar="FILE", help="annotation files of another format")
-    add("--format", help="of the annotations: csv, activitynet, thumos or list; by default told from the files")
+    add("--format", help="of the annotations: csv, activitynet, thumos, list, list-labels; by default told from them")
     add("--classes", type=Path, metavar="FILE", help="class list (index,name), for annotations that number classes")
     add("--cache", type=Path, metavar="DIR", help="keep decoded frames there, and use those that are there")
     add("--split", help="train, val or test; by default test, or val where there is no test")
     add("--threshold", type=float, help="probability that ends a video early, in place of the model's own")
     add("--min-frames", type=int, help="frames that are looked at in any case, in place of the model's own")
     add("--batch-size", type=int, default=1, help="videos at a time (default: 1, as the thesis times)")
-    add("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="processes that decode videos")
+    add(
+        "--workers",
+        type=int,
+        default=min(os.cpu_count() or 1, 8),
+        help="processes that decode, with --cache or --budget",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     aim = top.add_mutually_exclusive_group()
     aim.add_argument("--budget", type=float, metavar="GMACS", help="choose thresholds for this mean cost of a video")
@@ -67,50 +74,56 @@ def choose_thresholds(model: StopOrForward, loader: video.EvaluationLoader, args
         f"{point.termination_threshold}."
     )
     if args.curve:
-        args.curve.parent.mkdir(parents=True, exist_ok=True)
         curves = evaluation.curves(model, encoded, calibration, metric=metric)
         calibrate.write_curves(args.curve.with_suffix(".csv"), curves)
         plot.accuracy_compute(curves, point, metric=name, title="Validation videos").savefig(args.curve)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
-    args = parser().parse_args(arguments)
-    try:
-        model = StopOrForward.from_pretrained(args.model).to(args.device)
-        for name in ("threshold", "min_frames"):
-            if (value := getattr(args, name)) is not None:
-                if model.terminator is None:
-                    raise DynskipError("The model reads every video to its end: it has no --threshold to set.")
-                setattr(model.terminator, name, value)
-        items = video.load_items(args.data, args.annotations, args.format, args.classes)
-        split = args.split or video.held_out_split(items)
-        if split is None:
-            raise DynskipError("The data has no videos to test on. Say with --split train if you mean those.")
+def run(args: argparse.Namespace) -> int:
+    """Calibrate if asked to, and evaluate; return 1 if some videos could not be read."""
+    check_pictures(args.curve, args.usage)
+    check_files(args.per_video, args.curve and args.curve.with_suffix(".csv"))
+    check_folders(args.cache)
+    model = StopOrForward.from_pretrained(args.model).to(args.device)
+    for name in ("threshold", "min_frames"):
+        if (value := getattr(args, name)) is not None:
+            if model.terminator is None:
+                raise DynskipError("The model reads every video to its end: it has no --threshold to set.")
+            setattr(model.terminator, name, value)
+    items = video.load_items(args.data, args.annotations, args.format, args.classes)
+    split = args.split or video.held_out_split(items)
+    if split is None:
+        raise DynskipError("The data has no videos to test on. Say with --split train if you mean those.")
 
-        def loader_of(split: str, batch_size: int) -> video.EvaluationLoader:
-            clips = video.Clips.of(model, video.pick_split(items, split), cache=args.cache)
-            return video.EvaluationLoader(clips, batch_size, args.workers, args.device)
+    def loader_of(split: str, batch_size: int, lazy: bool = False) -> video.EvaluationLoader:
+        clips = video.Clips.of(model, video.pick_split(items, split), cache=args.cache)
+        return video.EvaluationLoader(clips, batch_size, args.workers, args.device, lazy)
 
-        if args.budget is not None or args.max_loss is not None:
-            if split == "val":
-                print("Thresholds are chosen and evaluated on the same videos: on others the result will be worse.")
-            choose_thresholds(model, loader_of("val", 8), args)
-        loader = loader_of(split, args.batch_size)
-        marks = video.relevant_frames(loader.clips.items, loader.clips.prep.num_frames, args.data)
-        found = evaluation.evaluate(model, tqdm(loader, "evaluate", leave=False, disable=None), relevant=marks)
-    except (DynskipError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.budget is not None or args.max_loss is not None:
+        if split == "val":
+            print("Thresholds are chosen and evaluated on the same videos: on others the result will be worse.")
+        choose_thresholds(model, loader_of("val", 8), args)
+    loader = loader_of(split, args.batch_size, lazy=args.cache is None)
+    marks = video.relevant_frames(loader.clips.items, loader.clips.prep.num_frames, args.data)
+    found = evaluation.evaluate(model, tqdm(loader, "evaluate", leave=False, disable=None), relevant=marks)
     print(f"\n{found.report(full=True)}")
+    unreadable = [*loader.unreadable, *found.unreadable]
+    for reason in unreadable:
+        print(f"unreadable, left out: {reason}", file=sys.stderr)
+    for note in loader.notes:
+        print(f"note: {note}", file=sys.stderr)
     if args.per_video:
         found.write_records(args.per_video)
     if args.usage:
-        args.usage.parent.mkdir(parents=True, exist_ok=True)
         plot.frame_usage(found.results[-1].usage, found.stage_names, title=f"{split}: frame usage").savefig(args.usage)
-    for reason in loader.unreadable:
-        print(f"unreadable, left out: {reason}", file=sys.stderr)
-    return 1 if loader.unreadable else 0
+    return 1 if unreadable else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    args = parser().parse_args(arguments)
+    interrupted = "Nothing was written but what --cache keeps."
+    return command.run(lambda: run(args), interrupted, "Lower --batch-size or --workers.")
 
 
 if __name__ == "__main__":

@@ -13,13 +13,15 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from dynskip import UNSEEN, DynskipError, SkipOutput, StopOrForward, plot, video
 from dynskip.activation import named_classes
+from dynskip.video import command
+from dynskip.video.outputs import check_folders
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def describe(name: str, output: SkipOutput, model: StopOrForward, size: int, milliseconds: float) -> str:
+def describe(name: str, output: SkipOutput, model: StopOrForward, size: int) -> str:
     """Say in words what happened to one video."""
     names = model.class_names or [f"class {n}" for n in range(model.backbone.num_classes)]
     answer = named_classes(output.probabilities[0], output.activation)
@@ -48,51 +50,77 @@ def describe(name: str, output: SkipOutput, model: StopOrForward, size: int, mil
     )
     text = (
         f"{name}: {said}\n  frames: {frames}\n"
-        f"  {float(output.macs[0]) / 1e9:.3g} GMACs (multiply-adds) against {dense:.3g} dense, {milliseconds:.1f} ms"
+        f"  {float(output.macs[0]) / 1e9:.3g} GMACs (multiply-adds) against {dense:.3g} dense"
     )
     if output.fallback[0]:
         text += f"\n  no frame passed every gate: frame {int(output.fallback_frame[0])} was run to the end instead"
     return text
 
 
-def predict(model: StopOrForward, path: Path, args: argparse.Namespace, picture: Path) -> None:
+def predict(model: StopOrForward, clip: video.LazyClips, path: Path, picture: Path) -> None:
     """Classify one video; print and draw what happened."""
-    prep, stages = video.Preprocessing.of(model), model.backbone.stage_names
-    clip = prep.crop(video.sample_frames(video.open_source(path), prep.num_frames, prep.short_side))
-    inputs = prep.normalize(clip.to(args.device))[None]
-    begin = time.perf_counter()
-    output = model(inputs)
+    stages, begin = model.backbone.stage_names, time.perf_counter()
+    output = model(clip)
     fallback = int(output.fallback_frame[0])  # waits for a GPU
-    text = describe(path.name, output, model, prep.size, 1000 * (time.perf_counter() - begin))
-    figure = plot.timeline(
-        clip.permute(0, 2, 3, 1), output.stopped_at[0], stages, fallback_frame=fallback, title=text.splitlines()[0]
+    network, loaded = time.perf_counter() - begin - clip.waited, clip.loaded()[0]
+    text = describe(path.name, output, model, clip.prep.size)
+    text += (
+        f"\n  {loaded.frames} frames, {loaded.decoded} decoded for them: {loaded.milliseconds:.1f} ms; "
+        f"network {1000 * network:.1f} ms"
     )
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture)
+    text += "".join(f"\n  {note}" for note in video.notes_on(clip.sources[0]))
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     line = plot.timeline_text(output.stopped_at[0], stages, fallback_frame=fallback, color=color)
-    print(f"{text}\n{textwrap.indent(line, '  ')}\n  {picture}")
+    print(f"{text}\n{textwrap.indent(line, '  ')}")
+    figure = plot.timeline(
+        clip.pictures(0), output.stopped_at[0], stages, fallback_frame=fallback, title=text.splitlines()[0]
+    )
+    figure.savefig(picture)
+    print(f"  {picture}")
+
+
+def opened(paths: Sequence[Path], prep: video.Preprocessing, device: str) -> Iterator[video.LazyClips | DynskipError]:
+    """Open videos, each while the network still works on the one before; give an error for one that cannot be."""
+
+    def start(path: Path) -> video.LazyClips | DynskipError:
+        try:
+            clip = video.LazyClips([video.open_source(path)], prep, device)
+        except (video.VideoError, video.MachineError) as error:
+            return error
+        clip.expect(torch.arange(prep.num_frames)[None])
+        return clip
+
+    clips = [start(path) for path in paths[:1]]
+    for path in [*paths[1:], None]:
+        clips += [start(path)] if path is not None else []
+        yield clips.pop(0)
+
+
+def predict_all(args: argparse.Namespace) -> int:
+    """Classify all videos; return 1 if some could not be read, 2 if none could."""
+    check_folders(args.out)
+    failed, stems = 0, [path.stem for path in args.videos]
+    model = StopOrForward.from_pretrained(args.model).to(args.device)
+    clips = opened(args.videos, video.Preprocessing.of(model), args.device)
+    for number, (path, clip) in enumerate(zip(args.videos, clips, strict=True), start=1):
+        twin = f"_{number}" if stems.count(path.stem) > 1 else ""
+        try:
+            if isinstance(clip, DynskipError):
+                raise clip
+            with clip:
+                predict(model, clip, path, args.out / f"{path.stem}{twin}.png")
+        except (video.VideoError, video.MachineError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed += 1
+    if failed:
+        print(f"{failed} of {len(args.videos)} files could not be read.", file=sys.stderr)
+    return 2 if failed == len(args.videos) else min(failed, 1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     args = parser().parse_args(arguments)
-    failed, stems = 0, [path.stem for path in args.videos]
-    try:
-        model = StopOrForward.from_pretrained(args.model).to(args.device)
-        for number, path in enumerate(args.videos, start=1):
-            twin = f"_{number}" if stems.count(path.stem) > 1 else ""
-            try:
-                predict(model, path, args, args.out / f"{path.stem}{twin}.png")
-            except video.VideoError as error:
-                print(f"error: {error}", file=sys.stderr)
-                failed += 1
-    except (DynskipError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if failed:
-        print(f"{failed} of {len(args.videos)} files could not be read.", file=sys.stderr)
-    return 1 if failed else 0
+    return command.run(lambda: predict_all(args), "What was printed and drawn stays.", "Close other programs.")
 
 
 if __name__ == "__main__":

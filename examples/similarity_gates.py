@@ -17,6 +17,9 @@ from timm.data import ImageNetInfo
 
 from dynskip import DynskipError, FixedGate, SimilarityGate, StopOrForward, stage_model, video
 from dynskip.backbone.weights import load_weights
+from dynskip.video import command
+from dynskip.video.annotations import text_lines
+from dynskip.video.outputs import check_folders
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--class-names", type=Path, metavar="FILE", help="a name a line (default: ImageNet's, or numbers)")
     add("--out", type=Path, required=True, help="new folder for the model")
     args = parser.parse_args(arguments)
-    try:
+
+    def make() -> None:
+        check_folders(args.out.parent)
         backbone = stage_model(args.backbone, input_size=(3, args.size, args.size), pretrained=args.weights == "hub")
         network: Any = backbone.model
         if args.weights != "hub" and not load_weights(network, args.weights):
@@ -41,14 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         info, count = ImageNetInfo(), backbone.num_classes
         known = count == info.num_classes()
         names = [info.index_to_description(i) if known else f"class {i}" for i in range(count)]
-        model.class_names = args.class_names.read_text().splitlines() if args.class_names else names
+        model.class_names = [name for _, name in text_lines(args.class_names)] if args.class_names else names
         mean, std = (tuple(network.pretrained_cfg[key]) for key in ("mean", "std"))
         model.preprocessing = video.Preprocessing(args.size, args.frames, mean, std).to_dict()
         print(f"Wrote {model.eval().save_pretrained(args.out)}.")
-    except (DynskipError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return command.run(make, "Nothing was written.", "Choose a smaller --backbone.")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ from tqdm import tqdm
 from dynskip import DynskipError, SoFLoss, StopOrForward, evaluation, glance, plot, sofnet, stage_model, video
 from dynskip.backbone.weights import load_weights
 from dynskip.sofnet import Recipe
+from dynskip.video import command
+from dynskip.video.outputs import check_folders, whole_file
 
 # -------------------------------------------------------------------------------------------------------- settings
 
@@ -41,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     show = argparse.ArgumentDefaultsHelpFormatter
     demo = commands.add_parser("demo", help="train and compare on rendered videos", formatter_class=show)
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for videos, checkpoints and pictures")
-    demo.set_defaults(amp="no", accumulate=1, tensorboard=False)
+    demo.set_defaults(cache=None, amp="no", accumulate=1, tensorboard=False)
     training = commands.add_parser("train", help="train on a folder of videos", formatter_class=show)
     add = training.add_argument
     add("--out", type=Path, required=True, help="folder for checkpoints, log, trained model and pictures")
@@ -51,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tensorboard", action="store_true", help="write scalars to OUT/tensorboard")
     add("--data", type=Path, required=True, help="folder with labels.csv (path,label,split), or such a CSV file")
     add("--annotations", type=Path, nargs="+", default=[], metavar="FILE", help="annotation files of another format")
-    add("--format", help="of the annotations: csv, activitynet, thumos or list; by default told from the files")
+    add("--format", help="of the annotations: csv, activitynet, thumos, list, list-labels; by default told from them")
     add("--classes", type=Path, metavar="FILE", help="class list (index,name), for annotations that number classes")
     add("--cache", type=Path, metavar="DIR", help="keep decoded frames there, and use those that are there")
     add("--in-memory", action="store_true", help="decode every video once and keep it; for small sets")
@@ -90,9 +92,9 @@ def parser() -> argparse.ArgumentParser:
     add("--amp", choices=("no", "bf16", "fp16"), default="no", help="compute in half precision where it is safe")
     add("--batch-norm", choices=("batch", "frozen"), default="batch", help="statistics of the batch, or as loaded")
     best = "cuda" if torch.cuda.is_available() else "cpu"
-    for command in (demo, training):
-        command.add_argument("--device", choices=("cpu", "cuda"), default=best, help="where to run")
-        command.add_argument("--seed", type=int, default=0, help="different seeds train differently")
+    for each in (demo, training):
+        each.add_argument("--device", choices=("cpu", "cuda"), default=best, help="where to run")
+        each.add_argument("--seed", type=int, default=0, help="different seeds train differently")
     return top
 
 
@@ -185,7 +187,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> evaluation.Eval
     sgd: dict[str, Any] = {"momentum": recipe.momentum} if args.optimizer == "sgd" else {}
     kind = torch.optim.SGD if sgd else torch.optim.AdamW
     optimizer = kind(recipe.parameter_groups(model), recipe.lr, weight_decay=recipe.weight_decay, **sgd)
-    run = Run(args, model, optimizer, accelerator)
+    run = Run(args, model, optimizer, accelerator, video.list_videos(items, args.data))
     wrapped: Any = None
     for epoch in range(run.epoch, recipe.epochs):
         dense = args.dense or recipe.is_warmup(epoch)
@@ -240,10 +242,11 @@ FREE = {"command", "out", "resume", "start", "save_every", "tensorboard", "data"
 class Run:
     """How far a run is. One file holds everything, so that a save is whole or not there."""
 
-    def __init__(self, args: Any, model: StopOrForward, optimizer: Any, accelerator: Accelerator) -> None:
+    def __init__(self, args: Any, model: StopOrForward, optimizer: Any, accelerator: Accelerator, data: Any) -> None:
         self.out, self.model, self.optimizer, self.accelerator = args.out, model, optimizer, accelerator
-        self.settings = {key: str(value) for key, value in vars(args).items() if key not in FREE}
+        self.settings: dict[str, Any] = {key: str(value) for key, value in vars(args).items() if key not in FREE}
         self.settings |= {"classes": str(model.class_names), "kept frames": str(bool(args.cache or args.in_memory))}
+        self.settings["videos"] = data
         self.launcher = os.getppid()
         self.epoch = self.step = 0  # the next ones to do; with --accumulate, a step is a part
         self.sums: dict[str, float] = {}
@@ -254,7 +257,8 @@ class Run:
             raise DynskipError(f"{last} exists already. Continue it with --resume, or choose another --out.")
         if last.exists() or args.start:
             self.restore(last if last.exists() else args.start, compare=last.exists())
-        args.out.mkdir(parents=True, exist_ok=True)
+        # The optimiser keeps two numbers a weight; there are up to three checkpoints, and the model at the end.
+        check_folders(args.out, needed=(4 if last.exists() else 10) * sum(p.nbytes for p in model.parameters()))
         if args.tensorboard:
             accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.epoch + 1}})
 
@@ -287,30 +291,28 @@ class Run:
             return
         kept = {key: getattr(self, key) for key in ("settings", "epoch", "step", "sums", "log", "unreadable")}
         parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.accelerator.scaler}
-        file, unfinished = self.out / name, self.out / f"{name}.part"
-        try:
-            torch.save(kept | {key: part.state_dict() for key, part in parts.items() if part is not None}, unfinished)
-            os.replace(unfinished, file)
-        except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
-            unfinished.unlink(missing_ok=True)
-            raise DynskipError(
-                f"Could not write {file} ({str(error).splitlines()[0]}). Make room, and go on with --resume."
-            ) from error
+        states = {key: part.state_dict() for key, part in parts.items() if part is not None}
+        with whole_file(self.out / name, "Go on with --resume.") as file:
+            torch.save(kept | states | {"made_with": command.VERSIONS}, file)
 
     def restore(self, file: Path, compare: bool) -> None:
         """Go on from a checkpoint; `compare` refuses one that was made with other settings."""
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
-            settings = content.pop("settings")
+            settings, made_with = content.pop("settings"), content.pop("made_with", "an earlier version")
         except Exception as error:  # a damaged file can fail in any way
             raise DynskipError(f"{file} is missing or damaged ({error!r}). Train again.") from error
-        differ = [key for key, value in self.settings.items() if settings.get(key) != value]
+        differ = [key for key in self.settings | settings if settings.get(key) != self.settings.get(key)]
+        changes = video.data_changes(settings.get("videos", []), self.settings["videos"])
         if compare and differ:
-            raise DynskipError(f"{file} is of another run: {', '.join(differ)} differ. Train with the same settings.")
+            raise DynskipError(
+                f"{file} is of another run: {', '.join(differ)} differ{changes}. Train with the same settings and data."
+            )
         for key, part in {"model": self.model, "optimizer": self.optimizer, "scaler": self.accelerator.scaler}.items():
             state = content.pop(key, None)
-            if part is not None:
-                part.load_state_dict(state)
+            with command.explained(f"the {key} of {file}", made_with):
+                if part is not None:
+                    part.load_state_dict(state)
         vars(self).update(content)
 
 
@@ -377,23 +379,19 @@ def demo(args: argparse.Namespace, accelerator: Accelerator) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     args = parser().parse_args(arguments)
-    try:
+
+    def work() -> None:
+        check_folders(args.out, args.cache)
         accelerator = Accelerator(
             cpu=args.device == "cpu", mixed_precision=args.amp, gradient_accumulation_steps=args.accumulate,
             log_with="tensorboard" if args.tensorboard else None, project_dir=args.out,
         )  # fmt: skip
-        (demo if args.command == "demo" else train)(args, accelerator)
+        with video.hold_folder(args.out, accelerator.is_main_process):
+            (demo if args.command == "demo" else train)(args, accelerator)
         accelerator.end_training()
-    except (DynskipError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print("error: The GPU's memory is full: raise --accumulate, use --amp bf16, or lower --size.", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command with --resume goes on from the last checkpoint.", file=sys.stderr)
-        return 130
-    return 0
+
+    interrupted = f"The same command{'' if args.command == 'demo' else ' with --resume'} goes on from where it was."
+    return command.run(work, interrupted, "Raise --accumulate, use --amp bf16, or lower --size, --frames or --workers.")
 
 
 if __name__ == "__main__":

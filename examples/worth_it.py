@@ -33,7 +33,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dynskip import (
-    DynskipError,
     FixedGate,
     FLOPsLookup,
     SimilarityGate,
@@ -50,6 +49,8 @@ from dynskip import (
 from dynskip.backbone.weights import load_weights
 from dynskip.calibrate import CurvePoint
 from dynskip.sofnet import Recipe
+from dynskip.video import command
+from dynskip.video.outputs import check_folders
 from dynskip.video.stored import classifier, fit_linear
 
 GATES = "gates after a glance"
@@ -191,6 +192,7 @@ def halves(side: Side) -> list[Side]:
 
 def run(args: argparse.Namespace) -> None:
     """Encode, train, compare, and write curves, picture and advice."""
+    check_folders(args.out)
     torch.manual_seed(args.seed)
     items = video.load_items(args.data)
     names = video.class_names(items)
@@ -238,12 +240,8 @@ def run(args: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     args = parser().parse_args(arguments)
-    try:
-        run(args)
-    except (DynskipError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    interrupted = "The same command goes on; what is encoded stays."
+    return command.run(lambda: run(args), interrupted, "Lower --workers, --size or --frames.")
 
 
 if __name__ == "__main__":

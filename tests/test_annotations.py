@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dynskip import DynskipError
 
 for needed in ("av", "PIL", "safetensors", "tqdm"):
     pytest.importorskip(needed)
 
-from dynskip.video import Item, Segment, class_names, held_out_split, load_items, pick_split, read_items  # noqa: E402
+from dynskip.video import (  # noqa: E402
+    Item,
+    Segment,
+    class_names,
+    data_changes,
+    held_out_split,
+    list_videos,
+    load_items,
+    pick_split,
+    read_items,
+)
 from dynskip.video.annotations import read_classes  # noqa: E402
 from dynskip.video.formats import relevant_frames  # noqa: E402
 from dynskip.video.stick_figures import write_video  # noqa: E402
@@ -57,6 +70,14 @@ def test_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
     [
         (None, r"labels\.csv does not exist\. Expected a folder with a labels\.csv, or such a file"),
         ("", r"lacks the column label, path, split"),
+        (
+            "path,label,split\na.mp4,kick,train\na.mp4,jump, rope,train,b.mp4,kick,test\n",
+            r"has 1 faults:\n  line 3: 7 fields for 3 columns: 'a\.mp4,jump, rope,train,b.*\nA line has one row",
+        ),
+        ("path,label,label,split\na.mp4,kick,jump,train\n", r"column 'label' is named 2 times"),
+        ('path,label,split\na.mp4,"kick,train\nb.mp4,kick,test\n', r"is no CSV text \(line 3: .*quotes must be closed"),
+        ('path,label,split\na.mp4,"jump\nrope",train\n', r"labels are empty or hold a line break .* 'jump\\nrope'"),
+        ("path,label,split\na.mp4,jump\u2028rope,train\n", r"hold a line break or tab, such as 'jump\\u2028rope'"),
         ("path,label\na.mp4,kick\n", r"lacks the column split\. Its first line must name path, label, split; it names"),
         ("path,label,split\na.mp4,kick,training\n", r"line 2: unknown split 'training'\. Expected one of train, val"),
         ("path,label,split\na.mp4,kick,train\na.mp4,kick\n", r"line 3: unknown split ''"),
@@ -78,6 +99,59 @@ def test_faults_of_a_csv_are_named(content: str | bytes | None, message: str, tm
         write(tmp_path / "labels.csv", content)
     with pytest.raises(DynskipError, match=message):
         load_items(tmp_path)
+
+
+ODD_NAMES = ("one\u2028two.mp4", "a\x85b.mp4", "line\nbreak.mp4", "form\x0cfeed.mp4", "a\rb.mp4", "10:30.mp4", " a.mp4")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_names_with_odd_characters_are_whole(end: str, tmp_path: Path) -> None:
+    rows = [f'"{touch(tmp_path / name).name}",kick,train{end}' for name in ODD_NAMES]
+    write(tmp_path / "labels.csv", f"path,label,split{end}" + "".join(rows))
+    assert [item.path.name for item in load_items(tmp_path)] == list(ODD_NAMES)
+    # A list has one entry a line.
+    listed = [name for name in ODD_NAMES[:-1] if "\n" not in name]
+    file = write(tmp_path / "train.txt", "".join(f"{name} 60 1{end}" for name in listed))
+    assert [item.path.name for item in load_items(tmp_path, [file])] == listed
+    classes = write(tmp_path / "classes.txt", f"jump\u2028rope{end}kick{end}")
+    assert read_classes(classes) == {0: "jump\u2028rope", 1: "kick"}
+
+
+def test_unknown_columns_of_a_csv_are_named(tmp_path: Path) -> None:
+    touch(tmp_path / "a.mp4")
+    write(tmp_path / "labels.csv", "path, label ,split,lable,,\na.mp4, kick , train,jump,,\n,,,,,\n")
+    with pytest.warns(UserWarning, match=r"labels\.csv has an unknown column 'lable'; it is ignored"):
+        assert load_items(tmp_path) == [Item(tmp_path / "a.mp4", ("kick",), "train")]
+
+
+def test_labels_that_read_alike_are_one_class(tmp_path: Path) -> None:
+    labels = ["jump", "jump ", "caf\u00e9", "cafe\u0301", "Jump"]
+    rows = [f"{touch(tmp_path / f'{i}.mp4').name},{label},train\n" for i, label in enumerate(labels)]
+    write(tmp_path / "labels.csv", "path,label,split\n" + "".join(rows) + "0.mp4,jump\u00a0,train\n1.mp4,up,train\n")
+    with pytest.raises(DynskipError, match="occurs twice"):  # the same row twice
+        load_items(tmp_path)
+    write(tmp_path / "labels.csv", "path,label,split\n" + "".join(rows) + "1.mp4,up,train\n")
+    items = load_items(tmp_path, classes=write(tmp_path / "classes.txt", "jump\nJump\ncafe\u0301 \nup\n"))
+    wanted = [("jump",), ("jump", "up"), ("caf\u00e9",), ("caf\u00e9",), ("Jump",)]
+    assert [item.labels for item in items] == wanted
+    file = write_json(tmp_path / "anet.json", {"0": entry("train", (0, 1, "jump "), (1, 2, "jump"))})
+    (item,) = load_items(tmp_path, [file])
+    assert item.labels == ("jump",)
+    assert {segment.label for segment in item.segments} == {"jump"}
+
+
+@pytest.mark.parametrize("other", ["../here/a.mp4", "./a.mp4", "link.mp4", "more/a.mp4", "{root}/a.mp4"])
+def test_one_video_under_two_names_is_one_video(other: str, tmp_path: Path) -> None:
+    root = tmp_path / "here"
+    touch(root / "a.mp4")
+    (root / "link.mp4").symlink_to("a.mp4")
+    (root / "more").symlink_to(root, target_is_directory=True)
+    second = other.format(root=root)
+    write(root / "labels.csv", f"path,label,split\na.mp4,kick,train\n{second},jump,test\n")
+    with pytest.raises(DynskipError, match=r"a\.mp4 occurs twice, in train and in test"):
+        load_items(root)
+    write(root / "labels.csv", f"path,label,split\na.mp4,kick,train\n{second},jump,train\n")
+    assert load_items(root) == [Item(root / "a.mp4", ("kick", "jump"), "train")]
 
 
 def test_splits() -> None:
@@ -137,6 +211,17 @@ def test_activitynet_keeps_segments_and_finds_files_and_folders(tmp_path: Path) 
         ),
         ({"a": entry("training", (-1, 2, "x"))}, "segment -1 to 2 seconds (x) does not lie within the video"),
         ({"a": entry("training", (3, 2, "x"), duration=10)}, "segment 3 to 2 seconds (x)"),
+        ({"a": entry("training", (0, float("inf"), "x"))}, "segment 0 to inf seconds (x) does not lie within"),
+        (
+            {"a": entry("training", (0, 1, "x"), duration=float("inf"))},
+            "a: duration inf is no finite number of seconds",
+        ),
+        (
+            {"a": entry("training", (0, 1, "x"), duration=float("nan"))},
+            "a: duration nan is no finite number of seconds",
+        ),
+        ({"a": entry("training", (0, 1, "x"), duration=-1)}, "a: duration -1 is no finite number of seconds above 0"),
+        ({"a": entry("training", (0, 1, " "))}, "a: label ' ' is no name"),
         ({"a": entry("training", ("one", 2, "x"))}, "a: its annotations need 'segment' [start, end] and 'label'"),
         ({"a": {"subset": "train", "annotations": [{"segment": [1, 2]}]}}, "and 'label' (KeyError('label'))"),
         ({"a": entry("training", (0, 1, None))}, "a: label None is no name"),
@@ -206,6 +291,12 @@ def test_thumos_csv_files_name_one_anothers_classes(tmp_path: Path) -> None:
     with pytest.raises(DynskipError, match=r"groundtruth\.csv, line 3: class 0 of 0 known ones(.|\n)*give both files"):
         load_items(tmp_path, [numbered])
     assert load_items(tmp_path, [numbered], classes=write(tmp_path / "classes.txt", "Archery\nBilliards\n")) == [test]
+    numbered.write_text(THUMOS_NUMBERED.replace("149.0", "inf"))
+    with pytest.raises(DynskipError, match=r"line 3: duration inf is no finite number"):
+        load_items(tmp_path, [named, numbered])
+    numbered.write_text(THUMOS_NUMBERED.replace("video_test_", "video_contest_"))
+    with pytest.raises(DynskipError, match=r"line 2: video_contest_0000278 must tell the split by one of the words"):
+        load_items(tmp_path, [named, numbered])
     numbered.write_text(THUMOS_NUMBERED.replace("60,61", "60,261"))
     with pytest.raises(DynskipError, match=r"line 4: segment 60 to 261 seconds \(Billiards\) does not lie within 0 to"):
         load_items(tmp_path, [named, numbered])
@@ -263,15 +354,71 @@ def test_lists_of_several_splits_and_a_class_list(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("latest_train.txt", "train"),
+        ("Contest-Training.v2.txt", "train"),
+        ("interval_val.txt", "val"),
+        ("trains.valid.txt", "val"),
+        ("val_validation.txt", "val"),
+        ("train2_testing.txt", "test"),
+    ],
+)
+def test_whole_words_of_a_lists_name_tell_the_split(name: str, split: str, tmp_path: Path) -> None:
+    touch(tmp_path / "a.mp4")
+    (item,) = load_items(tmp_path, [write(tmp_path / name, "a 60 1\n")])
+    assert item.split == split
+
+
+def frame_folder(folder: Path, count: int) -> Path:
+    for number in range(1, count + 1):
+        touch(folder / f"img_{number:05}.jpg")
+    return folder
+
+
+def test_lists_with_offsets_are_refused_with_both_readings(tmp_path: Path) -> None:
+    frame_folder(tmp_path / "test_imgs", 11), frame_folder(tmp_path / "other", 11)
+    file = write(tmp_path / "train.txt", "test_imgs 2 5 127\nother 0 9 3\ngone 4 6 3\n")
+    both = r"two ways\. 'test_imgs 2 5 127' is either `path frames label label`.*list-labels\. Or .*`folder start count"
+    with pytest.raises(DynskipError, match=both):
+        load_items(tmp_path, [file])
+    with pytest.warns(UserWarning, match="1 of 3 annotated"):
+        items = load_items(tmp_path, [file], "list-labels")
+    assert [(item.num_frames, item.labels) for item in items] == [(2, ("5", "127")), (0, ("9", "3"))]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "a 11 5 7\nb 11 7 5\n",  # pictures from number 11 on, where 11 are
+        "a 2 5 7\nb 11 5\n",  # not three numbers in every line
+        "a 2 5 7\nb 11 5 6 7\n",
+        "a 2 5 7\nfile 2 5 7\n",  # no folder
+        "a 2 11 7\nb 2 5 7\n",  # more pictures than there are
+        "a 2 5 7\ngone 20 5\n",
+    ],
+)
+@pytest.mark.filterwarnings("ignore:1 of 2 annotated")
+def test_lists_with_two_labels_are_told_from_lists_with_offsets(lines: str, tmp_path: Path) -> None:
+    frame_folder(tmp_path / "a", 11), frame_folder(tmp_path / "b", 11), touch(tmp_path / "file.mp4")
+    items = load_items(tmp_path, [write(tmp_path / "train.txt", lines)])
+    assert len(items[0].labels) == 2
+
+
+@pytest.mark.parametrize(
     ("name", "content", "classes", "message"),
     [
-        ("train.txt", "a 60\n", None, "has 1 faults:\n  line 1: 'a 60'\nExpected `path frames label`"),
+        ("train.txt", "a 60\n", None, "has 1 faults:\n  line 1: 'a 60' has fewer than two numbers after the"),
         ("train.txt", "a 60 5\nb 60 kick\n", None, "line 2: 'b 60 kick'"),
         ("train.txt", "a  60  5\n", None, "separated by one comma, semicolon or space each."),
         ("train.txt", "a 60 2\n", "0,x\n1,y\n", "line 1: label 2 is not in the class list"),
         ("train.txt", "a 60 1\na 60 1\n", None, "occurs twice, in train. Every video belongs to one split"),
-        ("list.txt", "a 60 1\n", None, "its name must tell the split: one of train, val, test"),
-        ("trainval.txt", "a 60 1\n", None, "its name must tell the split"),
+        ("contest.txt", "a 60 1\n", None, "contest.txt must tell the split by one of the words train, training, val"),
+        ("interval_list.txt", "a 60 1\n", None, "between _, - or dots; it has none of them. Rename it."),
+        ("trainval.txt", "a 60 1\n", None, "it has none of them"),
+        ("train-val.txt", "a 60 1\n", None, "it has train and val. Rename it."),
+        ("train.txt", "clip 3 60\n", None, "line 1: 'clip 3 60' has fewer than two numbers after the path"),
+        ("train.txt", "both 3 60 5\n", None, "line 1: 'both 3 60 5' can mean "),
         ("train.txt", "a 60 1\n", "0,x\n0,y\n", "lists 0 more than once"),
         ("train.txt", "a 60 1\n", "x\ny\nx\n", "lists 'x' more than once"),
         ("train.txt", "a 60 1\n", "", "is empty. Expected one class a line"),
@@ -281,10 +428,30 @@ def test_lists_of_several_splits_and_a_class_list(tmp_path: Path) -> None:
 def test_faults_of_lists_are_named(
     name: str, content: str | bytes, classes: str | None, message: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "a").mkdir()
+    for folder in ("a", "clip 3", "both", "both 3"):
+        (tmp_path / folder).mkdir()
     listed = write(tmp_path / "classes.txt", classes) if classes is not None else None
     with pytest.raises(DynskipError, match=re.escape(message)):
         load_items(tmp_path, [write(tmp_path / name, content)], classes=listed)
+
+
+# --------------------------------------------------------------------------------------------- what a run remembers
+
+
+def test_data_are_compared_by_path_label_and_split(tmp_path: Path) -> None:
+    names = [f"{i}.mp4" for i in range(5)] + ["one\u2028two.mp4", os.fsdecode(b"caf\xe9.mp4")]
+    items = [Item(tmp_path / name, ("a",), "train") for name in names]
+    torch.save(list_videos(items, tmp_path / "labels.csv"), tmp_path / "last.pt")  # as a checkpoint keeps it
+    before = torch.load(tmp_path / "last.pt", weights_only=True)
+    moved = [replace(item, path=tmp_path / "x" / ".." / item.path.name) for item in items]
+    assert data_changes(before, list_videos(moved, tmp_path)) == ""
+    assert data_changes(before, list_videos(items[::-1], tmp_path)) == " (the same in another order)"
+    other = [*items[4:], Item(tmp_path / "new.mp4", (), "train")]
+    other[0] = replace(other[0], labels=("a", "b"), split="test")
+    assert data_changes(before, list_videos(other, tmp_path)) == (
+        " (1 added: new.mp4; 4 gone: 0.mp4, 1.mp4, 2.mp4, ...; "
+        "1 with another label or split: 4.mp4 (a, b, test, not a, train))"
+    )
 
 
 # ------------------------------------------------------------------------------------------- class lists and readers
@@ -324,7 +491,12 @@ def test_what_the_format_cannot_be_told_from(tmp_path: Path) -> None:
     for data, files, reader, message in (
         (tmp_path, [tmp_path], None, r"is a folder\. Give the annotation file or class list itself"),
         (tmp_path, [thumos, listed], None, r"several formats \(list, thumos\); tell which"),
-        (tmp_path, [listed], "parquet", r"no format 'parquet'; choose one of csv, activitynet, thumos, list, or give"),
+        (
+            tmp_path,
+            [listed],
+            "parquet",
+            r"no format 'parquet'; choose one of csv, activitynet, thumos, list, list-labels, or",
+        ),
         (video, [listed], None, r"a\.mp4 is no folder\. Expected the folder of the videos"),
     ):
         with pytest.raises(DynskipError, match=message):
@@ -363,7 +535,10 @@ def test_relevant_frames_come_from_annotations_or_segments_csv(tmp_path: Path) -
     }
     labels = write(tmp_path / "labels.csv", "path,label,split\n")
     # In frames: they are taken at 2.5, 7.5, 12.5 and 17.5. The end is outside.
-    write(tmp_path / "segments.csv", "path,start,end\na.mp4,0,5\na.mp4,12,17.5\nbroken.mp4,0,3\nunlisted.mp4,0,3\n")
+    write(
+        tmp_path / "segments.csv",
+        f"path,start,end\na.mp4,0,5\n../{tmp_path.name}/a.mp4,12,17.5\nbroken.mp4,0,3\nunlisted.mp4,0,3\n",
+    )
     for data in (tmp_path, labels):
         marks = relevant_frames(items, 4, data)
         assert set(marks) == {str(video), str(seconds.path)}
@@ -374,6 +549,8 @@ def test_relevant_frames_come_from_annotations_or_segments_csv(tmp_path: Path) -
     ("content", "message"),
     [
         ("path,start,end\na.mp4,1,x\n", r"segments\.csv, line 2: start and end must be numbers of frames"),
+        ("path,start,end\na.mp4,1,inf\n", r"line 2: start and end must be numbers of frames \(1 to inf is not finite"),
+        ("path,start,end\na.mp4,nan,3\n", r"line 2: start and end must be numbers of frames \(nan to 3 is not finite"),
         ("path,start\na.mp4,1\n", r"segments\.csv lacks the column end"),
         ("path,start,end\na.mp4,5,5\n", r"from 5\.0 to 5\.0 has no length"),
     ],

@@ -409,6 +409,32 @@ def test_random_numbers_in_eval_mode_are_refused(where: str) -> None:
         stage_model(net, ["one", "two"], input_size=(3, SIZE, SIZE))
 
 
+class Switching(nn.Module):
+    def __init__(self, used: bool = True) -> None:
+        super().__init__()
+        self.used = used
+
+    def forward(self, x: Tensor) -> Tensor:
+        on = torch.rand(()) < 0.5  # equal in two runs one time in two
+        return x * on if self.used else x
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("where", ["two", "head"])
+def test_random_numbers_with_few_outcomes_are_refused(where: str, seed: int) -> None:
+    net = Net()
+    setattr(net, where, nn.Sequential(getattr(net, where), Switching()))
+    torch.manual_seed(seed)
+    with pytest.raises(DynskipError, match=r"[Rr]andom"):
+        stage_model(net, ["one", "two"], input_size=(3, SIZE, SIZE))
+
+
+def test_random_numbers_that_change_nothing_are_taken() -> None:
+    net: Any = Net()
+    net.head = nn.Sequential(net.head, Switching(used=False))
+    assert stage_model(net, ["one", "two"], input_size=(3, SIZE, SIZE)).num_stages == 2
+
+
 def test_layers_compute_three_images_to_verify_a_cut() -> None:
     seen = list[int]()
     net = Net().eval()

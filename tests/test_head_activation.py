@@ -346,6 +346,7 @@ def test_the_recipes_take_several_labels(pairs: Path, tmp_path: Path, capsys: py
     assert "test0.mp4: " in capsys.readouterr().out
     weights = {key: value for key, value in model.backbone.model.state_dict().items() if "head.fc" not in key}
     torch.save(weights | {"head.fc.weight": torch.zeros(9, 384), "head.fc.bias": torch.zeros(9)}, tmp_path / "w.pth")
-    frozen = [*small, *where, "--weights", str(tmp_path / "w.pth"), "--epochs", "1", "--out", str(tmp_path / "frozen")]
-    assert recipe("frozen_gates").main(frozen) == 0
+    frozen = [*small, *where, "--weights", str(tmp_path / "w.pth"), "--epochs", "0", "--out", str(tmp_path / "frozen")]
+    frozen += ["--gate-epochs", "1"]
+    assert recipe("train_gates").main(frozen) == 0
     assert "| labels % |" in capsys.readouterr().out

@@ -178,6 +178,7 @@ def test_the_dense_pass_leaves_padding_out(order: FrameOrder | None, training: b
 
 LOSSES: dict[str, Callable[[StopOrForward], Any]] = {
     "thesis": lambda model: SoFLoss(model.lookup_for((SIZE, SIZE))),
+    "all frames": lambda model: SoFLoss(model.lookup_for((SIZE, SIZE)), all_frames=1.0),
     "classification": lambda model: ClassificationLoss(),
     "efficiency": lambda model: EfficiencyLoss(model.lookup_for((SIZE, SIZE)), normalize=True),
     "guidance": lambda model: PolicyGuidanceLoss(0.5),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dynskip import (
+    AnytimeLoss,
     BudgetLoss,
     ClassificationLoss,
     DistillationLoss,
@@ -30,7 +31,15 @@ from dynskip import (
     UsageUniformityLoss,
 )
 from dynskip.gates import FORWARD, STOP
-from dynskip.losses import budget_loss, classification_loss, distillation_loss, self_supervision_loss
+from dynskip.losses import (
+    anytime_loss,
+    budget_loss,
+    classification_loss,
+    distillation_loss,
+    frames_loss,
+    random_parts,
+    self_supervision_loss,
+)
 
 LOOKUP = FLOPsLookup([0.118e9, 0.668e9, 1.028e9, 1.464e9, 0.809e9], 0.002e9, [1e6, 2e6, 3e6, 4e6, 5e6])
 
@@ -117,13 +126,14 @@ def literal_losses(
     beta: float = 0.9,
     normalize: bool = False,
     supervise_last: bool = False,
+    all_frames: float = 0.0,
 ) -> dict[str, float]:
     assert output.inner_logits is not None
     assert output.gate_logits is not None
     batch, frames, stages = output.forward.shape
     stage, gate = costs.per_stage.tolist(), costs.gates.tolist()
     whole = sum(stage) + sum(gate) + costs.head
-    sums = {"classification": 0.0, "efficiency": 0.0, "inner": 0.0, "self_supervision": 0.0}
+    sums = {"classification": 0.0, "efficiency": 0.0, "inner": 0.0, "self_supervision": 0.0, "all_frames": 0.0}
     for b in range(batch):
         y = truth(targets, b, output.logits.shape[1])
         sums["classification"] += cross_entropy(output.logits[b].tolist(), y, output.activation)  # 3.9
@@ -154,10 +164,20 @@ def literal_losses(
                 probability = softmax(output.gate_logits[b, t, n].tolist())[FORWARD]
                 supervision += binary_cross_entropy(probability, label)
         sums["self_supervision"] += supervision / (frames * taught)  # 3.15
+
+        if all_frames:
+            sums["all_frames"] += literal_frames_loss(output, b, y, [True] * frames)
     parts = {name: value / batch for name, value in sums.items()}
     parts["guidance"] = beta * parts["inner"] + (1 - beta) * parts["self_supervision"]  # 3.12
     parts["total"] = alpha * parts["classification"] + (1 - alpha) * parts["efficiency"] + parts["guidance"]  # 3.8
+    parts["total"] += all_frames * parts["all_frames"]
     return parts
+
+
+def literal_frames_loss(output: SkipOutput, video: int, y: list[float], counts: list[bool]) -> float:
+    """Cross-entropy of the mean over the frames of a video that count."""
+    frames = [logits for logits, each in zip(output.frame_logits[video].tolist(), counts, strict=True) if each]
+    return cross_entropy([sum(column) / len(frames) for column in zip(*frames, strict=True)], y, output.activation)
 
 
 shapes = {
@@ -176,17 +196,27 @@ shapes = {
     beta=st.floats(0, 1),
     normalize=st.booleans(),
     rate=st.sampled_from([0.0, 0.3, 0.6, 1.0]),
+    all_frames=st.sampled_from([0.0, 0.4, 2.0]),
 )
 def test_sof_loss_is_the_equations(
-    batch: int, frames: int, stages: int, seed: int, kind: str, alpha: float, beta: float, normalize: bool, rate: float
+    batch: int,
+    frames: int,
+    stages: int,
+    seed: int,
+    kind: str,
+    alpha: float,
+    beta: float,
+    normalize: bool,
+    rate: float,
+    all_frames: float,
 ) -> None:
     output, targets, costs = (
         random_output(batch, frames, stages, seed, rate, kind),
         random_targets(batch, seed, kind),
         lookup(stages),
     )
-    literal = literal_losses(output, targets, costs, alpha=alpha, beta=beta, normalize=normalize)
-    parts = SoFLoss(costs, alpha, beta, normalize).double()(output, targets)
+    literal = literal_losses(output, targets, costs, alpha=alpha, beta=beta, normalize=normalize, all_frames=all_frames)
+    parts = SoFLoss(costs, alpha, beta, normalize, all_frames).double()(output, targets)
     for field in dataclasses.fields(parts):
         value = getattr(parts, field.name)
         assert value.shape == ()
@@ -225,6 +255,89 @@ def test_losses_of_a_real_training_pass_are_the_equations() -> None:
     parts, literal = SoFLoss(costs)(output, targets), literal_losses(rounded, targets, costs)
     for field in dataclasses.fields(parts):
         assert getattr(parts, field.name).item() == pytest.approx(literal[field.name], rel=1e-5)
+
+
+# Losses of all frames, and of parts of them
+
+
+@given(
+    batch=st.integers(1, 4),
+    frames=st.integers(1, 6),
+    seed=st.integers(0, 10_000),
+    kind=st.sampled_from(KINDS),
+    weight=st.sampled_from([0.0, 0.5, 1.0]),
+    cut=st.booleans(),
+)
+def test_the_anytime_loss_is_its_equation(
+    batch: int, frames: int, seed: int, kind: str, weight: float, cut: bool
+) -> None:
+    output, targets = random_output(batch, frames, 2, seed, kind=kind), random_targets(batch, seed, kind)
+    real = torch.ones(batch, frames, dtype=torch.bool)
+    if cut:
+        output.lengths = torch.randint(1, frames + 1, (batch,), generator=torch.Generator().manual_seed(seed))
+        real = torch.arange(frames) < output.lengths[:, None]
+        output.frame_logits[~real] = math.nan
+    torch.manual_seed(seed)
+    drawn, first = random_parts(real)
+    expected = 0.0
+    for b in range(batch):
+        y = truth(targets, b, output.logits.shape[1])
+        every, some, start = (literal_frames_loss(output, b, y, part[b].tolist()) for part in (real, drawn, first))
+        expected += (every + weight * (some + start) / 2) / batch
+    torch.manual_seed(seed)
+    assert AnytimeLoss(weight)(output, targets).item() == pytest.approx(expected, abs=1e-12)
+    torch.manual_seed(seed)
+    loss = anytime_loss(output.frame_logits, targets, output.activation, output.lengths, weight)
+    assert loss.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_parts_of_a_video_have_any_size_alike() -> None:
+    torch.manual_seed(0)
+    real = (torch.arange(6) < torch.tensor([5, 2])[:, None]).repeat(3000, 1)
+    for part in random_parts(real):
+        assert not (part & ~real).any()
+        for row, length in ((0, 5), (1, 2)):
+            sizes = part[row::2].sum(1).bincount(minlength=length + 1) / 3000
+            torch.testing.assert_close(sizes[1:], torch.full((length,), 1 / length), atol=0.04, rtol=0)
+            assert sizes[0] == 0
+    drawn, first = random_parts(real)
+    assert (first[:, 1:] <= first[:, :-1]).all()  # no gap
+    torch.testing.assert_close(drawn[::2].float().mean(0)[:5], torch.full((5,), 0.6), atol=0.04, rtol=0)
+
+
+def test_the_anytime_loss_teaches_the_backbone_alone() -> None:
+    model = toy_model(seed=2).train()
+    output, targets = model(toy_video(6, 8), dense=True), random_targets(6, 0)
+    parameters = [*model.gates.parameters(), *model.inner.parameters()]  # type: ignore[union-attr]
+    gradients = torch.autograd.grad(AnytimeLoss()(output, targets), parameters, allow_unused=True, retain_graph=True)
+    assert all(gradient is None for gradient in gradients)
+    torch.manual_seed(0)
+    (gradient,) = torch.autograd.grad(AnytimeLoss()(output, targets), output.frame_logits)
+    assert gradient.any(-1).all()  # of every frame
+    plain = torch.autograd.grad(AnytimeLoss(0.0)(output, targets), list(model.backbone.parameters()), retain_graph=True)
+    wanted = torch.autograd.grad(ClassificationLoss()(output, targets), list(model.backbone.parameters()))
+    assert any(gradient.any() for gradient in wanted)
+    torch.testing.assert_close(plain, wanted)
+
+
+def test_all_frames_teach_the_backbone_what_stopped_ones_show() -> None:
+    model, output, targets = trained_pass()
+    parts = SoFLoss(model.lookup_for((SIZE, SIZE)), all_frames=0.5)(output, targets)
+    (gradient,) = torch.autograd.grad(parts.all_frames, output.frame_logits, retain_graph=True)
+    assert gradient.any(-1).all()
+    found = reached(model, parts.all_frames)
+    assert found.pop("backbone")
+    assert not any(found.values())
+
+
+def test_frames_that_do_not_count_pass_no_gradient_and_no_nan() -> None:
+    logits, frames = randn(1, 3, CLASSES, seed=0), torch.tensor([[True, False, True]])
+    logits[0, 1] = math.nan
+    loss = frames_loss(logits.requires_grad_(), frames, torch.tensor([1]))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient[0, [0, 2]].all()
+    assert not gradient[0, 1].any()
+    assert frames_loss(logits, torch.zeros_like(frames), torch.tensor([1])).isnan()
 
 
 def test_guidance_can_be_left_out() -> None:
@@ -276,7 +389,12 @@ def test_gates_that_were_not_evaluated_count_for_nothing() -> None:
             losses.append(binary_cross_entropy(probability, int(gain)))
         loss = SelfSupervisionLoss(supervise_last)(output, targets)
         assert float(loss) == pytest.approx(sum(losses) / len(losses))
-    assert SoFLoss(model.lookup_for((SIZE, SIZE)))(output, targets).total.isfinite()
+    parts = SoFLoss(model.lookup_for((SIZE, SIZE)), all_frames=1.0)(output, targets)
+    assert parts.total.isfinite()
+    ran = ~output.frame_logits.isnan().any(-1)
+    assert not ran.all()
+    expected = [literal_frames_loss(output, b, truth(targets, b, CLASSES), ran[b].tolist()) for b in range(4)]
+    assert float(parts.all_frames) == pytest.approx(sum(expected) / 4)
 
 
 def test_masked_gates_pass_no_gradient_and_no_nan() -> None:
@@ -536,11 +654,13 @@ def test_other_losses_say_what_they_want() -> None:
     "criterion",
     [
         ClassificationLoss(),
+        AnytimeLoss(),
         InnerClassificationLoss(),
         SelfSupervisionLoss(),
         SelfSupervisionLoss(supervise_last=True),
         PolicyGuidanceLoss(),
         SoFLoss(lookup(3)),
+        SoFLoss(lookup(3), all_frames=1.0),
     ],
     ids=lambda criterion: criterion.__class__.__name__,
 )
@@ -680,6 +800,9 @@ GOOD, ZEROS = torch.tensor([0, 3]), torch.tensor([0, 0])
         (lambda: DistillationLoss()(without_inner(OUTPUT)), "reads inner classifiers, and the output has none"),
         (lambda: SoFLoss(lookup(3), alpha=1.1), r"alpha=1.1 is out of range; give a number in \[0, 1\]"),
         (lambda: SoFLoss(lookup(3), beta=-0.1), "beta=-0.1 is out of range"),
+        (lambda: SoFLoss(lookup(3), all_frames=-1.0), "all_frames=-1.0 is out of range; give a weight, 0 or more"),
+        (lambda: AnytimeLoss(math.inf), "weight=inf is out of range; give a weight, 0 or more"),
+        (lambda: AnytimeLoss()(OUTPUT, torch.tensor([0, 4])), "range from 0 to 4, and there are 4 classes"),
         (lambda: PolicyGuidanceLoss(math.nan), "beta=nan is out of range"),
         (lambda: ClassificationLoss()(one_class(OUTPUT), ZEROS), ONE_CLASS),
         (lambda: InnerClassificationLoss()(one_class(OUTPUT), ZEROS), ONE_CLASS),

@@ -27,6 +27,7 @@ OPTIONAL = [
     "onnx",
     "onnxruntime",
     "ray",
+    "prometheus_client",
     "dynskip.hub",
     "tqdm.auto",
     "torchcodec",

@@ -41,7 +41,7 @@ TRAIN = [
 
 sofnet_activitynet = recipe("sofnet_activitynet")
 evaluate, predict, prepare_data = recipe("evaluate"), recipe("predict"), recipe("prepare_data")
-frozen_gates, similarity_gates = recipe("frozen_gates"), recipe("similarity_gates")
+train_gates, similarity_gates = recipe("train_gates"), recipe("similarity_gates")
 
 
 def train(data: Path, out: Path, *more: object) -> int:
@@ -175,10 +175,10 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
 ) -> None:
     save, count = torch.save, itertools.count(1)
 
-    def interrupted(content: Any, file: Path) -> None:
+    def interrupted(content: Any, file: Any) -> None:
         save(content, file)
         if next(count) == 3:
-            Path(file).write_bytes(Path(file).read_bytes()[:1000])
+            file.truncate(1000)
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -200,7 +200,7 @@ def test_a_killed_process_goes_on_exactly(data: Path, trained: Path, tmp_path: P
     assert_same_run(tmp_path, trained)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs a device that is always full")
 def test_a_full_disk_costs_nothing(
     data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,7 +210,7 @@ def test_a_full_disk_costs_nothing(
     before = (tmp_path / "last.pt").read_bytes()
     (tmp_path / "last.pt.part").symlink_to("/dev/full")
     assert train(data, tmp_path, "--resume") == 2
-    assert f"Could not write {tmp_path / 'last.pt'} (" in capsys.readouterr().err
+    assert re.search(r"Could not write \S*last\.pt \(the disk.*is full.*\)\. Make room\.", capsys.readouterr().err)
     assert (tmp_path / "last.pt").read_bytes() == before
     assert train(data, tmp_path, "--resume") == 0
     assert_same_run(tmp_path, trained)
@@ -226,6 +226,76 @@ def test_resuming_with_other_settings_is_refused(
     out = Path(shutil.copytree(trained, tmp_path / "run"))
     assert train(data, out, "--resume", option, value) == 2
     assert re.search(rf"last\.pt is of another run: .*\b{named}\b.* differ.*same settings", capsys.readouterr().err)
+
+
+CHANGES = {
+    "added": ("videos/new.mp4", r"1 added: videos/new\.mp4"),
+    "gone": ("", r"1 gone: videos/high_kick/train_0000\.mp4"),
+    "label": (
+        "videos/high_kick/train_0000.mp4,side_lunge,train",
+        r"1 with another label .*\(side_lunge, train, not high",
+    ),
+    "split": (
+        "videos/high_kick/train_0000.mp4,high_kick,test",
+        r"1 with another label or split: .*\(high_kick, test, not high_kick, tr",
+    ),
+    "order": ("", "the same in another order"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_resuming_with_other_data_is_refused(
+    what: str, data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, other = Path(shutil.copytree(trained, tmp_path / "run")), Path(shutil.copytree(data, tmp_path / "other"))
+    header, *rows = (data / "labels.csv").read_text().splitlines()
+    first = rows.index("videos/high_kick/train_0000.mp4,high_kick,train")
+    if what == "added":
+        shutil.copy(other / "videos" / "high_kick" / "train_0000.mp4", other / "videos" / "new.mp4")
+        rows.append("videos/new.mp4,high_kick,train")
+    elif what == "order":
+        rows.reverse()
+    else:
+        rows[first : first + 1] = [CHANGES[what][0]] if CHANGES[what][0] else []
+    (other / "labels.csv").write_text("\n".join([header, *rows]) + "\n")
+    before = (out / "last.pt").read_bytes()
+    assert train(other, out, "--resume", "--epochs", 2) == 2
+    message = capsys.readouterr().err
+    assert re.search(rf"last\.pt is of another run: videos differ \({CHANGES[what][1]}", message)
+    assert "Train with the same settings and data." in message
+    assert (out / "last.pt").read_bytes() == before
+
+
+def test_a_run_goes_on_with_the_same_data_elsewhere(data: Path, trained: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(trained, tmp_path / "run"))
+    moved = Path(shutil.copytree(data, tmp_path / "moved"))
+    assert train(moved / "labels.csv", out, "--resume", "--epochs", 2) == 0
+    assert checkpoint(out)["epoch"] == 3
+
+
+HOLD = """import sys, time, pathlib, dynskip.video
+with dynskip.video.hold_folder(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("script", ["sofnet_activitynet", "train_gates"])
+def test_two_runs_do_not_share_a_folder(
+    script: str, data: Path, trained: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(trained, tmp_path / "run"))
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.name != ".lock"}
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(out)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        if script == "train_gates":
+            assert run(train_gates, "--data", data, "--out", out, "--weights", weights, "--backbone", BACKBONE) == 2
+        else:
+            assert train(data, out, "--resume") == 2
+        other.kill()
+    assert re.search(rf"Another run writes to .*run: process {other.pid} on .*, since", capsys.readouterr().err)
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.name != ".lock"} == before
 
 
 def test_an_existing_run_is_not_overwritten(data: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -467,11 +537,107 @@ def test_predict_says_and_draws_what_happened(
     assert re.search(r"^test_0000\.mp4: \w+ \d+\.\d %$", captured.out, re.MULTILINE)
     assert "frames: 4 used, 0 stopped, 0 unseen" in captured.out
     assert "  ####\n  # used (4)\n" in captured.out
-    assert re.search(r"[\d.]+ GMACs \(multiply-adds\) against [\d.]+ dense, [\d.]+ ms", captured.out)
+    assert re.search(
+        r"[\d.]+ GMACs \(multiply-adds\) against [\d.]+ dense\n  4 frames, \d+ decoded for them", captured.out
+    )
     assert f"error: {bad}: " in captured.err
     assert "gone.mp4: no such file" in captured.err
     assert "2 of 4 files could not be read." in captured.err
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 2  # of two videos with one name
+
+
+@pytest.mark.filterwarnings("ignore:.* lacks the letters")
+def test_a_name_that_is_not_utf_8_is_a_name(
+    video: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = tmp_path / os.fsdecode(b"caf\xe9.mp4")
+    shutil.copy(video, odd)
+    assert run(predict, trained / "model", odd, video, "--out", tmp_path / "pictures") == 0
+    assert "caf\\udce9.mp4: " in capsys.readouterr().out
+    assert is_picture(tmp_path / "pictures" / os.fsdecode(b"caf\xe9.png"))
+    odd.write_bytes(b"words")
+    monkeypatch.setattr(video_package, "read_items", lambda *_: [video_package.Item(odd, ("a",), "train")])
+    assert run(prepare_data, "--data", tmp_path, "--report", tmp_path / "report.json", "--workers", 0) == 1
+    assert json.loads((tmp_path / "report.json").read_text())["unreadable"] == [
+        f"{odd}: is text, no video. Give the file itself."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "advice"),
+    [
+        (predict, ("model", "a.mp4"), "What was printed and drawn stays."),
+        (evaluate, ("model", "--data", "data"), "Nothing was written but what --cache keeps."),
+        (prepare_data, ("--data", "data"), "Nothing was written. The same command starts again."),
+        (prepare_data, ("--data", "data", "--cache", "kept"), "What is in kept stays. The same command starts again."),
+        (train_gates, ("--data", "data", "--out", "out"), "The same command goes on after the last whole epoch."),
+        (sofnet_activitynet, ("demo", "--out", "out"), "The same command goes on from where it was."),
+        (sofnet_activitynet, ("train", "--data", "d", "--out", "out"), "The same command with --resume goes on from"),
+    ],
+)
+def test_ctrl_c_has_the_advice_of_the_command(
+    script: Any,
+    arguments: tuple[str, ...],
+    advice: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for name in ("load_items", "read_items", "render_set"):
+        monkeypatch.setattr(video_package, name, interrupt)
+    monkeypatch.setattr(StopOrForward, "from_pretrained", interrupt)
+    assert run(script, *arguments) == 130
+    assert capsys.readouterr().err.startswith(f"\nInterrupted. {advice}")
+
+
+def test_outputs_are_tried_before_the_work(
+    data: Path, trained: Path, video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    bad, model = tmp_path / "file" / "x", trained / "model"
+    own = ("--data", data, "--workers", 0, "--device", "cpu")
+    for script, arguments in (
+        (sofnet_activitynet, ("train", "--data", data, "--out", bad)),
+        (sofnet_activitynet, ("train", "--data", data, "--out", tmp_path / "out", "--cache", bad)),
+        (sofnet_activitynet, ("demo", "--out", bad)),
+        (train_gates, ("--data", data, "--out", bad)),
+        (similarity_gates, ("--out", bad / "model")),
+        (predict, (model, video, "--out", bad)),
+        (prepare_data, ("--data", data, "--workers", 0, "--report", bad)),
+        (prepare_data, ("--data", data, "--workers", 0, "--report", tmp_path / "r.json", "--cache", bad)),
+        (evaluate, (model, *own, "--per-video", bad)),
+        (evaluate, (model, *own, "--usage", bad.with_suffix(".png"))),
+        (evaluate, (model, *own, "--usage", tmp_path / "x.abc")),
+        (evaluate, (model, *own, "--budget", 1, "--curve", tmp_path / "x.csv")),
+        (evaluate, (model, *own, "--cache", bad)),
+    ):
+        assert run(script, *arguments) == 2, (script, arguments)
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert re.search("Could not write|no picture can be written", captured.err)
+
+
+def test_a_checkpoint_of_another_version_is_told_in_a_line(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(trained, tmp_path / "run"))
+    content = torch.load(out / "last.pt", weights_only=True)
+    content["model"].popitem()
+    torch.save(content, out / "last.pt")
+    assert train(data, out, "--resume") == 2
+    said = capsys.readouterr().err
+    assert re.search(
+        r"error: Cannot load the model of \S+last\.pt: Missing key.* It was written with dynskip \S+, ", said
+    )
+    assert said.count("\n") == 1
+    torch.save({**checkpoint(trained), "settings": {**content["settings"], "new_gate": "x"}}, out / "last.pt")
+    assert train(data, out, "--resume") == 2
+    assert "is of another run: new_gate differ" in capsys.readouterr().err
 
 
 def test_prepare(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -481,6 +647,27 @@ def test_prepare(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "train: 12 of 12 videos, 6 classes" in capsys.readouterr().out
     assert json.loads(report.read_text())["readable"] == 18
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 18
+
+
+def test_prepare_names_labels_that_read_alike_and_what_it_leaves_out(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    video = data / "videos" / "high_kick" / "train_0000.mp4"
+    rows = zip("abcdef", ("jump", "jump ", "Jump", "air drumming", "Air_Drumming", "kick"), strict=True)
+    for name in ("a.mp4", "b.mp4", "c.mp4", "d.mp4", "e.mp4", "f.mp4", "more.MP4", "even.mp4", "old.xyz", ".hidden"):
+        shutil.copy(video, tmp_path / name)
+    text = "".join(f"{name}.mp4,{label},train\n" for name, label in rows)
+    (tmp_path / "labels.csv").write_text("path,label,split\n" + text)
+    report = tmp_path / "report.json"
+    for _ in range(2):  # the report itself is left out of the list
+        assert run(prepare_data, "--data", tmp_path, "--report", report, "--workers", 0) == 1
+        found = json.loads(report.read_text())
+        assert found["labels_alike"] == ["'Air_Drumming', 'air drumming'", "'Jump', 'jump'"]
+        assert found["left_out"] == [str(tmp_path / name) for name in ("even.mp4", "more.MP4", "old.xyz")]
+    printed = capsys.readouterr().out
+    assert "2 groups of labels differ only in case or spaces: each is probably one class:\n  'Air_Drumming'" in printed
+    assert "3 files beside the videos are in no annotation (.mp4 2, .xyz 1):\n" in printed
+    assert "5 classes" in printed
 
 
 # ------------------------------------------------------------------------------- gates around a finished classifier
@@ -494,40 +681,105 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+SMALL = [
+    "--backbone", BACKBONE, "--size", "32", "--frames", str(FRAMES), "--hidden", "8", "--gate-epochs", "3",
+    "--workers", "0", "--device", "cpu", "--batch-size", "4",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("glance", [False, True])
 def test_gates_on_a_frozen_backbone(
     glance: bool, data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options: tuple[object, ...] = ("--glance", BACKBONE, "--glance-size", 16, "--glance-weights", weights)
-    options = (options if glance else ()) + (
-        "--data",
-        data,
-        "--weights",
-        weights,
-        "--backbone",
-        BACKBONE,
-        "--size",
-        32,
-        "--frames",
-        FRAMES,
-    )
-    more = ("--hidden", 8, "--epochs", 3, "--workers", 0, "--device", "cpu")
-    assert run(frozen_gates, *options, *more, "--out", tmp_path / "one") == 0
-    assert list(table_rows(capsys.readouterr().out)) == list(MODES)
+    options = [*SMALL, "--data", data, "--weights", weights, "--epochs", 0, "--variants", 2, "--out", tmp_path / "one"]
+    options += ["--glance", BACKBONE, "--glance-size", 16, "--glance-weights", weights] if glance else []
+    assert run(train_gates, *options) == 0
+    printed = capsys.readouterr().out
+    assert list(table_rows(printed)) == list(MODES)
+    assert "Thresholds chosen on 2 validation videos: top-1" in printed
     model = StopOrForward.from_pretrained(tmp_path / "one" / "model")
+    assert len(set(model.forward_threshold)) > 0
     for key, value in load_file(weights).items():
         if not key.startswith("head.fc"):
             assert torch.equal(model.backbone.model.state_dict()[key], value)  # nothing was trained but the last layer
             if glance:
                 assert torch.equal(model.backbone.glance.light.model.state_dict()[key], value)
-    # The same command starts with what is encoded, and ends with the same weights.
-    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "one" / "features").rglob("*.safetensors")}
+    # The same command starts with what is there, and ends with the same weights and thresholds.
+    kept = [*(tmp_path / "one" / "features").rglob("*.safetensors"), tmp_path / "one" / "gates.pt"]
+    assert {file.parent.name for file in kept} == {"variant0", "variant1", "val", "one"}
+    times = [file.stat().st_mtime_ns for file in kept]
     shutil.rmtree(tmp_path / "one" / "model")
-    assert run(frozen_gates, *options, *more, "--out", tmp_path / "one") == 0
-    assert {file: file.stat().st_mtime_ns for file in files} == files
+    assert run(train_gates, *options) == 0
+    assert [file.stat().st_mtime_ns for file in kept] == times
     again = StopOrForward.from_pretrained(tmp_path / "one" / "model")
+    assert again.forward_threshold == model.forward_threshold
     torch.testing.assert_close(dict(again.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
     assert [line["epoch"] for line in log_of(tmp_path / "one")] == [0, 1, 2]
+    assert {"curves.json", "curves.png", "videos.jsonl"} <= {file.name for file in (tmp_path / "one").iterdir()}
+
+
+@pytest.mark.parametrize("phase", ["backbone", "gates"])
+def test_the_default_recipe_goes_on_after_a_kill(
+    phase: str, data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*SMALL, "--data", data, "--weights", weights, "--epochs", 2, "--lr", 0.01]
+    assert run(train_gates, *options, "--out", tmp_path / "whole") == 0
+    replaced = os.replace
+
+    def dies_after_the_first_epoch(source: Any, target: Any) -> None:
+        replaced(source, target)
+        if Path(target).name == f"{phase}.pt":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", dies_after_the_first_epoch)
+        assert run(train_gates, *options, "--out", tmp_path / "killed") == 130
+    assert not (tmp_path / "killed" / "model").exists()
+    assert run(train_gates, *options, "--out", tmp_path / "killed") == 0
+    one, other = (StopOrForward.from_pretrained(tmp_path / each / "model") for each in ("whole", "killed"))
+    assert one.forward_threshold == other.forward_threshold
+    torch.testing.assert_close(dict(one.state_dict()), dict(other.state_dict()), rtol=0, atol=0)
+    started = {key: value for key, value in load_file(weights).items() if not key.startswith("head.fc")}
+    trained = one.backbone.model.state_dict()
+    assert not all(torch.equal(trained[key], value) for key, value in started.items())
+    assert all(torch.equal(trained[key], value) for key, value in started.items() if "running" in key)
+    # Each epoch of either was done once.
+    done = [(line["phase"], line["epoch"]) for line in log_of(tmp_path / "killed")]
+    assert done == [("backbone", 0), ("backbone", 1), ("gates", 0), ("gates", 1), ("gates", 2)]
+    assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")
+
+
+def test_the_default_recipe_refuses_to_go_on_with_other_settings(
+    data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*SMALL, "--data", data, "--weights", weights, "--epochs", 1, "--out", tmp_path]
+    assert run(train_gates, *options) == 0
+    for more, differ in ((["--lr", 0.1, "--seed", 1], "lr, seed"), (["--alpha", 0.5], "alpha")):
+        assert run(train_gates, *options, *more) == 2
+        assert f".pt has other settings: {differ}. Delete it, or choose" in capsys.readouterr().err
+    other = Path(shutil.copytree(data, tmp_path / "other"))
+    labels = (
+        (other / "labels.csv").read_text().replace("kick/train_0000.mp4,high_kick", "kick/train_0000.mp4,side_lunge")
+    )
+    (other / "labels.csv").write_text(labels)
+    assert run(train_gates, *options, "--data", other) == 2
+    changed = r"settings: videos \(1 with another label or split: \S*train_0000.mp4 \(side_lunge, train, not high_kick"
+    assert re.search(changed, capsys.readouterr().err)
+    assert run(train_gates, "--out", tmp_path) == 2
+    assert "Say with --data where the videos are, or try --demo." in capsys.readouterr().err
+
+
+def test_recordings_stay_together_where_validation_videos_are_set_aside() -> None:
+    items = [video_package.Item(Path(f"v_{k}_g{k // 3}_c.mp4"), (str(k % 2),), "train") for k in range(30)]
+    items += [video_package.Item(Path(f"w{k}.mp4"), ("0",), "val") for k in range(4)]
+    args = train_gates.parser().parse_args(["--groups", "_g[0-9]+_"])
+    divided = train_gates.divide(items, args)
+    parts = {split: {item.path.name for item in divided if item.split == split} for split in ("train", "val", "test")}
+    assert parts["test"] == {f"w{k}.mp4" for k in range(4)}  # there was no other test split
+    assert len(parts["val"]) == 6
+    assert not {name.split("_")[2] for name in parts["train"]} & {name.split("_")[2] for name in parts["val"]}
+    tested = [*items, video_package.Item(Path("x.mp4"), ("0",), "test")]
+    assert train_gates.divide(tested, args) == tested  # val and test are there
 
 
 def test_gates_without_training(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    ACTIVATIONS,
     BOTH_UPDATES,
     CLASSES,
     SIZE,
@@ -45,8 +46,10 @@ from dynskip import (
     SimilarityGate,
     SkipOutput,
     StopOrForward,
+    VideoResult,
     stage_model,
 )
+from dynskip.activation import Activation
 
 COUNTS = [10.0**n for n in range(0, 14, 2)]  # a sum of these says how often each part ran
 
@@ -685,3 +688,31 @@ def test_a_clip_looks_less_far_ahead_where_that_was_in_vain() -> None:
     assert int(output.used.sum()) == 1
     frame = once.lookup_for((video.shape[3], video.shape[4])).total
     assert float(output.speculative_macs) <= 3 * frame  # of the first window, and none after it
+
+
+@pytest.mark.parametrize("frames", [6, 1])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_row_says_what_a_result_says(activation: Activation, frames: int) -> None:
+    """Of a session and of a stream, with a used frame and (of the first frame alone) with a fallback."""
+    model = toy_model(seed=3, activation=activation, forward_threshold=0.5 if frames > 1 else 1.0)
+    video = toy_video(1, frames, seed=5)
+    session = model.stream()
+    for frame in video[0]:
+        session(frame)
+    (streamed,) = (event for event in model.serve_streams([iter(video[0])]) if isinstance(event, VideoResult))
+    result, names = session.result(), list("abcd")
+    given = result.probabilities[0]
+    holding = (given > 0.5).nonzero().flatten().tolist() if activation == "sigmoid" else [int(given.argmax())]
+    for named in (names, None):
+        row = streamed.row(named)
+        assert row == pytest.approx(result.row(named))
+        assert set(filter(None, row.pop("label").split(", "))) == {named[n] if named else str(n) for n in holding}
+        assert row == pytest.approx(
+            {
+                "probability": float(torch.maximum(given, 1 - given).min() if activation == "sigmoid" else given.max()),
+                "used": int(result.frames_used),
+                "seen": frames,
+                "fallback": frames == 1,
+                "gmacs": float(result.macs) / 1e9,
+            }
+        )

@@ -12,6 +12,7 @@ from helpers import CLASSES, SIZE, toy_backbone, toy_model, toy_network, toy_vid
 from torch import Tensor, nn
 
 from dynskip import (
+    AnytimeLoss,
     BudgetLoss,
     ConfidenceGate,
     DistillationLoss,
@@ -99,6 +100,8 @@ SETTINGS: list[tuple[Callable[[], Any], str, tuple[Any, ...], str]] = [
     (lambda: RandomGate(4, 0.5), "rate", (0.0, 1.0, *NOT_PROBABLE), "out of range"),
     (FixedGate, "stop", (True,), r"put FixedGate\(stop=True\) in its place"),
     (lambda: loss_parts()["SoFLoss"], "alpha", NOT_PROBABLE, r"give a number in \[0, 1\]"),
+    (lambda: loss_parts()["SoFLoss"], "all_frames", (-0.1, NAN, INF, "high", None), "give a weight, 0 or more"),
+    (AnytimeLoss, "weight", (-0.1, NAN, INF, "high", None), "give a weight, 0 or more"),
     (lambda: loss_parts()["PolicyGuidanceLoss"], "beta", NOT_PROBABLE, r"give a number in \[0, 1\]"),
     (lambda: loss_parts()["BudgetLoss"], "budget", (0.0, *NOT_PROBABLE), r"in \(0, 1\]"),
     (lambda: loss_parts()["DistillationLoss"], "temperature", (0.0, -1.0, NAN, INF, "warm"), "finite positive number"),

@@ -170,16 +170,21 @@ def write_words(path: Path) -> None:
     path.write_bytes(b"no video\nat all\n" * 50)
 
 
+def write_damaged_picture(path: Path) -> None:
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + np.random.default_rng(0).bytes(500))
+
+
 BAD_VIDEOS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "empty.mp4": (Path.touch, "not a readable video"),
+    "empty.mp4": (Path.touch, "is empty .0 bytes.. Fetch it again"),
     "noise.mp4": (lambda path: path.write_bytes(np.random.default_rng(0).bytes(5000)), "not a readable video"),
-    "words.mp4": (write_words, "holds no video stream|not a readable video"),
-    "words.txt": (write_words, "holds no video stream|not a readable video"),
+    "words.mp4": (write_words, "holds no video stream|is text, no video"),
+    "words.txt": (write_words, "holds no video stream|is text, no video"),
     "sound.mp4": (partial(write_sound, codec="aac", form="fltp"), "holds no video stream"),
     "sound.wav": (partial(write_sound, codec="pcm_s16le", form="s16"), "holds no video stream"),
-    "cut.mp4": (lambda path: half(write_numbered(path, 30)), "not a readable video"),  # its index is at the end
+    "cut.mp4": (lambda path: half(write_numbered(path, 30)), "is cut off: "),  # its index is at the end
     "blank.mp4": (write_blank, "not a readable video|holds no frame"),
-    "damaged.png": (write_words, "not a readable picture .*Extract this video's frames again"),
+    "words.png": (write_words, "is text, no picture"),
+    "damaged.png": (write_damaged_picture, "not a readable picture .*Extract this video's frames again"),
     "gone.mp4": (lambda path: None, r"no such file"),
     "gone.png": (lambda path: None, r"no such file\."),
 }
@@ -224,11 +229,11 @@ def test_bad_frame_folders_are_named(tmp_path: Path) -> None:
     empty, mixed, damaged, sizes = (tmp_path / name for name in ("empty", "mixed", "damaged", "sizes"))
     empty.mkdir()
     write_pictures(write_pictures(mixed, 2), 2, "img_{:05d}.jpg")
-    (write_pictures(damaged, 4) / "image_00002.jpg").write_bytes(b"nothing")
+    (write_pictures(damaged, 4) / "image_00002.jpg").write_bytes(b"\xff\xd8nothing\x00")
     write_pictures(write_pictures(sizes, 1), 1, "image_9{:d}.jpg", (50, 24))
     for folder, message in (
         (empty, "empty: holds no pictures. Expected one video's frames, such as image_00001.jpg"),
-        (mixed, "mixed: holds pictures of several kinds (image_, img_)"),
+        (mixed, "mixed: holds pictures of 2 kinds, such as image_00002.jpg, img_00002.jpg. Expected one video's"),
         (damaged, "image_00002.jpg: not a readable picture"),
         (sizes, "sizes: its frames have different sizes"),
     ):
@@ -343,7 +348,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(where: str, data:
         entry = FrameCache(folder, PREP.num_frames, PREP.short_side).file(items[0].path)
         entry.with_suffix(f".{os.getpid()}.part").mkdir(parents=True)
     clips = Clips(items, CLASSES, PREP, cache=folder)
-    with pytest.warns(UserWarning, match="Could not write to the cache .* Make room") as warned:
+    with pytest.warns(UserWarning, match=r"Could not write .*cache .*\. Going on without keeping more;") as warned:
         assert_equal(videos(clips), videos(Clips(items, CLASSES, PREP)))
     assert len(warned) == 1
 

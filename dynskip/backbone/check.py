@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from dynskip._modes import DrawingApart, in_mode
 from dynskip.backbone._fx import BY_HAND, twin
 from dynskip.backbone.carry import Carry, flatten
-from dynskip.errors import DynskipError
+from dynskip.errors import DynskipError, lacks_memory
 
 if TYPE_CHECKING:
     from dynskip.backbone.staged import StagedBackbone
@@ -41,6 +41,8 @@ def fitting_size(
             with torch.inference_mode(False), torch.no_grad(), in_mode(model, False):
                 reference = Reference(model, probe_images(model, size)[1:2], inside)
         except Exception as error:
+            if lacks_memory(error):
+                raise
             refusal = error
         else:
             return size, reference if verify else None
@@ -93,6 +95,7 @@ class Reference:
     """
 
     def __init__(self, model: nn.Module, image: Tensor, inside: Collection[str]) -> None:
+        self._model, self._image = model, image
         self._calls: dict[nn.Module, list[tuple[Any, Any]]] = {}
         begun, here = list[Any](), threading.get_ident()
 
@@ -113,11 +116,20 @@ class Reference:
         }
         hooks = [module.register_forward_pre_hook(before, with_kwargs=True, prepend=True) for module in closed]
         hooks += [module.register_forward_hook(after, with_kwargs=True) for module in closed]
+        generators = _generators(image.device)
         try:
             self.answer = model(image)
         finally:
             for hook in hooks:
                 hook.remove()
+        self._drew = not _same(generators, _generators(image.device))
+
+    def repeats(self) -> bool:
+        """Tell whether the model gives the same answer again. Only one that drew random numbers has to show it.
+
+        What follows from random numbers may be equal by chance, so such a model shows it often.
+        """
+        return not self._drew or all(_close(self._model(self._image), self.answer) for _ in range(16))
 
     def standing_for(self, module: nn.Module) -> Any:
         """Return what can be called in place of a module."""
@@ -137,6 +149,11 @@ class _Standing:
             if _same(given, (args, kwargs)):
                 return _cloned(output)
         return self._module(*args, **kwargs)
+
+
+def _generators(device: torch.device) -> list[Tensor]:
+    """Return the states of torch's generators that a model on a device may draw from."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def _cloned(values: Any) -> Any:
@@ -191,7 +208,7 @@ def inspect(
     backbone._kinds[backbone.model.training] = kinds
     _check_answer(backbone, many[0])
     if reference is not None:
-        if not _close(few[0], reference.answer):
+        if not _close(few[0], reference.answer) or not reference.repeats():
             raise DynskipError(
                 f"The stages {list(backbone.stage_names)} do not compose to {type(backbone.model).__name__}: logits "
                 "differ. The model does not compute the same thing twice; check it for randomness in eval mode, "

@@ -15,7 +15,7 @@ from dynskip.backbone._fx import Segment, opened, split, trace
 from dynskip.backbone.check import fitting_size, probe_images
 from dynskip.backbone.staged import StagedBackbone, feature_info
 from dynskip.backbone.taken import Taken
-from dynskip.errors import DynskipError
+from dynskip.errors import DynskipError, lacks_memory
 
 PLAIN_STAGES = 4  # a plain ViT lists every block; this many evenly spaced ones are its default stages
 
@@ -118,6 +118,8 @@ def _create(name: str, kwargs: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, **kwargs)
     except Exception as error:
+        if lacks_memory(error):
+            raise
         hint = ""
         if kwargs.get("pretrained"):
             hint = (

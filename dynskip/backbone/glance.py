@@ -16,7 +16,7 @@ from dynskip.backbone.count import Count
 from dynskip.backbone.cut import stage_model
 from dynskip.backbone.staged import StagedBackbone
 from dynskip.backbone.taken import check_unchanged
-from dynskip.errors import DynskipError
+from dynskip.errors import DynskipError, lacks_memory
 
 COMPARED = 2  # a glance must not cost more than so many stages of the backbone
 # The stage behind the glance takes the images alone, as it always did, and not what the glance ended with.
@@ -83,6 +83,8 @@ def glance(backbone: StagedBackbone, light: str | nn.Module, size: int, **timm_k
         with torch.no_grad(), in_mode(staged, False):
             staged(weight.new_zeros(1, *small))
     except Exception as error:
+        if lacks_memory(error):
+            raise
         name = light if isinstance(light, str) else type(network).__name__
         raise DynskipError(
             f"{name} for a glance at {_shape(small)}, copies of frames of {_shape(backbone.input_size)}: {error}"

@@ -16,7 +16,7 @@ from dynskip.backbone._fx import DEVICE, Segment, opened
 from dynskip.backbone.carry import Carry, flatten, with_sizes
 from dynskip.backbone.check import Reference, inspect_and_verify, inspect_shapes
 from dynskip.backbone.taken import Taken, check_unchanged, check_width
-from dynskip.errors import DynskipError
+from dynskip.errors import DynskipError, lacks_memory
 
 
 class StagedBackbone(nn.Module):
@@ -276,6 +276,8 @@ class StagedBackbone(nn.Module):
                 device = next(self.parameters()).device  # the features may be on the meta device
                 logits = self.classifier(torch.zeros_like(features, device=device))
         except Exception as error:
+            if lacks_memory(error):
+                raise
             name = type(self.model).__name__
             raise DynskipError(
                 f"`head` cannot run on the {features.shape[1]} features that {name} ends in: {error}."

@@ -8,7 +8,7 @@ from pathlib import Path
 import timm
 from torch import Tensor, nn
 
-from dynskip.errors import DynskipError
+from dynskip.errors import DynskipError, lacks_memory
 
 
 def load_weights(model: nn.Module, file: str | Path) -> bool:
@@ -58,6 +58,8 @@ def _read(file: Path) -> dict[str, Tensor]:
         found = timm.models.load_state_dict(str(file), weights_only=True)
         return {name: value for name, value in found.items() if isinstance(value, Tensor)}
     except Exception as error:  # a damaged file can fail in any way
+        if lacks_memory(error):
+            raise
         raise DynskipError(
             f"{file} cannot be read as weights ({type(error).__name__}). Expected .safetensors, or a PyTorch file that "
             "holds tensors only; it may be damaged or cut off, so copy it again."

@@ -1,6 +1,7 @@
 """Losses over a model's output: the terms of the thesis' loss, and others."""
 
 from dynskip.losses.criteria import (
+    AnytimeLoss,
     BudgetLoss,
     ClassificationLoss,
     DistillationLoss,
@@ -14,11 +15,14 @@ from dynskip.losses.criteria import (
     UsageUniformityLoss,
 )
 from dynskip.losses.functional import (
+    anytime_loss,
     budget_loss,
     classification_loss,
     distillation_loss,
     efficiency_loss,
+    frames_loss,
     inner_classification_loss,
+    random_parts,
     self_supervision_loss,
     self_supervision_targets,
     target_rate_loss,
@@ -26,6 +30,7 @@ from dynskip.losses.functional import (
 )
 
 __all__ = [
+    "AnytimeLoss",
     "BudgetLoss",
     "ClassificationLoss",
     "DistillationLoss",
@@ -37,11 +42,14 @@ __all__ = [
     "SoFLoss",
     "TargetRateLoss",
     "UsageUniformityLoss",
+    "anytime_loss",
     "budget_loss",
     "classification_loss",
     "distillation_loss",
     "efficiency_loss",
+    "frames_loss",
     "inner_classification_loss",
+    "random_parts",
     "self_supervision_loss",
     "self_supervision_targets",
     "target_rate_loss",

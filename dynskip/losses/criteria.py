@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import dynskip.losses.functional as functional
-from dynskip._check import Checked, check_positive, check_share
+from dynskip._check import Checked, check_positive, check_share, check_weight
 from dynskip.errors import DynskipError
 from dynskip.flops import FLOPsLookup
 from dynskip.gates import FORWARD, STOP
@@ -27,6 +27,38 @@ class ClassificationLoss(nn.Module):
     def forward(self, output: SkipOutput, targets: Tensor) -> Tensor:
         """Return the scalar loss of an output against `(B,)` class indices or `(B, K)` rows."""
         return functional.classification_loss(output.logits, targets, output.activation)
+
+
+class AnytimeLoss(Checked):
+    """Train a network to answer well from all frames and from parts of them: `L_all + weight (L_set + L_first) / 2`.
+
+    Cross-entropies of the mean over all frames, over a random set of them, and over the first ones; any number of
+    frames is equally likely. It trains backbones without gates, `model(video, dense=True)`, so that gates and early
+    termination may then leave frames out. The mean is that of logits, whatever the model's consensus. A skipping pass
+    lacks logits of frames, and its loss is NaN.
+
+    Args:
+        weight: of the parts, 0 or more; 0 is plain training.
+
+    Raises:
+        DynskipError: if the weight is out of range.
+    """
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def check_setting(self, name: str, value: Any) -> Any:
+        """Refuse a weight out of range."""
+        return check_weight(value, name) if name == "weight" else super().check_setting(name, value)
+
+    def forward(self, output: SkipOutput, targets: Tensor) -> Tensor:
+        """Return the scalar loss of an output against `(B,)` class indices or `(B, K)` rows."""
+        return functional.anytime_loss(output.frame_logits, targets, output.activation, output.lengths, self.weight)
+
+    def extra_repr(self) -> str:
+        """Show the weight."""
+        return f"weight={self.weight:g}"
 
 
 class EfficiencyLoss(nn.Module):
@@ -271,6 +303,7 @@ class LossParts:
         efficiency: Eq. 3.11, in the lookup's unit (GMACs) or normalised.
         inner: Eq. 3.13; 0 without guidance.
         self_supervision: Eq. 3.15; 0 without guidance.
+        all_frames: cross-entropy of the mean over all frames; 0 without a weight for it, as in the thesis.
     """
 
     total: Tensor
@@ -278,6 +311,7 @@ class LossParts:
     efficiency: Tensor
     inner: Tensor
     self_supervision: Tensor
+    all_frames: Tensor
 
     def __repr__(self) -> str:
         """Show only the numbers."""
@@ -288,7 +322,7 @@ torch.export.register_dataclass(LossParts)  # for wrappers of modules, see `dyns
 
 
 class SoFLoss(Checked):
-    """The whole loss of SoF-Net: `alpha L_cls + (1 - alpha) L_eff + L_pg` (Eq. 3.8).
+    """The whole loss of SoF-Net: `alpha L_cls + (1 - alpha) L_eff + L_pg` (Eq. 3.8), and `all_frames L_all` if wished.
 
     Args:
         lookup: the cost table for `EfficiencyLoss`.
@@ -296,37 +330,51 @@ class SoFLoss(Checked):
         beta: weight of inner classification, in [0, 1]; self-supervision has the rest. 0.9 in the thesis. `None` leaves
             the guidance out (the ablation), and needs no inner classifiers.
         normalize: as in `EfficiencyLoss`.
+        all_frames: weight of `L_all`, the cross-entropy of the mean over all frames, used or not; 0 or more. The thesis
+            has 0. Where the backbone is trained, too, frames that stop teach it nothing otherwise.
 
     Raises:
         DynskipError: if a weight is out of range.
     """
 
     def __init__(
-        self, lookup: FLOPsLookup, alpha: float = 0.9, beta: float | None = 0.9, normalize: bool = False
+        self,
+        lookup: FLOPsLookup,
+        alpha: float = 0.9,
+        beta: float | None = 0.9,
+        normalize: bool = False,
+        all_frames: float = 0.0,
     ) -> None:
         super().__init__()
         self.alpha = alpha
+        self.all_frames = all_frames
         self.classification = ClassificationLoss()
         self.efficiency = EfficiencyLoss(lookup, normalize)
         self.guidance = PolicyGuidanceLoss(beta) if beta is not None else None
 
     def check_setting(self, name: str, value: Any) -> Any:
         """Refuse a weight out of range."""
+        if name == "all_frames":
+            return check_weight(value, name)
         return check_share(value, name) if name == "alpha" else super().check_setting(name, value)
 
     def forward(self, output: SkipOutput, targets: Tensor) -> LossParts:
-        """Return the total and its parts for an output against `(B,)` class indices."""
+        """Return the total and its parts for an output against `(B,)` class indices or `(B, K)` rows."""
         classification, efficiency = self.classification(output, targets), self.efficiency(output)
         total = self.alpha * classification + (1 - self.alpha) * efficiency
-        inner = self_supervision = torch.zeros_like(total)
+        inner = self_supervision = all_frames = torch.zeros_like(total)
         if self.guidance is not None:
             inner, self_supervision = self.guidance.parts(output, targets)
             total = total + self.guidance.beta * inner + (1 - self.guidance.beta) * self_supervision
-        return LossParts(total, classification, efficiency, inner, self_supervision)
+        if self.all_frames:
+            ran = ~output.frame_logits.isnan().any(-1)  # all of them in training
+            all_frames = functional.frames_loss(output.frame_logits, ran, targets, output.activation)
+            total = total + self.all_frames * all_frames
+        return LossParts(total, classification, efficiency, inner, self_supervision, all_frames)
 
     def extra_repr(self) -> str:
-        """Show the weight."""
-        return f"alpha={self.alpha:g}"
+        """Show the weights."""
+        return f"alpha={self.alpha:g}, all_frames={self.all_frames:g}"
 
 
 def _check_known(lookup: FLOPsLookup) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynskip._check import present
 from dynskip._targets import as_rows
 from dynskip.activation import Activation
 from dynskip.errors import DynskipError
@@ -31,6 +32,76 @@ def classification_loss(logits: Tensor, targets: Tensor, activation: Activation 
         DynskipError: if the targets do not fit the logits, or a softmax has only one class.
     """
     return _cross_entropy(logits, targets, activation).mean()
+
+
+def frames_loss(frame_logits: Tensor, frames: Tensor, targets: Tensor, activation: Activation = "softmax") -> Tensor:
+    """Cross-entropy of the mean over some frames of each video, whatever a gate says of them.
+
+    Args:
+        frame_logits: `(B, T, K)` logits of the frames.
+        frames: `(B, T)` boolean, those that count. The others may be NaN, and get no gradient.
+        targets: `(B,)` class indices or `(B, K)` rows.
+        activation: how logits become probabilities.
+
+    Returns:
+        Scalar, mean over videos; NaN if a video has no frame that counts.
+
+    Raises:
+        DynskipError: if the targets do not fit the logits, or a softmax has only one class.
+    """
+    wide = frame_logits.to(torch.promote_types(frame_logits.dtype, torch.float32))
+    sums = torch.where(frames[..., None], wide, 0.0).sum(1)
+    return classification_loss(sums / frames.sum(1, keepdim=True), targets, activation)
+
+
+def random_parts(frames: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw a part of each video's frames in two ways; every number of frames is equally likely.
+
+    Args:
+        frames: `(B, T)` boolean, frames to draw from.
+
+    Returns:
+        Two `(B, T)` boolean: a random set of the frames, and the first ones, as many as another draw says.
+    """
+    total = frames.sum(1)
+    draws = torch.rand(2, len(frames), device=frames.device, dtype=torch.float64)
+    counts = (draws * total).floor() + 1
+    order = torch.rand(frames.shape, device=frames.device).masked_fill(~frames, 2.0)
+    drawn = order.argsort(1).argsort(1) < counts[0, :, None]
+    return drawn & frames, (frames.cumsum(1) <= counts[1, :, None]) & frames
+
+
+def anytime_loss(
+    frame_logits: Tensor,
+    targets: Tensor,
+    activation: Activation = "softmax",
+    lengths: Tensor | None = None,
+    weight: float = 1.0,
+) -> Tensor:
+    """Cross-entropy of the mean over all frames, and over random parts of them: `L_all + weight (L_set + L_first) / 2`.
+
+    So the answer is good whenever it is asked for. Parts are drawn anew in every call, see `random_parts`.
+
+    Args:
+        frame_logits: `(B, T, K)` logits of the frames, of any network.
+        targets: `(B,)` class indices or `(B, K)` rows.
+        activation: how logits become probabilities.
+        lengths: `(B,)` frames of each video, where they are padded; `None` for all.
+        weight: of the parts; 0 is plain training.
+
+    Returns:
+        Scalar, mean over videos.
+
+    Raises:
+        DynskipError: if the targets do not fit the logits, or a softmax has only one class.
+    """
+    batch, frames, _ = frame_logits.shape
+    if lengths is None:
+        real = torch.ones(batch, frames, dtype=torch.bool, device=frame_logits.device)
+    else:
+        real = present(lengths.to(frame_logits.device), frames)
+    drawn, first = (frames_loss(frame_logits, part, targets, activation) for part in random_parts(real))
+    return frames_loss(frame_logits, real, targets, activation) + weight * (drawn + first) / 2
 
 
 def efficiency_loss(forward: Tensor, remaining: Tensor, weights: Tensor | None = None) -> Tensor:

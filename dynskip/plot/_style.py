@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynskip.errors import DynskipError
+from dynskip.plot._letters import Font, find_font
+from dynskip.plot._letters import matplotlib as matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,28 +61,29 @@ class Canvas:
 
     def write(self, x: float, y: float, text: str, **style: Any) -> None:
         """Write text around a point."""
+        font = find_font(text)
         style = {"ha": "center", "va": "center", "size": FONT, "color": self.theme.ink, **style}
-        self.axes.text(x, y, text, parse_math=False, **style)
+        self.axes.text(x, y, font.spell(text), parse_math=False, fontproperties=properties(font), **style)
 
     def legend(self, handles: list[Any], x: float, y: float, **style: Any) -> None:
         """Draw a legend from its lower left corner."""
         style |= {"bbox_to_anchor": (x, y), "bbox_transform": self.figure.dpi_scale_trans, "labelcolor": self.theme.ink}
         style |= {"loc": "lower left", "frameon": False, "fontsize": FONT, "borderpad": 0, "borderaxespad": 0}
-        self.figure.legend(handles=handles, **style)
+        for text in self.figure.legend(handles=handles, **style).get_texts():
+            font = find_font(text.get_text())
+            text.set(text=font.spell(text.get_text()), fontproperties=properties(font, FONT))
 
 
-def matplotlib(module: str) -> Any:
-    """Import a module of matplotlib, or say how to install it."""
-    try:
-        return importlib.import_module(f"matplotlib.{module}")
-    except ImportError as error:
-        raise DynskipError("Drawing needs matplotlib. Run `pip install 'dynskip[plot]'`.") from error
+def properties(font: Font, size: float | None = None) -> Any:
+    """Return a font as matplotlib takes it."""
+    return matplotlib("font_manager").FontProperties(fname=font.path, size=size)
 
 
 def text_width(text: str, size: float = FONT) -> float:
     """Width in inches of one line of text at a font size in points."""
+    font = find_font(text)
     # A pair of dollar signs would be read as mathematics.
-    path = matplotlib("textpath").TextPath((0, 0), text.replace("$", "S"), size=1)
+    path = matplotlib("textpath").TextPath((0, 0), font.spell(text).replace("$", "S"), size=1, prop=properties(font))
     width: float = path.get_extents().width
     # Letters are drawn a little wider, because their positions are rounded to pixels.
     return max(1.06 * width, 0.1) * size / 72

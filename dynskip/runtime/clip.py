@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from dynskip import rules
-from dynskip._check import Lengths, check_eval, check_video
+from dynskip._check import Lengths, Videos, check_eval, check_video, refuse_not_finite
 from dynskip.engine import Engine
 from dynskip.errors import DynskipError
 from dynskip.features import run_to_end
 from dynskip.flops import FLOPsLookup
+from dynskip.lazy import LazyVideo
 from dynskip.order import in_time, steps
 from dynskip.output import SkipOutput, masked_output
 
@@ -28,6 +29,7 @@ FRAMES_IN_FLIGHT = {"cpu": 64, "gpu": 1024}
 FEW_FRAMES = 128  # up to so many frames, a GPU runs all stages in less time than one wait takes
 # Frames to look ahead where some may run in vain: at first, and at most. A CPU gains little from more.
 FIRST_STEP, LONGEST_STEP = 4, 16
+LAZY_FRAMES = 4  # of a lazy video in flight on a GPU, which waits for the decoder anyway
 
 
 @dataclass(frozen=True)
@@ -54,30 +56,29 @@ class LookAhead:
 @torch.no_grad()
 def run_clip(
     model: StopOrForward,
-    video: Tensor,
+    video: Videos,
     lengths: Lengths | None = None,
     window: int | None = None,
     sample: bool = False,
 ) -> SkipOutput:
     """Classify stored videos, really skipping; see `StopOrForward.run_clip`. `sample` needs a window of 1."""
     check_eval(model, "`run_clip`")
-    video, ends = check_video(video, model.backbone, lengths)
+    video, ends = check_video(video, model.backbone, lengths, lazily=True)
     if window is not None and window < 1:
         raise DynskipError(f"window={window}: a window has at least one frame; give 1 to go frame by frame.")
     lookup = model.lookup_for((video.shape[3], video.shape[4]))  # first: an error here needs no run
     try:
         return _run(model, video, ends, lookup, window, sample)
-    except DynskipError:
-        raise
-    except Exception:
-        if window == 1:
+    except Exception as error:
+        # A frame that cannot be loaded is no reason to give up where it was loaded ahead.
+        if window == 1 or (isinstance(error, DynskipError) and not isinstance(video, LazyVideo)):
             raise
     return _run(model, video, ends, lookup, 1, sample)  # the videos may never get to the frame that raised
 
 
 def _run(
     model: StopOrForward,
-    video: Tensor,
+    video: Videos,
     lengths: Tensor | None,
     lookup: FLOPsLookup,
     window: int | None,
@@ -86,9 +87,13 @@ def _run(
     batch, frames = video.shape[:2]
     table = steps(model.order, batch, frames, lengths)
     ends = torch.full((batch,), frames) if lengths is None else lengths
+    if isinstance(video, LazyVideo):
+        video.begin(torch.arange(frames).expand(batch, -1) if table is None else table)
     engine = Engine(model, batch, counts=True, sample=sample)
     on_cpu, live, start = engine.device.type == "cpu", torch.arange(batch), 0
     plan = model.look_ahead or _usual(model, batch, frames, on_cpu, engine.in_order)
+    if isinstance(video, LazyVideo) and not on_cpu and model.look_ahead is None:
+        plan = LookAhead(min(frames, LAZY_FRAMES), plan.stages)
     bound = max(1, FRAMES_IN_FLIGHT["cpu" if on_cpu else "gpu"] // batch)
     size = window or min(plan.frames, bound)
     grows = window is None and on_cpu and model.look_ahead is None
@@ -115,7 +120,7 @@ def _run(
     return output
 
 
-def tune(model: StopOrForward, video: Tensor, lengths: Lengths | None = None) -> LookAhead:
+def tune(model: StopOrForward, video: Videos, lengths: Lengths | None = None) -> LookAhead:
     """Measure which look-ahead is fastest on videos like these; see `StopOrForward.tune`."""
     frames, stages, own = video.shape[1], model.backbone.num_stages, model.look_ahead
     sizes = sorted({min(size, frames) for size in (4, 8, 16, 32, frames)})
@@ -143,20 +148,24 @@ def _usual(model: StopOrForward, batch: int, frames: int, on_cpu: bool, in_order
 
 
 def _images(
-    engine: Engine, video: Tensor, start: int, live: Tensor, ends: Tensor, table: Tensor | None
+    engine: Engine, video: Videos, start: int, live: Tensor, ends: Tensor, table: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the next frames of the `live` videos, up to their `ends`, as `Engine.load` takes them."""
     size = engine.window
     columns = torch.arange(size)
     frames, numbers = live[:, None] * size + columns, (start + columns).expand(len(live), -1)
-    if table is None and int(ends[live].min()) >= start + size:
+    if table is None and isinstance(video, Tensor) and int(ends[live].min()) >= start + size:
         images = video[:, start : start + size]
         images = images if len(live) == engine.videos else images[engine.upload(live)]
         return frames.flatten(), images.flatten(0, 1), numbers.flatten()
     real = numbers < ends[live, None]
     shown = numbers if table is None else table[live, start : start + size]
     rows = live[:, None].expand_as(real)
-    images = video[engine.upload(rows[real]), engine.upload(shown[real])]
+    if isinstance(video, LazyVideo):
+        images = video.take(rows[real], shown[real], engine.device)
+        refuse_not_finite(images, "frame")
+    else:
+        images = video[engine.upload(rows[real]), engine.upload(shown[real])]
     return frames[real], images, numbers[real]
 
 

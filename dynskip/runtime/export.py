@@ -19,7 +19,7 @@ from dynskip import rules
 from dynskip.backbone import Carry
 from dynskip.backbone.carry import count_samples, flatten, restore
 from dynskip.consensus import Consensus, Readout, TopKMean
-from dynskip.errors import DynskipError
+from dynskip.errors import DynskipError, lacks_memory
 from dynskip.order import FrameOrder, RandomOrder
 from dynskip.terminate import EarlyTerminator
 
@@ -129,7 +129,7 @@ def _write_parts(
 
 def _run_stage(stage: int, backbone: Any, carry: Carry) -> tuple[Tensor, ...]:
     carry = backbone.run(stage, carry)
-    return backbone.pool(stage, carry), *(tensor.clone() for tensor, _ in flatten(carry.values, carry.kinds))
+    return backbone.pool(stage, carry), *(tensor for tensor, _ in flatten(carry.values, carry.kinds))
 
 
 def _run_gate(gate: Any, carry: Carry) -> tuple[Tensor, ...]:
@@ -155,18 +155,26 @@ class _Part(nn.Module):
         # Numbers that grow with the batch follow from the rows that came.
         batch = count_samples((tensor, rows) for tensor, (_, rows) in zip(tensors, self.flat, strict=True))
         values = restore(self.carry.values, self.carry.kinds, iter(tensors), batch)
-        return self.run_part(self.module, Carry(values, self.carry.kinds, batch))
+        # Cloned, since torch 2.8 gives an input that is an output too the output's name.
+        return tuple(t.clone() for t in self.run_part(self.module, Carry(values, self.carry.kinds, batch)))
 
 
 def _write(folder: Path, name: str, part: _Part, outputs: list[str]) -> str:
     """Write a part as an ONNX file for any batch size; return the file's name."""
     file, inputs, batch = f"{name}.onnx", _names("in", len(part.flat)), torch.export.Dim("batch", min=1)
     shapes = tuple({0: batch if rows == 1 else rows * batch} if rows else None for _, rows in part.flat)
-    options: dict[str, Any] = {"input_names": inputs, "output_names": outputs, "external_data": False, "verbose": False}
     try:
         program = torch.export.export(part.eval(), tuple(t for t, _ in part.flat), dynamic_shapes=(shapes,))
-        torch.onnx.export(program, (), folder / file, **options)
+        graph = torch.onnx.export(program, (), input_names=inputs, output_names=outputs, verbose=False)
+        assert graph is not None
+        # Weights have their types and shapes with them. A second list of these would stop the quantiser of onnxruntime
+        # 1.24.1, which transposes weights and leaves that list as it is.
+        for weight in graph.model.graph.initializers.values():
+            weight.type = weight.shape = None
+        graph.save(folder / file, external_data=False)
     except Exception as error:
+        if lacks_memory(error):
+            raise
         raise DynskipError(
             f"The part {name!r} cannot be exported for any batch size: {type(error).__name__}: {error}. Choose other "
             "boundaries, so that code that depends on the batch size lies inside another part, or replace the "

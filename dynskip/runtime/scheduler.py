@@ -159,6 +159,13 @@ class Scheduler:
         return [] if stream.images or stream.held else self._finish([stream])
 
     @torch.no_grad()
+    def stop(self, stream: Stream, error: Exception | None = None) -> list[Event]:
+        """End a stream at once. Frames in flight are forgotten; it is answered from those before them."""
+        self._withdraw(stream, 0)
+        stream.images, stream.held = [], []
+        return self.end(stream, error)
+
+    @torch.no_grad()
     def step(self) -> list[Event]:
         """Run one stage on a batch of waiting frames. There has to be work."""
         stage, size = self._choose()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from dynskip.errors import DynskipError
 from dynskip.runtime.scheduler import Event, Scheduler, Stream
 
 _END = object()
+_LATER = object()  # a source that can be polled has no frame yet
 
 
 def serve(scheduler: Scheduler, sources: Iterator[Any]) -> Iterator[Event]:
@@ -27,13 +29,18 @@ def serve(scheduler: Scheduler, sources: Iterator[Any]) -> Iterator[Event]:
                         more = False
                         break
                     scheduler.admit(item)
-                idle = [stream for stream in scheduler.streams if stream.wants]
-                if not idle:
-                    break
+                idle, waiting = [stream for stream in scheduler.streams if stream.wants], 0
                 for stream in idle:
-                    yield from _take(scheduler, stream, partial(_pull, stream))
+                    if (events := _take(scheduler, stream, partial(_pull, stream))) is None:
+                        waiting += 1
+                    else:
+                        yield from events
+                if waiting == len(idle):
+                    break
             if scheduler.has_work:
                 yield from scheduler.step()
+            elif waiting:
+                time.sleep(0.002)
             _close(scheduler.finished)
     finally:
         _close(scheduler.finished + scheduler.streams)
@@ -44,13 +51,20 @@ def serve(scheduler: Scheduler, sources: Iterator[Any]) -> Iterator[Event]:
 def _pull(stream: Stream) -> Any:
     if stream.seen == 0 and not stream.images:
         stream.source = iter(stream.source)
-    return next(stream.source, _END)
-
-
-def _take(scheduler: Scheduler, stream: Stream, get: Callable[[], Any]) -> list[Event]:
-    """Take a stream's next frame. Any error here is the stream's own fault."""
+    if not hasattr(stream.source, "poll"):
+        return next(stream.source, _END)
     try:
-        if (frame := get()) is not _END:
+        return _LATER if (frame := stream.source.poll()) is None else frame
+    except StopIteration:
+        return _END
+
+
+def _take(scheduler: Scheduler, stream: Stream, get: Callable[[], Any]) -> list[Event] | None:
+    """Take a stream's next frame; return None if it has none yet. Any error here is the stream's own fault."""
+    try:
+        if (frame := get()) is _LATER:
+            return None
+        if frame is not _END:
             scheduler.offer(stream, frame)
             return []
     except Exception as error:
@@ -85,7 +99,7 @@ async def aserve(scheduler: Scheduler, sources: AsyncGenerator[Any]) -> AsyncIte
                 done, _ = await asyncio.wait(asking, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     if (asked := asking.pop(task)) is not None:
-                        for event in _take(scheduler, asked, partial(_result, task)):
+                        for event in _take(scheduler, asked, partial(_result, task)) or ():
                             yield event
                     elif (item := task.result()) is _END:
                         more = False

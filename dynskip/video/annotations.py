@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import csv
+import io
+import math
+import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dynskip.errors import DynskipError
-from dynskip.video.files import VIDEO_SUFFIXES
+from dynskip.video.names import normal
 
 SPLITS = ("train", "val", "test")
+
+
+_SPLIT_WORDS = {
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validation": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,42 @@ def class_names(items: Sequence[Item], classes: Path | None = None) -> list[str]
     return sorted(labels, key=lambda label: (not label.isdigit(), int(label) if label.isdigit() else 0, label))
 
 
+def list_videos(items: Sequence[Item], data: Path) -> list[tuple[str, tuple[str, ...], str]]:
+    """Return what a run remembers of its data: each video's path within `data`, its labels and its split."""
+    root = data if data.is_dir() else data.parent
+    return [(Path(os.path.relpath(item.path, root)).as_posix(), item.labels, item.split) for item in items]
+
+
+def data_changes(before: Sequence[Sequence[Any]], now: Sequence[Sequence[Any]]) -> str:
+    """Say how data differ from what they were.
+
+    Args:
+        before: what `list_videos` returned then.
+        now: what it returns now.
+
+    Returns:
+        Which videos were added, are gone or have another label, in brackets; nothing if all is the same.
+    """
+    old, new = ({path: (*labels, split) for path, labels, split in videos} for videos in (before, now))
+    kinds = {
+        "added": [path for path in new if path not in old],
+        "gone": [path for path in old if path not in new],
+        "with another label or split": [
+            f"{path} ({', '.join(new[path])}, not {', '.join(old[path])})"
+            for path in new
+            if new[path] != old.get(path, new[path])
+        ],
+    }
+    found = [
+        f"{len(paths)} {kind}: {', '.join(paths[:3])}" + ", ..." * (len(paths) > 3)
+        for kind, paths in kinds.items()
+        if paths
+    ]
+    if not found and list(before) != list(now):
+        found = ["the same in another order"]
+    return f" ({'; '.join(found)})" if found else ""
+
+
 # ------------------------------------------------------------------------------------------ what readers are made of
 
 
@@ -91,14 +139,31 @@ def segmented(
 
 def segment_faults(segments: Sequence[Segment], duration: float | None) -> list[str]:
     """Say which of a video's segments cannot be right."""
+    if duration is not None and not 0 < duration < math.inf:
+        return [f"duration {duration:g} is no finite number of seconds above 0"]
     # Annotators mark ends by hand, up to a moment after the last frame.
     last = float("inf") if duration is None else 1.01 * duration + 0.5
     within = "the video" if duration is None else f"0 to {duration:g}"
     return [
         f"segment {s.start:g} to {s.end:g} seconds ({s.label}) does not lie within {within}"
         for s in segments
-        if not 0 <= s.start < s.end <= last
+        if not (0 <= s.start < s.end <= last and s.end < math.inf)
     ]
+
+
+def split_of(name: str) -> str:
+    """Tell the split by a whole word in a name, such as `actnet_train_split.txt`.
+
+    Raises:
+        DynskipError: if no word tells it, or words tell several.
+    """
+    words = [word for word in re.split(r"[\W_]+", name.lower()) if word in _SPLIT_WORDS]
+    if len({_SPLIT_WORDS[word] for word in words}) != 1:
+        raise DynskipError(
+            f"{name} must tell the split by one of the words {', '.join(_SPLIT_WORDS)}, between _, - or dots; it has "
+            f"{' and '.join(words) or 'none of them'}. Rename it."
+        )
+    return _SPLIT_WORDS[words[0]]
 
 
 def refuse(file: Path, faults: Sequence[str], advice: str) -> None:
@@ -109,9 +174,9 @@ def refuse(file: Path, faults: Sequence[str], advice: str) -> None:
 
 
 def read_text(file: Path) -> str:
-    """Read a text file, or say what is wrong with it."""
+    """Read a text file as it is, or say what is wrong with it."""
     try:
-        return file.read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
+        return file.read_bytes().decode("utf-8-sig")  # spreadsheets put a mark in front
     except FileNotFoundError:
         raise DynskipError(f"{file} does not exist. Give an annotation file or class list that does.") from None
     except IsADirectoryError:
@@ -120,25 +185,57 @@ def read_text(file: Path) -> str:
         raise DynskipError(f"{file} is no text in UTF-8 ({error}). Save it as UTF-8.") from error
 
 
-def read_rows(file: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
-    """Read a CSV file that must have these columns; return each row with the number of its line."""
+def text_lines(file: Path) -> list[tuple[int, str]]:
+    """Read a text of one entry a line; return each that is not blank with its number, without spaces around it."""
+    # Not `splitlines`, which also splits at characters that names may hold, such as U+2028.
+    lines = enumerate(read_text(file).split("\n"), start=1)
+    return [(number, line.strip()) for number, line in lines if line.strip()]
+
+
+def read_rows(file: Path, columns: Sequence[str], known: Sequence[str] = ()) -> list[tuple[int, dict[str, str]]]:
+    """Read a CSV file that must have these columns; return each row with the number of its line.
+
+    Args:
+        file: the file.
+        columns: what its first line must name.
+        known: further columns that it may have. A warning names any others.
+
+    Raises:
+        DynskipError: if a column is missing or named twice, or a row has more fields than there are columns.
+    """
+    reader = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
+    rows: list[tuple[int, dict[str, str]]] = []
     try:
-        reader = csv.DictReader(read_text(file).splitlines(), restval="")
-        header = list(reader.fieldnames or [])
-        rows = [(reader.line_num, row) for row in reader]
+        header = [name.strip() for name in next(reader, [])]
+        while header and not header[-1]:  # spreadsheets end lines with commas
+            header.pop()
+        faults = [f"column {name!r} is named {count} times" for name, count in Counter(header).items() if count > 1]
+        for fields in reader:
+            if any(fields[len(header) :]):
+                text = ",".join(fields)[:80]
+                faults.append(f"line {reader.line_num}: {len(fields)} fields for {len(header)} columns: {text!r}")
+            elif any(fields):
+                fields += [""] * (len(header) - len(fields))
+                rows.append((reader.line_num, dict(zip(header, fields, strict=False))))
     except csv.Error as error:
-        raise DynskipError(f"{file} is no CSV text ({error}). Save it as CSV UTF-8.") from error
+        raise DynskipError(
+            f"{file} is no CSV text (line {reader.line_num}: {error}). Save it as CSV UTF-8; quotes must be closed."
+        ) from error
     if missing := set(columns) - set(header):
         raise DynskipError(
             f"{file} lacks the column {', '.join(sorted(missing))}. Its first line must name "
             f"{', '.join(columns)}; it names {header}."
         )
+    refuse(file, faults, "A line has one row, and a field with commas stands in quotes.")
+    for name in header:
+        if name not in (*columns, *known):
+            warnings.warn(f"{file} has an unknown column {name!r}; it is ignored.", stacklevel=2)
     return rows
 
 
 def read_classes(file: Path) -> dict[int, str]:
     """Read a class list: lines of `index,name` or `index name`, or one name a line, counted from 0."""
-    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    lines = [normal(line) for _, line in text_lines(file)]
     numbered = [re.fullmatch(r"(\d+)(?:\s*[,;]\s*|\s+)(.+)", line) for line in lines]
     pairs = [(int(m[1]), m[2]) for m in numbered if m] if all(numbered) else list(enumerate(lines))
     for values in zip(*pairs, strict=True):
@@ -148,39 +245,3 @@ def read_classes(file: Path) -> dict[int, str]:
     if not pairs:
         raise DynskipError(f"{file} is empty. Expected one class a line, as `index,name` or a name alone.")
     return dict(sorted(pairs))
-
-
-class VideoFolder:
-    """Finds the videos of a folder by name: `NAME` or `v_NAME`, with a video suffix or as a folder of frames."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._listed: dict[Path, dict[str, list[Path]]] = {}
-
-    def find(self, name: str) -> Path:
-        """Return where a video is, or where it would be.
-
-        Raises:
-            DynskipError: if two files could be meant.
-        """
-        exact = self.root / name
-        if exact.exists():
-            return exact
-        found = self._list(exact.parent).get(self._key(exact.name), [])
-        if len(found) > 1:
-            raise DynskipError(f"{name!r} could be {found[0]} or {found[1]}. Keep one of them in the folder.")
-        return found[0] if found else exact
-
-    def _list(self, folder: Path) -> dict[str, list[Path]]:
-        if folder not in self._listed:
-            names: dict[str, list[Path]] = {}
-            for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-                if path.suffix.lower() in VIDEO_SUFFIXES or path.is_dir():
-                    stem = path.stem if path.suffix.lower() in VIDEO_SUFFIXES else path.name
-                    names.setdefault(self._key(stem), []).append(path)
-            self._listed[folder] = names
-        return self._listed[folder]
-
-    @staticmethod
-    def _key(name: str) -> str:
-        return re.sub(r"_\d{6}_\d{6}$", "", name.removeprefix("v_"))  # names of Kinetics files end in their times

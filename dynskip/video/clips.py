@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,89 +12,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torchvision.transforms.v2 as T
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
 from dynskip.activation import Activation, check_activation
 from dynskip.errors import DynskipError
 from dynskip.video.annotations import Item
-from dynskip.video.cache import CHOICES, FrameCache
+from dynskip.video.cache import CHOICES, FrameCache, kept_bytes
+from dynskip.video.lazy import LazyClips
+from dynskip.video.loading import BatchLoader
+from dynskip.video.memory import check_memory
 from dynskip.video.opening import open_source
-from dynskip.video.source import FrameSource, VideoError, sample_frames
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How frames become the network's input.
-
-    Attributes:
-        size: height and width of the frames in pixels.
-        num_frames: frames of a clip.
-        mean: mean of each channel, of pixels in [0, 1].
-        std: standard deviation of each channel.
-    """
-
-    size: int = 168
-    num_frames: int = 16
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or self.num_frames < 1:
-            raise DynskipError(f"A clip of {self.num_frames} frames of {self.size} pixels is empty; give at least 1.")
-        if not all(0 < std < float("inf") for std in self.std):
-            raise DynskipError(f"std={self.std} has to hold a finite number above 0 for each channel.")
-
-    @classmethod
-    def of(cls, model: Any) -> Preprocessing:
-        """Read what a saved model says of its input (`model.preprocessing`)."""
-        known = model.preprocessing or {}
-        return cls(
-            known.get("input_size", model.backbone.input_size)[-1],
-            known.get("num_frames", cls.num_frames),
-            tuple(known.get("mean", cls.mean)),
-            tuple(known.get("std", cls.std)),
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return values for `model.preprocessing`, which are saved with the model."""
-        return {
-            "input_size": (3, self.size, self.size),
-            "num_frames": self.num_frames,
-            "mean": self.mean,
-            "std": self.std,
-        }
-
-    @property
-    def short_side(self) -> int:
-        """Pixels of the shorter side before cropping."""
-        return round(self.size * 8 / 7)
-
-    def crop(self, frames: np.ndarray, training: bool = False) -> Tensor:
-        """Crop frames to squares: the middle, or in training the same random part of each, at random mirrored.
-
-        Args:
-            frames: `(T, H, W, 3)` uint8.
-            training: whether to crop at random.
-
-        Returns:
-            `(T, 3, size, size)` uint8.
-        """
-        video = torch.from_numpy(frames).permute(0, 3, 1, 2)
-        if not training:
-            return T.functional.center_crop(video, [self.size, self.size])
-        augment = T.Compose(
-            [T.RandomResizedCrop(self.size, scale=(0.5, 1.0), antialias=True), T.RandomHorizontalFlip()]
-        )
-        return augment(video)
-
-    def normalize(self, video: Tensor) -> Tensor:
-        """Scale uint8 pictures `(..., 3, H, W)` to what the network was trained on."""
-        scaled = T.functional.to_dtype(video, torch.float32, scale=True)
-        return T.functional.normalize(scaled, list(self.mean), list(self.std))
+from dynskip.video.preprocessing import Preprocessing
+from dynskip.video.source import FrameSource, VideoError, notes_on, sample_frames
 
 
 class Sample(NamedTuple):
@@ -193,7 +126,13 @@ class Clips(Dataset[Sample]):
         return cls(items, names, prep, training, seed, cache, opener, model.activation)
 
     def load_into_memory(self) -> Clips:
-        """Decode everything once and keep it; for sets that fit."""
+        """Decode everything once and keep it; for sets that fit.
+
+        Raises:
+            DynskipError: if the frames will not fit into memory.
+        """
+        needed = kept_bytes(len(self), self.prep.num_frames, self.prep.short_side)
+        check_memory(needed, f"Keeping {len(self)} videos", "Keep decoded frames in a folder instead (--cache DIR).")
         self._memory = [self._kept(item.path) for item in tqdm(self.items, "decode", leave=False, disable=None)]
         return self
 
@@ -317,7 +256,7 @@ def training_batches(
     first: int = 0,
     process: int = 0,
     processes: int = 1,
-) -> DataLoader[Any]:
+) -> BatchLoader[Batch]:
     """Load an epoch of clips, shuffled by seed and epoch. The rest that fills no step is left out.
 
     Args:
@@ -347,9 +286,7 @@ def training_batches(
     part, share = batch_size // parts, batch_size // (parts * processes)
     starts = range(first * part, len(order) // batch_size * batch_size, part)
     keys = [[(epoch, p) for p in order[s + process * share : s + (process + 1) * share]] for s in starts]
-    return DataLoader(
-        clips, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available()
-    )
+    return BatchLoader(clips, keys, collate, share * clips.prep.clip_bytes, workers, torch.cuda.is_available())
 
 
 class EvaluationLoader:
@@ -363,30 +300,80 @@ class EvaluationLoader:
         batch_size: videos at a time.
         workers: processes that decode.
         device: where the model is.
+        lazy: give `LazyClips`, of which a model decodes only what it looks at, in threads of this process. A video that
+            turns out unreadable then is listed by the evaluation, too.
 
     Attributes:
         unreadable: why videos were left out, as far as they have been read.
+        notes: of lazy videos, which were damaged or had to be read in one pass.
     """
 
-    def __init__(self, clips: Clips, batch_size: int = 1, workers: int = 0, device: str | torch.device = "cpu") -> None:
-        self.clips, self.batch_size, self.workers, self.device = clips, batch_size, workers, device
+    def __init__(
+        self,
+        clips: Clips,
+        batch_size: int = 1,
+        workers: int = 0,
+        device: str | torch.device = "cpu",
+        lazy: bool = False,
+    ) -> None:
+        self.clips, self.batch_size, self.workers, self.device, self.lazy = clips, batch_size, workers, device, lazy
         self.unreadable: list[str] = []
+        self.notes: list[str] = []
 
     def __len__(self) -> int:
         return -(-len(self.clips) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor, list[str]]]:
-        self.unreadable = []
+        self.unreadable, self.notes = [], []
+        if self.lazy:
+            yield from self._lazy_batches()
+            return
         keys = [(0, position) for position in range(len(self.clips))]
-        for batch in DataLoader(
-            self.clips, self.batch_size, sampler=keys, num_workers=self.workers, collate_fn=collate
-        ):
+        batches = [keys[start : start + self.batch_size] for start in range(0, len(keys), self.batch_size)]
+        size = self.batch_size * self.clips.prep.clip_bytes
+        for batch in BatchLoader(self.clips, batches, collate, size, self.workers):
             self.unreadable += batch.errors
             if batch.positions:
                 video = self.clips.prep.normalize(batch.video.to(self.device))
                 paths = [str(self.clips.items[position].path) for position in batch.positions]
                 videos = video if batch.lengths is None else (video, batch.lengths)
                 yield videos, self.clips.multi_hot(batch.positions), paths
+
+    def _lazy_batches(self) -> Iterator[tuple[Any, Tensor, list[str]]]:
+        places = range(len(self.clips))
+        batches = [places[start : start + self.batch_size] for start in places[:: self.batch_size]]
+        waiting: deque[tuple[list[int], LazyClips | None]] = deque()
+        try:
+            for batch in [*batches, None]:
+                if batch is not None:
+                    waiting.append(self._open(batch))
+                while waiting and (batch is None or len(waiting) > 1):  # the next one begins to decode meanwhile
+                    positions, video = waiting[0]
+                    if video is not None:
+                        paths = [str(self.clips.items[position].path) for position in positions]
+                        yield video, self.clips.multi_hot(positions), paths
+                        video.close()
+                        self.notes += [f"{source}: {note}" for source in video.sources for note in notes_on(source)]
+                    waiting.popleft()
+        finally:
+            for _, video in waiting:
+                if video is not None:
+                    video.close()
+
+    def _open(self, batch: Sequence[int]) -> tuple[list[int], LazyClips | None]:
+        """Open the videos of a batch that can be opened, and begin to decode."""
+        positions, opened, prep = [], [], self.clips.prep
+        for position in batch:
+            try:
+                opened.append(LazyClips([self.clips.opener(self.clips.items[position].path)], prep, self.device))
+                positions.append(position)
+            except VideoError as error:
+                self.unreadable.append(str(error))
+        if not opened:
+            return [], None
+        video = LazyClips.joined(opened)
+        video.expect(torch.arange(prep.num_frames).expand(len(video), -1))
+        return positions, video
 
 
 def derive_seed(*parts: int) -> int:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import json
-import re
+import math
+import os
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,14 +24,16 @@ from dynskip.video.annotations import (
     SPLITS,
     Item,
     Segment,
-    VideoFolder,
     read_classes,
     read_rows,
     read_text,
     refuse,
     segment_faults,
     segmented,
+    split_of,
 )
+from dynskip.video.lists import read_lists
+from dynskip.video.names import VideoFolder, normal
 from dynskip.video.opening import open_source
 from dynskip.video.source import VideoError, sample_frames
 
@@ -96,23 +101,39 @@ def read_items(
         if form != "csv" and not data.is_dir():
             raise DynskipError(f"{data} is no folder. Expected the folder of the videos that the annotations name.")
         reader = FORMATS[form]
-    items = reader(data, annotations, names)
+    items = [_clean(item) for item in reader(data, annotations, names)]
     check_items(items, set(names.values()))
     return items
 
 
+def _clean(item: Item) -> Item:
+    """Bring labels that read alike to one spelling."""
+    labels = tuple(dict.fromkeys(normal(label) for label in item.labels))
+    return replace(item, labels=labels, segments=tuple(replace(s, label=normal(s.label)) for s in item.segments))
+
+
 def check_items(items: Sequence[Item], names: set[str]) -> None:
-    """Refuse videos that occur twice, and labels that the class list does not have."""
-    first: dict[Path, Item] = {}
+    """Refuse videos that occur twice, under whatever path, and labels that cannot be right."""
+    first: dict[str, Item] = {}
     for item in items:
-        if (other := first.setdefault(item.path, item)) is not item:
+        if (other := first.setdefault(os.path.realpath(item.path), item)) is not item:
             where = f"in {item.split}" if item.split == other.split else f"in {other.split} and in {item.split}"
-            raise DynskipError(f"{item.path} occurs twice, {where}. Every video belongs to one split, with one entry.")
-    unknown = sorted({label for item in items for label in item.labels} - names) if names else []
-    if unknown:
+            alias = "" if item.path == other.path else f", also as {item.path}"
+            raise DynskipError(
+                f"{other.path} occurs twice, {where}{alias}. Every video belongs to one split, with one entry."
+            )
+    labels = sorted({label for item in items for label in item.labels})
+    if broken := [
+        label for label in labels if not label or any(c in _CONTROLS for c in map(unicodedata.category, label))
+    ]:
+        raise DynskipError(f"{len(broken)} labels are empty or hold a line break or tab, such as {broken[0]!r}.")
+    if unknown := [label for label in labels if label not in names] if names else []:
         close = difflib.get_close_matches(unknown[0], names, 1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise DynskipError(f"{len(unknown)} labels are not in the class list, such as {unknown[0]!r}.{hint}")
+
+
+_CONTROLS = ("Cc", "Zl", "Zp")  # what starts a new line or cell in tables and pictures
 
 
 def guess_format(file: Path) -> str:
@@ -123,7 +144,7 @@ def guess_format(file: Path) -> str:
         return "activitynet"
     if first.startswith(("video,type", "video-name,")):
         return "thumos"
-    return "csv" if {"path", "label", "split"} <= set(first.split(",")) else "list"
+    return "csv" if {"path", "label", "split"} <= {name.strip(' "') for name in first.split(",")} else "list"
 
 
 # ----------------------------------------------------------------------------------------------------- the readers
@@ -135,24 +156,27 @@ def read_csv(data: Path, annotations: Sequence[Path] = (), names: Mapping[int, s
     A video with several labels has a row for each. One whose label is empty shows none of the classes.
     """
     items: list[Item] = []
-    places: dict[tuple[Path, str], int] = {}
+    places: dict[tuple[str, str], int] = {}
     for file in annotations or [data / "labels.csv" if data.is_dir() else data]:
         if not file.is_file():
             raise DynskipError(f"{file} does not exist. Expected a folder with a labels.csv, or such a file.")
+        folder = VideoFolder(file.parent)
         for number, row in read_rows(file, ["path", "label", "split"]):
-            if row["split"] not in SPLITS:
+            split, label = row["split"].strip(), normal(row["label"])
+            if split not in SPLITS:
                 raise DynskipError(
-                    f"{file}, line {number}: unknown split {row['split']!r}. Expected one of {', '.join(SPLITS)}."
+                    f"{file}, line {number}: unknown split {split!r}. Expected one of {', '.join(SPLITS)}."
                 )
             if not row["path"]:
                 raise DynskipError(f"{file}, line {number}: the path must not be empty.")
-            key, label = (file.parent / row["path"], row["split"]), row["label"]
+            path = folder.path(row["path"])
+            key = os.path.realpath(path), split
             first = items[places[key]] if key in places else None
             if first is not None and label and first.labels and label not in first.labels:
                 items[places[key]] = replace(first, labels=(*first.labels, label))
             else:  # a video that occurs twice is refused later, as in the other formats
                 places[key] = len(items)
-                items.append(Item(key[0], (label,) if label else (), key[1]))
+                items.append(Item(path, (label,) if label else (), split))
     return items
 
 
@@ -192,7 +216,7 @@ def read_activitynet(data: Path, annotations: Sequence[Path], names: Mapping[int
             except (KeyError, TypeError, ValueError, IndexError) as error:
                 faults.append(f"{name}: its annotations need 'segment' [start, end] and 'label' ({error!r})")
                 continue
-            if unnamed := [s.label for s in segments if not (s.label and isinstance(s.label, str))]:
+            if unnamed := [s.label for s in segments if not (isinstance(s.label, str) and s.label.strip())]:
                 faults.append(f"{name}: label {unnamed[0]!r} is no name")
                 continue
             faults += [f"{name}: {fault}" for fault in segment_faults(segments, duration)]
@@ -238,11 +262,13 @@ def read_thumos(data: Path, annotations: Sequence[Path], names: Mapping[int, str
     tables = []
     for file in annotations:
         numbered = read_text(file).startswith("video-name,")
-        columns = (
-            "video-name t-init t-end video-duration video-frames label-idx" if numbered else "video type start end"
+        columns, known = (
+            ("video-name t-init t-end video-duration video-frames label-idx", "f-init f-end frame-rate")
+            if numbered
+            else ("video type start end", "type_idx startFrame endFrame")
         )
-        tables.append((file, read_rows(file, columns.split())))
-    types = {row["type"] for _, rows in tables for _, row in rows if "type" in row}
+        tables.append((file, read_rows(file, columns.split(), known.split())))
+    types = {normal(row["type"]) for _, rows in tables for _, row in rows if "type" in row}
     classes = list(names.values()) or sorted(types - {"Ambiguous"})
     videos: dict[str, list[tuple[Segment, float | None, int | None]]] = {}
     faults: list[str] = []
@@ -257,6 +283,7 @@ def read_thumos(data: Path, annotations: Sequence[Path], names: Mapping[int, str
                     duration, frames = float(row["video-duration"]), int(row["video-frames"])
                     label = "Ambiguous" if index < 0 else classes[index]
                 segment = Segment(float(ends[0]), float(ends[1]), label)
+                split_of(video)
             except ValueError as error:
                 faults.append(f"{file.name}, line {number}: {error}")
                 continue
@@ -272,49 +299,8 @@ def read_thumos(data: Path, annotations: Sequence[Path], names: Mapping[int, str
     )
     folder, items = VideoFolder(data), []
     for video, entries in videos.items():
-        split = "test" if "test" in video else "train"
+        split = "test" if split_of(video) == "test" else "train"  # its validation videos are trained on
         items += segmented(folder.find(video), split, [segment for segment, _, _ in entries], *entries[0][1:])
-    return items
-
-
-def read_lists(data: Path, annotations: Sequence[Path], names: Mapping[int, str]) -> list[Item]:
-    """Read `path frames label` lines as TSN, TSM, AR-Net and SoF-Net do; the file's name tells the split.
-
-    Fields are separated by commas, semicolons or spaces. A path may contain spaces, and a line may have several labels.
-    A label is a number from 0, named by the class list where there is one.
-    """
-    folder, items = VideoFolder(data), []
-    for file in annotations:
-        splits = [split for split in SPLITS if split in file.name.lower()]
-        if len(splits) != 1:
-            raise DynskipError(f"{file}: its name must tell the split: one of {', '.join(SPLITS)}. Rename it.")
-        faults = []
-        for number, line in enumerate(read_text(file).splitlines(), start=1):
-            if not line.strip():
-                continue
-            separator = next((mark for mark in ";," if re.search(rf"{mark}\s*\d+\s*$", line)), " ")
-            fields = line.strip().split(separator)
-            tail = 0  # fields at the end that are numbers
-            while tail < len(fields) - 1 and fields[-1 - tail].strip().isdecimal():
-                tail += 1
-            if tail < 2:
-                faults.append(f"line {number}: {line.strip()[:80]!r}")
-                continue
-            # A number that ends a path looks like a number of frames: only the disk can tell.
-            paths = {n: folder.find(separator.join(fields[:-n]).strip()) for n in range(tail, 1, -1)}
-            tail = next((n for n, path in paths.items() if path.exists()), tail)
-            num_frames, *labels = map(int, fields[-tail:])
-            if missing := [label for label in labels if names and label not in names]:
-                faults.append(f"line {number}: label {missing[0]} is not in the class list")
-                continue
-            texts = tuple(dict.fromkeys(names.get(label, str(label)) for label in labels))
-            items.append(Item(paths[tail], texts, splits[0], num_frames=num_frames))
-        refuse(
-            file,
-            faults,
-            "Expected `path frames label`: a path, the number of its frames, and class "
-            "numbers from 0, separated by one comma, semicolon or space each.",
-        )
     return items
 
 
@@ -323,6 +309,7 @@ FORMATS: dict[str, AnnotationReader] = {
     "activitynet": read_activitynet,
     "thumos": read_thumos,
     "list": read_lists,
+    "list-labels": functools.partial(read_lists, may_have_offsets=False),
 }
 
 
@@ -347,20 +334,23 @@ def relevant_frames(items: Sequence[Item], num_frames: int, data: Path) -> dict[
         DynskipError: if `segments.csv` cannot be read.
     """
     file = (data if data.is_dir() else data.parent) / "segments.csv"
-    parts: dict[Path, list[tuple[float, float]]] = {}
+    folder, parts = VideoFolder(file.parent), dict[str, list[tuple[float, float]]]()
     for number, row in read_rows(file, ["path", "start", "end"]) if file.is_file() else []:
         try:
-            parts.setdefault(file.parent / row["path"], []).append((float(row["start"]), float(row["end"])))
+            ends = float(row["start"]), float(row["end"])
+            if not all(map(math.isfinite, ends)):
+                raise ValueError(f"{row['start']} to {row['end']} is not finite")
         except ValueError as error:
             raise DynskipError(f"{file}, line {number}: start and end must be numbers of frames ({error}).") from error
+        parts.setdefault(os.path.realpath(folder.path(row["path"])), []).append(ends)
     marks = {}
     for item in items:
         segments, length = [(s.start, s.end) for s in item.segments], item.duration
-        if item.path in parts:
+        if (real := os.path.realpath(item.path)) in parts:
             with contextlib.suppress(VideoError):  # reported where the clip is decoded
                 source = open_source(item.path)
                 sample_frames(source, 1, 8)  # now its length is the true one
-                segments, length = parts[item.path], float(len(source))
+                segments, length = parts[real], float(len(source))
         if segments and length:
             marks[str(item.path)] = metrics.relevant_frames(metrics.sample_times(num_frames, length), segments)
     return marks

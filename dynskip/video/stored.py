@@ -24,14 +24,17 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dynskip.activation import Activation
 from dynskip.errors import DynskipError
 from dynskip.losses import classification_loss
 from dynskip.output import EncodedVideo
+from dynskip.video.cache import DECODING
 from dynskip.video.clips import Batch, Clips, collate, padded
+from dynskip.video.loading import BatchLoader
+from dynskip.video.names import stamp
+from dynskip.video.outputs import cannot_write, check_folders
 from dynskip.wrapper import StopOrForward
 
 VIDEOS_A_FILE = 32  # as many can be lost when encoding is interrupted
@@ -79,33 +82,36 @@ def classifier(model: StopOrForward) -> nn.Module:
 
 
 @torch.no_grad()
-def encode_clips(model: StopOrForward, clips: Clips, folder: Path, workers: int = 0) -> StoredFeatures:
+def encode_clips(model: StopOrForward, clips: Clips, folder: Path, workers: int = 0, epoch: int = 0) -> StoredFeatures:
     """Return the features of videos: read from a folder, or made now and written to it.
 
     Args:
         model: the model, on the device to encode on; only its backbone is used. It is set to eval mode.
-        clips: videos as evaluation sees them.
+        clips: videos as evaluation sees them; or in training, drawn at random, each time as in one epoch.
         folder: where the features are kept, a file for every `VIDEOS_A_FILE` videos.
         workers: processes that decode videos.
+        epoch: which draws of clips in training are encoded. Other draws give other variants of the videos, each with a
+            folder of its own.
 
     Returns:
         The features. A warning lists videos that cannot be read.
 
     Raises:
-        DynskipError: if the folder holds features of another network, preprocessing or videos, a file is damaged or
-            cannot be written, or no video can be read.
+        DynskipError: if the folder holds features of another network, preprocessing, videos or draws, a file is damaged
+            or cannot be written, or no video can be read.
     """
-    made_from = _made_from(model.eval(), clips)
-    folder.mkdir(parents=True, exist_ok=True)
+    made_from = _made_from(model.eval(), clips, epoch)
     positions = range(len(clips))
     files = {
         folder / f"{start:06d}.safetensors": positions[start : start + VIDEOS_A_FILE]
         for start in positions[::VIDEOS_A_FILE]
     }
     new = {file for file in files if not file.exists()}
-    missing = [(0, position) for file, own in files.items() if file in new for position in own]
+    missing = [(epoch, position) for file, own in files.items() if file in new for position in own]
+    numbers = len(missing) * clips.prep.num_frames * sum(model.backbone.num_features)
+    check_folders(folder, needed=4 * numbers)
     # One loader for all files, so that processes that decode are started once.
-    loader = DataLoader(clips, 1, sampler=missing, num_workers=workers if missing else 0, collate_fn=collate)
+    loader = BatchLoader(clips, [[key] for key in missing], collate, clips.prep.clip_bytes, workers)
     batches, read = iter(loader), []
     with tqdm(total=len(clips), desc=f"encode {folder.name}", leave=False, disable=None) as progress:
         for file, own in files.items():
@@ -201,8 +207,8 @@ def _encode(model: StopOrForward, clips: Clips, batches: Iterable[Batch]) -> tup
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, errors
 
 
-def _made_from(model: StopOrForward, clips: Clips) -> dict[str, str]:
-    """Say what features are made from: the network without its classifier, the preprocessing, the videos."""
+def _made_from(model: StopOrForward, clips: Clips, epoch: int) -> dict[str, str]:
+    """Say what features are made from: the network without its classifier, the preprocessing, the videos, the draws."""
     network, digest = model.backbone.model, hashlib.sha256()
     head = next(name for name, module in network.named_modules() if module is classifier(model)) + "."
     modules, tensors = dict(network.named_modules()), network.state_dict()
@@ -215,11 +221,14 @@ def _made_from(model: StopOrForward, clips: Clips) -> dict[str, str]:
     for name, tensor in tensors.items():
         if not name.startswith(head) and not name.endswith("num_batches_tracked"):
             digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    videos = [[item.path.name, item.path.stat().st_size if item.path.exists() else 0] for item in clips.items]
+    paths = [item.path for item in clips.items]
+    videos = [[str(path.resolve()), stamp(path) if path.exists() else "missing"] for path in paths]
     return {
         "network": digest.hexdigest(),
         "preprocessing": json.dumps(asdict(clips.prep)),
+        "decoding": str(DECODING),
         "videos": hashlib.sha256(json.dumps(videos).encode()).hexdigest(),
+        "random draws": json.dumps([clips.seed, epoch] if clips.training else None),
     }
 
 
@@ -229,10 +238,8 @@ def _write(file: Path, tensors: dict[str, Tensor], errors: list[str], made_from:
         save_file(tensors, unfinished, {**made_from, "errors": json.dumps(errors)})
         os.replace(unfinished, file)
     except (OSError, safetensors.SafetensorError) as error:
-        raise DynskipError(
-            f"Could not write {file} ({error}). What is there is whole. Make room and start again: the videos that are "
-            "missing are then encoded."
-        ) from error
+        then = "What is there is whole. Start again: the videos that are missing are then encoded."
+        raise cannot_write(file, error, then) from error
 
 
 def _read(file: Path, made_from: dict[str, str]) -> tuple[dict[str, Tensor], list[str]]:
@@ -243,7 +250,8 @@ def _read(file: Path, made_from: dict[str, str]) -> tuple[dict[str, Tensor], lis
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (it is no dict)
     except (OSError, safetensors.SafetensorError) as error:
         raise DynskipError(f"{file} is damaged ({error}). Delete it; its videos are encoded again.") from error
-    differ = [name for name, value in made_from.items() if header.get(name) != value]
+    # Files of earlier versions say nothing of draws: they have none.
+    differ = [name for name, value in made_from.items() if header.get(name, "null") != value]
     if differ:
         raise DynskipError(
             f"{file} holds features of another {', '.join(differ)}. Delete {file.parent} to encode again, or use "
