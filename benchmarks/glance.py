@@ -3,34 +3,63 @@
     python benchmarks/glance.py --json benchmarks/results/glance.json
 
 Everything runs in turns: the untouched timm model on all frames of a video and on few of them (uniform), and the clip
-runtime with gates that follow given decisions, with a glance and without. Weights are random, since time does not
-depend on them.
+runtime with gates that follow given decisions, with a glance and without. These are the mean decisions of sparse.py's
+committed results. Weights are random, since time does not depend on them.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import common
+import sparse
 import torch
 from per_video import batched, optimised_dense
 from torch import Tensor
 
 from dynskip import FLOPsLookup, StagedBackbone, StopOrForward, glance, sofnet, stage_model
 
-# Stand-ins until decisions are measured. They are frames of a video chosen to cost the shares that a first experiment
-# gave on stored features (ResNet-50 at 128, EfficientNet-Lite0 at 96): of 16 frames, half of them relevant, 0.22 of the
-# dense cost with a glance and 0.67 without; of 64 frames, one in ten relevant, 0.17 and 1.00. `with` and `without` a
-# glance: how many frames each gate stops, and last how many are used. `uniform`: a number of frames with the accuracy
-# of the gates after a glance (16 frames), or the largest share of the frames that was tried (64; it was less accurate).
-STAND_INS: dict[str, dict[str, Any]] = {
-    "16": {"with": [13, 0, 0, 0, 0, 0, 3], "without": [0, 3, 3, 6, 0, 4], "uniform": 8},
-    "64": {"with": [56, 0, 0, 0, 0, 0, 8], "without": [0, 0, 0, 0, 0, 64], "uniform": 32},
-}
+
+def measured() -> dict[str, dict[str, Any]]:
+    """Read decisions from the results of sparse.py, by the number of frames of a video.
+
+    Returns:
+        `with` and `without` a glance: how many frames each gate stops, and last how many are used, on average over the
+        test videos of all runs. `uniform`: the fewest evenly spread frames that are as accurate as the gates after a
+        glance; the most accurate number of frames if none is.
+    """
+    found = {}
+    for kind, results in sparse.committed().items():
+        budget, steps = sparse.KINDS[kind].budget, sparse.KINDS[kind].plan.steps
+        glanced = [sparse.choose(r["points"]["gates after a glance"], "chosen", budget) for r in results]
+        plain = [sparse.choose(r["points"]["gates"], "chosen", math.inf) for r in results]
+        accuracy = {
+            row[0]["k"]: mean([hit for p in row for hit in sparse.hits(p)])
+            for row in zip(*(r["points"]["uniform frames"] for r in results), strict=True)
+        }
+        goal = mean([hit for p in glanced for hit in sparse.hits(p)])
+        found[str(steps)] = {
+            "with": whole([p["frames"] for p in glanced], steps),
+            "without": whole([p["frames"] for p in plain], steps),
+            "uniform": next((k for k, own in accuracy.items() if own >= goal), max(accuracy, key=accuracy.__getitem__)),
+        }
+    return found
+
+
+def whole(frames: Sequence[Sequence[float]], steps: int) -> list[int]:
+    """Round the means of numbers of frames to whole frames, `steps` in all; the first number, unseen ones, is zero."""
+    means = [mean(column) for column in zip(*frames, strict=True)][1:]
+    rounded = [int(each) for each in means]
+    order = sorted(range(len(means)), key=lambda n: rounded[n] - means[n])
+    for n in order[: steps - sum(rounded)]:
+        rounded[n] += 1
+    return rounded
 
 
 def stops(counts: Sequence[int]) -> Tensor:
@@ -70,11 +99,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.set_defaults(size=224)
     parser.add_argument("--light", default="efficientnet_lite0", help="the light network")
     parser.add_argument("--light-size", type=int, default=96, help="shorter side of the small copy in pixels")
-    parser.add_argument("--decisions", type=Path, help="JSON file of measured decisions, in the form of STAND_INS")
+    parser.add_argument("--decisions", type=Path, help="JSON file of other decisions, as `measured` returns them")
     args = parser.parse_args(argv)
     report = common.Report(__doc__, args)
-    decisions = json.loads(args.decisions.read_text(encoding="utf-8")) if args.decisions else STAND_INS
-    report.content["decisions"] = {"measured": bool(args.decisions), **decisions}
+    decisions = json.loads(args.decisions.read_text(encoding="utf-8")) if args.decisions else measured()
+    report.content["decisions"] = decisions
     torch.manual_seed(0)
     backbone = stage_model(args.backbone, num_classes=common.CLASSES, zero_init_last=False).eval().to(args.device)
     backbones = {"with": glance(backbone, args.light, args.light_size), "without": backbone}

@@ -14,8 +14,9 @@ action; in `sparse`, 4 to 8 of 64.
 A run is one kind, fold and seed. A fifth of the camera groups is the test part; of the others, a fifth of each class'
 groups is the validation part. The classifier and the gates are trained on the rest. Every threshold is chosen on the
 validation part. A run writes one file to `benchmarks/results/sparse`: of every setting the accuracy and cost on the
-validation part, the cost on the test part, and which test videos it gets right. So `--report` can choose settings and
-compare methods video by video. Costs are MACs (multiply-adds), as shares of all frames in the plain ResNet-50.
+validation part, the cost on the test part, which test videos it gets right, and of gates how many frames of a test
+video are unseen, stopped at each gate, and used. So `--report` can choose settings and compare methods video by video.
+Costs are MACs (multiply-adds), as shares of all frames in the plain ResNet-50.
 """
 
 from __future__ import annotations
@@ -174,11 +175,13 @@ def gated(model: StopOrForward, parts: Sequence[Composed], dense: float) -> Poin
                     stopped_at = rules.end_videos(terminator, running, output.stopped_at, model.activation)
                 assert output.gate_logits is not None
                 ended = masked_output(stopped_at, output.gate_logits, encoded.frame_logits, lookup, model.readout)
-                found[p, rho][k].append((ended.logits.argmax(-1) == part.targets[rows], ended.macs / dense))
+                ends = F.one_hot(stopped_at + 1, model.backbone.num_stages + 2).sum(1)
+                found[p, rho][k].append((ended.logits.argmax(-1) == part.targets[rows], ended.macs / dense, ends))
     points = []
     for (p, rho), sides in found.items():
-        (val, val_cost), (test, cost) = ([torch.cat(each) for each in zip(*side, strict=True)] for side in sides)
-        points.append(point(val, float(val_cost.mean()), test, float(cost.mean()), p=p, rho=rho))
+        (val, val_cost, _), (test, cost, ends) = ([torch.cat(e) for e in zip(*side, strict=True)] for side in sides)
+        frames = [round(each, 2) for each in ends.double().mean(0).tolist()]
+        points.append(point(val, float(val_cost.mean()), test, float(cost.mean()), p=p, rho=rho, frames=frames))
     return points
 
 
