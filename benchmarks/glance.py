@@ -32,13 +32,15 @@ def measured() -> dict[str, dict[str, Any]]:
     Returns:
         `with` and `without` a glance: how many frames each gate stops, and last how many are used, on average over the
         test videos of all runs. `uniform`: the fewest evenly spread frames that are as accurate as the gates after a
-        glance; the most accurate number of frames if none is.
+        glance; `None` if no number of frames is.
     """
     found = {}
     for kind, results in sparse.committed().items():
         budget, steps = sparse.KINDS[kind].budget, sparse.KINDS[kind].plan.steps
-        glanced = [sparse.choose(r["points"]["gates after a glance"], "chosen", budget) for r in results]
-        plain = [sparse.choose(r["points"]["gates"], "chosen", math.inf) for r in results]
+        glanced, plain = (
+            [p for r in results if (p := sparse.choose(r["points"][method], "chosen", limit)) is not None]
+            for method, limit in (("gates after a glance", budget), ("gates", math.inf))
+        )
         accuracy = {
             row[0]["k"]: mean([hit for p in row for hit in sparse.hits(p)])
             for row in zip(*(r["points"]["uniform frames"] for r in results), strict=True)
@@ -47,7 +49,7 @@ def measured() -> dict[str, dict[str, Any]]:
         found[str(steps)] = {
             "with": whole([p["frames"] for p in glanced], steps),
             "without": whole([p["frames"] for p in plain], steps),
-            "uniform": next((k for k, own in accuracy.items() if own >= goal), max(accuracy, key=accuracy.__getitem__)),
+            "uniform": next((k for k, own in accuracy.items() if own >= goal), None),
         }
     return found
 
@@ -112,8 +114,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     functions: dict[str, Callable[[], Any]] = {}
     for count, given in decisions.items():
         video = frames_of(int(count), args.size).to(args.device)
-        few = video[0, torch.linspace(0, int(count) - 1, given["uniform"]).round().long()]
-        for name, frames in ((f"dense TSN, {count} frames", video[0]), (uniform(given, count), few)):
+        plain = {f"dense TSN, {count} frames": video[0]}
+        if given["uniform"] is not None:
+            few = torch.linspace(0, int(count) - 1, given["uniform"]).round().long()
+            plain[uniform(given, count)] = video[0, few]
+        for name, frames in plain.items():
             gmacs[name] = len(frames) * dense / 1e9
             network: Any = backbone.model
             if args.optimize:
@@ -134,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for count, given in decisions.items():
         with_it = f"gates with a glance, {count} frames"
         for other in (f"gates without a glance, {count} frames", uniform(given, count), f"dense TSN, {count} frames"):
-            report.compare(with_it, other)
+            if other in functions:
+                report.compare(with_it, other)
     report.finish()
 
 
