@@ -274,6 +274,7 @@ def mixed_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     return paths, {name: reason for name, (_, reason) in bad.items()}
 
 
+@pytest.mark.filterwarnings("error::UserWarning")  # what is to be said, is said in the output
 def test_every_file_has_an_answer_or_a_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("huggingface_hub")
     pytest.importorskip("matplotlib")

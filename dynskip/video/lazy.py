@@ -16,7 +16,7 @@ from torch import Tensor
 from dynskip.errors import DynskipError
 from dynskip.lazy import LazyVideo, Loaded
 from dynskip.video.preprocessing import Preprocessing
-from dynskip.video.source import SIZES_DIFFER, FrameSource, VideoError, sample_frames, spread
+from dynskip.video.source import SIZES_DIFFER, FrameSource, VideoError, read_spread, spread
 
 AHEAD = 4  # frames of a video that are decoded before they are asked for
 
@@ -279,7 +279,7 @@ class _Reader:
         if not self._whole:
             yield from self.source.read_each(numbers, self._prep.short_side)
             return
-        frames = sample_frames(self.source, self._prep.num_frames, self._prep.short_side)
+        frames = read_spread(self.source, self._prep.num_frames, self._prep.short_side)
         for number in numbers:
             yield frames[number]
 

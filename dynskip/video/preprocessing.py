@@ -75,7 +75,8 @@ class Preprocessing:
         Returns:
             `(T, 3, size, size)` uint8.
         """
-        video = torch.from_numpy(frames).permute(0, 3, 1, 2)
+        # Torch warns of arrays that may not be written to, as Pillow's.
+        video = torch.from_numpy(frames if frames.flags.writeable else frames.copy()).permute(0, 3, 1, 2)
         if not training:
             return T.functional.center_crop(video, [self.size, self.size]).contiguous()
         augment = T.Compose(

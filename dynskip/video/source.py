@@ -115,6 +115,14 @@ def sample_frames(
     Raises:
         VideoError: if frames cannot be read, there are none, or their sizes differ. A warning tells what is damaged.
     """
+    frames = read_spread(source, num_frames, short_side, rng)
+    if source.damage:
+        warnings.warn(f"{source}: {source.damage}.", stacklevel=2)
+    return frames
+
+
+def read_spread(source: FrameSource, num_frames: int, short_side: int, rng: random.Random | None = None) -> np.ndarray:
+    """As `sample_frames`, without a warning: for callers who tell the damage themselves."""
     state, count = rng.getstate() if rng else None, -1
     while count != len(source):
         count = len(source)
@@ -127,6 +135,4 @@ def sample_frames(
         raise VideoError(f"{source} holds no frame. Expected at least one picture.")
     if len({frame.shape for frame in frames.values()}) > 1:
         raise VideoError(f"{source}{SIZES_DIFFER}")
-    if source.damage:
-        warnings.warn(f"{source}: {source.damage}.", stacklevel=2)
     return np.stack([frames[number] for number in numbers])
