@@ -348,7 +348,8 @@ class Packet:
 def test_where_decoding_is_too_slow_only_key_frames_are_decoded_until_it_has_caught_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    video = SimpleNamespace(index=0, codec_context=SimpleNamespace(skip_frame="DEFAULT"), now=0.0, decoded=[])
+    codec = SimpleNamespace(skip_frame="DEFAULT")
+    video = SimpleNamespace(index=0, codec_context=codec, sample_aspect_ratio=None, now=0.0, decoded=[])
 
     def demux() -> Iterator[Packet]:
         for number in range(2000):

@@ -184,7 +184,7 @@ def test_a_batch_that_comes_late_is_taken(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from dynskip.video import FrameSource, Item, Clips, Preprocessing, training_batches, command
 from dynskip.video.cache import FrameCache
@@ -205,6 +205,7 @@ def look():
     list(check_videos(items, FrameCache(Path("cache"), 2, 8, Slow), workers=2))
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # commands in the background start without it
     items = [Item(Path(__file__), ("a",), "train")] * 4
     sys.exit(command.run({"load": load, "check": look}[sys.argv[2]], "What is there stays."))
 """

@@ -8,8 +8,9 @@ import os
 import re
 import shutil
 import signal
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from multiprocessing import resource_tracker
 from typing import Any, Generic, TypeVar
 
@@ -126,8 +127,7 @@ class BatchLoader(Generic[BatchT]):
                     raise batch
                 yield batch
         except BaseException:  # Ctrl-C, or nobody asks for the rest: torch would wait for videos that take minutes
-            for process in own:
-                process.terminate()
+            _end(own)
             raise
 
     def _next(self, batches: Iterator[Any], number: int) -> Any:
@@ -205,6 +205,20 @@ def check_shared_memory(needed: int) -> None:
             f"Shared memory ({SHARED_MEMORY}), in which processes hand over batches, has {size_of(free)} free, and the "
             f"batches that are decoded ahead take {size_of(needed)}. {_MORE_SHARED_MEMORY}"
         )
+
+
+def _end(processes: Collection[Any]) -> None:
+    """End processes. Torch watches its own, and would raise an error for each in the place of the one at hand."""
+    watched = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if watched else None
+    try:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join(5)
+    finally:
+        if watched:
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
 @contextlib.contextmanager
