@@ -59,6 +59,7 @@ from dynskip.video import (
     Preprocessing,
     StoredFeatures,
     class_names,
+    command,
     derive_seed,
     encode_clips,
     fit_classifier,
@@ -708,41 +709,42 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def run(args: argparse.Namespace) -> int:
+    """Do what the command line asks for."""
+    named = {run.name: run for run in PLAN}
+    if args.list:
+        print("\n".join(named))
+        return 0
+    if args.report:
+        print(report(committed()))
+        return 0
+    if args.plot:
+        draw(committed(), args.plot)
+        return 0
+    unknown = sorted(set(args.only or ()) - set(named))
+    if unknown or args.data is None or args.weights is None:
+        raise DynskipError(
+            f"There is no run {unknown[0]!r}; --list names all of them."
+            if unknown
+            else "Runs need --data and --weights; --report prints what is there."
+        )
+    if args.pairs:
+        for line in pairs(args):
+            print(line, flush=True)
+        return 0
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for name, run in named.items():
+        file = RESULTS / f"{name}.json"
+        if name in args.only if args.only else not file.exists():
+            content = perform(run, args)
+            file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            common.progress(f"{name}: {content['seconds']} s")
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
-    named = {run.name: run for run in PLAN}
-    try:
-        if args.list:
-            print("\n".join(named))
-            return 0
-        if args.report:
-            print(report(committed()))
-            return 0
-        if args.plot:
-            draw(committed(), args.plot)
-            return 0
-        unknown = sorted(set(args.only or ()) - set(named))
-        if unknown or args.data is None or args.weights is None:
-            raise DynskipError(
-                f"There is no run {unknown[0]!r}; --list names all of them."
-                if unknown
-                else "Runs need --data and --weights; --report prints what is there."
-            )
-        if args.pairs:
-            for line in pairs(args):
-                print(line, flush=True)
-            return 0
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        for name, run in named.items():
-            file = RESULTS / f"{name}.json"
-            if name in args.only if args.only else not file.exists():
-                content = perform(run, args)
-                file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-                common.progress(f"{name}: {content['seconds']} s")
-    except (DynskipError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command.run(lambda: run(args), "Finished runs stay; the same command goes on.")
 
 
 if __name__ == "__main__":

@@ -23,11 +23,10 @@ import copy
 import functools
 import itertools
 import json
-import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,14 @@ import common
 import sparse
 import torch
 import torch.nn.functional as F
-from compose_untrimmed import Composed, compose, split_by_group, split_off_validation
+from compose_untrimmed import Composed
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dynskip import DynskipError, FixedGate, FLOPsLookup, SkipOutput, SoFLoss, StopOrForward, sofnet, video
+from dynskip import DynskipError, FixedGate, FLOPsLookup, SkipOutput, SoFLoss, StopOrForward
 from dynskip.losses import budget_loss, inner_classification_loss
 from dynskip.rules import margins
+from dynskip.video import command
 
 BUDGETS = {"half": (0.6, 0.4, 0.2), "sparse": (0.6, 0.4, 0.2)}
 
@@ -90,10 +90,7 @@ class Worth(nn.Module):
         return losses.mean()
 
 
-Loss = Callable[[Any, SkipOutput, Tensor], Tensor]
-
-
-def loss_of(variant: str, lookup: FLOPsLookup, teacher: StopOrForward | None) -> Loss:
+def loss_of(variant: str, teacher: StopOrForward | None, lookup: FLOPsLookup) -> sparse.Loss:
     """Return the loss of encoded videos, their output and targets."""
     with_worth = variant in ("worth", "worth+", "imitation")
     # Worth takes the place of self-supervision, but at full weight.
@@ -118,30 +115,6 @@ def loss_of(variant: str, lookup: FLOPsLookup, teacher: StopOrForward | None) ->
     return loss
 
 
-def train(
-    backbone: Any, kind: sparse.Kind, part: sparse.Compose, seed: int, variant: str, teacher: Any
-) -> StopOrForward:
-    """Train gates as `sparse.train_gates` does, with a variant of the loss."""
-    torch.manual_seed(seed)
-    backbone.requires_grad_(False)
-    model = sofnet(backbone, hidden=sparse.HIDDEN, detach_inner=False, forward_bias=1.0, threshold=None)
-    loss = loss_of(variant, model.lookup_for((sparse.SIZE, sparse.SIZE)), teacher)
-    assert model.inner is not None
-    optimizer = torch.optim.AdamW([*model.gates.parameters(), *model.inner.parameters()], 1e-3, weight_decay=0.1)
-    for epoch in tqdm(range(kind.epochs), variant, leave=False, disable=None):
-        done = epoch / kind.epochs
-        model.temperature = 5.0 * math.exp(-2.8 * done)
-        optimizer.param_groups[0]["lr"] = 1e-3 if done < 0.75 else 1e-4
-        videos = part("train", epoch + 1)
-        for rows in torch.randperm(len(videos.targets)).split(64):
-            encoded = videos.encoded(model, rows)
-            value = loss(encoded, model.decide(encoded), videos.targets[rows])
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-    return model
-
-
 VARIANTS = ("thesis", "all inner", "executed", "worth", "worth+", "imitation")
 NETWORKS = ("plain", "glance")
 
@@ -152,14 +125,7 @@ def perform(name: str, fold: int, seed: int, network: str, features: Any, items:
     files = {v: args.out / f"{name}-{network}-fold{fold}-seed{seed}-{v.replace(' ', '_')}.json" for v in args.variants}
     if all(file.exists() for file in files.values()):
         return
-    divided = split_off_validation(split_by_group(items, sparse.FOLDS, fold), 1 / sparse.FOLDS, seed)
-    items_of = {split: video.pick_split(divided, split) for split in ("train", "val", "test")}
-
-    def part(split: str, version: int = 0) -> Composed:
-        drawn = video.derive_seed(seed, version)
-        videos = compose(items_of[split], sparse.IRRELEVANT, kind.copies[split], drawn, kind.plan)
-        return Composed.of(videos, features, items)
-
+    part = sparse.composing(kind, fold, seed, features, items)
     parts = val, test = part("val"), part("test")
     plain, glanced, _ = sparse.networks(args, int(val.targets.max()) + 1)
     head: Any = plain.model.get_classifier()
@@ -168,14 +134,20 @@ def perform(name: str, fold: int, seed: int, network: str, features: Any, items:
     whole = kind.plan.steps * FLOPsLookup.measure(plain, sparse.SIZE).dense
     every_frame = StopOrForward(plain, [FixedGate() for _ in plain.num_features]).eval()
     dense = sparse.gated(every_frame, parts, whole)[0]
-    teacher = None
+    teacher: StopOrForward | None = None
+
+    def train(variant: str, teacher: StopOrForward | None) -> StopOrForward:
+        return sparse.train_gates(
+            backbone, kind, part, seed, variant, functools.partial(loss_of, variant, teacher)
+        ).train()
+
     for variant, file in files.items():
         started = time.perf_counter()
         if file.exists():
             continue
         if variant == "imitation" and teacher is None:
-            teacher = train(backbone, kind, part, seed, "thesis", None)
-        model = train(backbone, kind, part, seed, variant, teacher if variant == "imitation" else None)
+            teacher = train("thesis", None)
+        model = train(variant, teacher if variant == "imitation" else None)
         if variant == "thesis":
             teacher = copy.copy(model)
         measured = copy.copy(model)
@@ -259,6 +231,21 @@ def stopped(found: Sequence[dict[str, Any]]) -> str:
     return "\n".join([f"| stopped at, % | frames | {gates} | used |", "|---|---|" + "---:|" * (width + 1), *lines])
 
 
+def run(args: argparse.Namespace) -> int:
+    """Do what the command line asks for."""
+    if args.report:
+        print(report(args.report))
+        return 0
+    if None in (args.data, args.weights, args.light, args.features, args.out):
+        raise DynskipError("Runs need --data, --weights, --light, --features and --out.")
+    args.out.mkdir(parents=True, exist_ok=True)
+    features, items = sparse.encode(args)
+    runs = list(itertools.product(args.kinds, args.folds, args.seeds, args.networks))
+    for kind, fold, seed, network in tqdm(runs, "runs", disable=None):
+        perform(kind, fold, seed, network, features, items, args)
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -272,21 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: all)")
     add("--report", type=Path, metavar="RESULTS", help="print the tables of results")
     args = parser.parse_args(arguments)
-    try:
-        if args.report:
-            print(report(args.report))
-            return 0
-        if None in (args.data, args.weights, args.light, args.features, args.out):
-            raise DynskipError("Runs need --data, --weights, --light, --features and --out.")
-        args.out.mkdir(parents=True, exist_ok=True)
-        features, items = sparse.encode(args)
-        runs = list(itertools.product(args.kinds, args.folds, args.seeds, args.networks))
-        for kind, fold, seed, network in tqdm(runs, "runs", disable=None):
-            perform(kind, fold, seed, network, features, items, args)
-    except (DynskipError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command.run(lambda: run(args), "Finished runs stay; the same command goes on.")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from dynskip import (
     FixedGate,
     FLOPsLookup,
     SimilarityGate,
+    SkipOutput,
     SoFLoss,
     StopOrForward,
     glance,
@@ -59,7 +60,8 @@ from dynskip import (
 from dynskip.backbone.weights import load_weights
 from dynskip.calibrate import CurvePoint
 from dynskip.metrics import sample_times
-from dynskip.output import masked_output
+from dynskip.output import EncodedVideo, masked_output
+from dynskip.video import command
 from dynskip.video.stored import fit_linear
 
 COMMAND = "python benchmarks/sparse.py --data DIR --weights FILE --light FILE --features FOLDER"
@@ -131,12 +133,23 @@ def fit_head(layer: nn.Linear, frames: Tensor, train: Sequence[Composed], val: C
     return best
 
 
-def train_gates(backbone: Any, kind: Kind, part: Compose, seed: int, name: str) -> StopOrForward:
-    """Train gates and inner classifiers on stored features with the thesis' losses."""
+Loss = Callable[[EncodedVideo, SkipOutput, Tensor], Tensor]
+
+
+def thesis_loss(lookup: FLOPsLookup) -> Loss:
+    """Return the loss of encoded videos, their output and targets."""
+    criterion = SoFLoss(lookup, ALPHA, BETA, normalize=True)
+    return lambda encoded, output, targets: criterion(output, targets).total
+
+
+def train_gates(
+    backbone: Any, kind: Kind, part: Compose, seed: int, name: str, loss_of: Callable[[FLOPsLookup], Loss] = thesis_loss
+) -> StopOrForward:
+    """Train gates and inner classifiers on stored features, with the thesis' losses or others."""
     torch.manual_seed(seed)
     backbone.requires_grad_(False)
     model = sofnet(backbone, hidden=HIDDEN, detach_inner=False, forward_bias=1.0, threshold=None)
-    criterion = SoFLoss(model.lookup_for((SIZE, SIZE)), ALPHA, BETA, normalize=True)
+    loss_on = loss_of(model.lookup_for((SIZE, SIZE)))
     assert model.inner is not None
     optimizer = torch.optim.AdamW([*model.gates.parameters(), *model.inner.parameters()], 1e-3, weight_decay=0.1)
     for epoch in tqdm(range(kind.epochs), name, leave=False, disable=None):
@@ -145,7 +158,8 @@ def train_gates(backbone: Any, kind: Kind, part: Compose, seed: int, name: str) 
         optimizer.param_groups[0]["lr"] = 1e-3 if done < 0.75 else 1e-4
         videos = part("train", epoch + 1)
         for rows in torch.randperm(len(videos.targets)).split(64):
-            loss = criterion(model.decide(videos.encoded(model, rows)), videos.targets[rows]).total
+            encoded = videos.encoded(model, rows)
+            loss = loss_on(encoded, model.decide(encoded), videos.targets[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -201,21 +215,27 @@ def point(val: Tensor, val_cost: float, test: Tensor, cost: float, **setting: An
     return {**setting, "val": [val_top1, round(val_cost, 4)], "cost": round(cost, 4), "hits": f"{int('1' + bits, 2):x}"}
 
 
+def composing(kind: Kind, fold: int, seed: int, features: video.StoredFeatures, items: Sequence[video.Item]) -> Compose:
+    """Return what composes the videos of a part: of train, val or test."""
+    divided = split_off_validation(split_by_group(items, FOLDS, fold), 1 / FOLDS, seed)
+    items_of = {split: video.pick_split(divided, split) for split in ("train", "val", "test")}
+
+    def part(split: str, version: int = 0) -> Composed:
+        """Compose them; another version has the same clips, cut and surrounded differently."""
+        drawn = video.derive_seed(seed, version)
+        videos = compose(items_of[split], IRRELEVANT, kind.copies[split], drawn, kind.plan)
+        return Composed.of(videos, features, items)
+
+    return part
+
+
 def perform(
     name: str, features: video.StoredFeatures, items: Sequence[video.Item], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Do one run and return what goes into its file."""
     kind_name, fold, seed = RUNS[name]
     kind, started = KINDS[kind_name], time.perf_counter()
-    divided = split_off_validation(split_by_group(items, FOLDS, fold), 1 / FOLDS, seed)
-    items_of = {split: video.pick_split(divided, split) for split in ("train", "val", "test")}
-
-    def part(split: str, version: int = 0) -> Composed:
-        """Compose the videos of a part; another version has the same clips, cut and surrounded differently."""
-        drawn = video.derive_seed(seed, version)
-        videos = compose(items_of[split], IRRELEVANT, kind.copies[split], drawn, kind.plan)
-        return Composed.of(videos, features, items)
-
+    part = composing(kind, fold, seed, features, items)
     train = [part("train", -version) for version in range(1, 9)]
     parts = val, test = part("val"), part("test")
     steps, classes = kind.plan.steps, int(train[0].targets.max()) + 1
@@ -365,6 +385,26 @@ def draw(found: dict[str, Results], folder: Path) -> None:
         plot.accuracy_compute(unique, title=title).savefig(folder / f"sparse_{kind}.png")
 
 
+def run(args: argparse.Namespace) -> int:
+    """Do what the command line asks for."""
+    if args.report:
+        print(report(committed()))
+        return 0
+    if args.plot:
+        draw(committed(), args.plot)
+        return 0
+    if None in (args.data, args.weights, args.light, args.features):
+        raise DynskipError("Runs need --data, --weights, --light and --features; --report prints what is there.")
+    features, items = encode(args)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    names = args.only or [name for name in RUNS if not (RESULTS / f"{name}.json").exists()]
+    for name in tqdm(names, "runs", disable=None):
+        content = perform(name, features, items, args)
+        text = json.dumps(content, separators=(",", ":")).replace("},{", "},\n{")
+        (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -376,26 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--report", action="store_true", help="print the tables of the results")
     add("--plot", type=Path, metavar="FOLDER", help="draw the pictures of the results")
     args = parser.parse_args(arguments)
-    try:
-        if args.report:
-            print(report(committed()))
-            return 0
-        if args.plot:
-            draw(committed(), args.plot)
-            return 0
-        if None in (args.data, args.weights, args.light, args.features):
-            raise DynskipError("Runs need --data, --weights, --light and --features; --report prints what is there.")
-        features, items = encode(args)
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        names = args.only or [name for name in RUNS if not (RESULTS / f"{name}.json").exists()]
-        for name in tqdm(names, "runs", disable=None):
-            content = perform(name, features, items, args)
-            text = json.dumps(content, separators=(",", ":")).replace("},{", "},\n{")
-            (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-    except (DynskipError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command.run(lambda: run(args), "Finished runs stay; the same command goes on.")
 
 
 if __name__ == "__main__":

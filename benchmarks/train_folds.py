@@ -61,6 +61,7 @@ from torch import Tensor, nn
 from dynskip import DynskipError, FixedGate, FLOPsLookup, SoFLoss, StopOrForward, glance, sofnet, stage_model, video
 from dynskip.backbone.weights import load_weights
 from dynskip.losses import anytime_loss
+from dynskip.video import command
 from dynskip.video.stored import classifier, fit_linear
 
 PICTURES, HEIGHT, WIDTH, FILES = 48, 144, 192, 16
@@ -387,6 +388,30 @@ def report(folder: Path) -> str:
     return "\n\n".join([*blocks, *machines])
 
 
+def run(args: argparse.Namespace) -> int:
+    """Do what the command line asks for."""
+    if args.report:
+        print(report(args.report))
+        return 0
+    if args.packed is None:
+        raise DynskipError("Say with --packed where packed clips are, or where they go.")
+    if args.pack:
+        pack(args.pack, args.packed, args.quick)
+    if args.out is None:
+        return 0
+    if args.quick:
+        vars(args).update(TINY)
+    elif None in (args.weights, args.light):
+        raise DynskipError("Training needs --weights and --light; --quick goes without.")
+    names = json.loads((args.packed / "clips.json").read_text(encoding="utf-8"))
+    args.items = [video.Item(Path(name), (label,), "train") for name, label in names]
+    if args.fold is None:
+        do_all(args, [each for n, each in enumerate(args.given) if each != "--pack" and args.given[n - 1] != "--pack"])
+    else:
+        do_fold(args)
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -412,31 +437,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         backbone="resnet50_v1", light_name=sparse.LIGHT, size=sparse.SIZE, glance_size=sparse.GLANCE_SIZE
     )
     args = parser.parse_args(arguments)
-    try:
-        if args.report:
-            print(report(args.report))
-            return 0
-        if args.packed is None:
-            raise DynskipError("Say with --packed where packed clips are, or where they go.")
-        if args.pack:
-            pack(args.pack, args.packed, args.quick)
-        if args.out is None:
-            return 0
-        if args.quick:
-            vars(args).update(TINY)
-        elif None in (args.weights, args.light):
-            raise DynskipError("Training needs --weights and --light; --quick goes without.")
-        names = json.loads((args.packed / "clips.json").read_text(encoding="utf-8"))
-        args.items = [video.Item(Path(name), (label,), "train") for name, label in names]
-        if args.fold is None:
-            given = list(sys.argv[1:] if arguments is None else arguments)
-            do_all(args, [each for n, each in enumerate(given) if each != "--pack" and given[n - 1] != "--pack"])
-        else:
-            do_fold(args)
-    except (DynskipError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args.given = list(sys.argv[1:] if arguments is None else arguments)
+    return command.run(lambda: run(args), "Finished runs stay; the same command goes on.")
 
 
 if __name__ == "__main__":
