@@ -45,11 +45,15 @@ def _broken(packet: Any) -> Any:
 
 @dataclass(frozen=True)
 class Play:
-    """What one connection gets: data, evenly over some seconds, and how it ends."""
+    """What one connection gets: data, evenly over some seconds, and how and when it ends.
+
+    A reset takes along what was not yet read, so one that is to come after a frame has to wait for it.
+    """
 
     data: bytes
     end: Literal["close", "reset", "silent"] = "close"
     seconds: float = 0.0
+    after: threading.Event | None = None
 
 
 @dataclass
@@ -81,6 +85,8 @@ class Camera:
             for start in range(0, len(play.data), max(size, 1)):
                 link.sendall(play.data[start : start + size])
                 self.off.wait(play.seconds / parts)
+            if play.after:
+                play.after.wait()
             if play.end == "silent":
                 self.off.wait()
             if play.end == "reset":

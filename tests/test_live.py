@@ -237,11 +237,14 @@ def test_frames_of_a_network_that_catches_up_are_late() -> None:
 
 def test_a_link_that_breaks_is_connected_again_with_another_size_and_codec(caplog: pytest.LogCaptureFixture) -> None:
     other = transport_stream(20, side=64, codec="mpeg4")
-    with camera(Play(DATA), Play(other, "reset"), Play(DATA, "silent")) as there:
+    read = threading.Event()
+    with camera(Play(DATA), Play(other, "reset", after=read), Play(DATA, "silent")) as there:
         source = LiveSource(there.address, lag=60, queue=100, timeout=1.0, **QUICK)
         frames = []
         for frame in source:
             frames.append(frame)
+            if frame.link == 2:
+                read.set()
             if frame.link == 3:
                 break
         source.close()

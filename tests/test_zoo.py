@@ -118,7 +118,7 @@ def test_damage_costs_frames_and_not_the_video(name: str, zoo: Path) -> None:
     kind, codec = name.split("_", 1)
     if kind == "broken" and codec != "x264.ts":
         assert damage.startswith(f"damaged: 1 of {media.COUNT} packets, ")
-    if kind == "missing" and codec == "x265.mp4":  # its decoder says nothing
+    if kind == "missing" and codec == "x265.mp4" and len(full_decode(path)) < len(wanted):  # its decoder says nothing
         assert damage.startswith("damaged: packets are missing, ")
     if kind == "cut":
         assert f"cut off: {len(wanted)} of {media.COUNT} frames are there" in damage
@@ -152,14 +152,16 @@ def test_a_frame_costs_what_lies_between_it_and_its_key_frame(zoo: Path) -> None
 
 def test_lost_frames_are_refused_where_they_are_too_many(zoo: Path) -> None:
     path, wanted = made("broken_x265.mp4", zoo)
-    lost = 14 / media.COUNT
-    VideoFile(path, lost).read([40], SIDE)
-    with pytest.raises(VideoError, match=r"damaged: 1 of 60 packets, 14 frames lost: more than the share of 0\.2 that"):
-        VideoFile(path, 0.2).read([40], SIDE)
-    VideoFile(path, 0.2).read([20], SIDE)  # before the damage
-    finding = check_video(Item(path, (), "train"))
-    assert (finding.frames, finding.damage) == (60, "damaged: 1 of 60 packets, 14 frames lost")
+    lost = len(wanted) - len(full_decode(path))  # builds of FFmpeg differ in what they salvage
     assert len(wanted) == 60
+    assert lost > 0
+    damage = f"damaged: 1 of 60 packets, {lost} frame{'s' * (lost > 1)} lost"
+    VideoFile(path, lost / 60).read([40], SIDE)
+    with pytest.raises(VideoError, match=f"{damage}: more than the share of 0.0 that"):
+        VideoFile(path, 0.0).read([40], SIDE)
+    VideoFile(path, 0.0).read([20], SIDE)  # before the damage
+    finding = check_video(Item(path, (), "train"))
+    assert (finding.frames, finding.damage) == (60, damage)
 
 
 def test_a_file_that_ends_a_seek_elsewhere_is_decoded_from_its_start(zoo: Path) -> None:
