@@ -2,6 +2,7 @@
 
     python examples/evaluate.py runs/mine/model --data DIR
     python examples/evaluate.py runs/mine/model --data DIR --budget 20 --curve curve.png
+    python examples/evaluate.py runs/mine/model --data DIR --html report.html
 
 MODEL is a folder that `save_pretrained` or a training recipe wrote. With --budget or --max-loss, thresholds are first
 chosen on the split val. MACs are multiply-adds, the literature's "FLOPs".
@@ -15,10 +16,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from dynskip import DynskipError, StopOrForward, calibrate, evaluation, metrics, plot, video
+from dynskip import DynskipError, StopOrForward, calibrate, evaluation, metrics, plot, report, video
 from dynskip.video import command
 from dynskip.video.outputs import check_files, check_folders, check_pictures
 
@@ -51,15 +53,26 @@ def parser() -> argparse.ArgumentParser:
         "--curve", type=Path, metavar="PNG", help="with either: draw accuracy against compute; its data beside it, .csv"
     )
     add("--usage", type=Path, metavar="PNG", help="draw what happened to the frames")
+    add(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="write all of it as one page, with curves and the best and worst videos",
+    )
     add("--per-video", type=Path, metavar="FILE", help="write a line of JSON for each video and way of running")
     return top
+
+
+def metric_of(model: StopOrForward) -> tuple[calibrate.Metric, str]:
+    """Return what is maximised, and its name."""
+    several = model.activation == "sigmoid"
+    return (metrics.mean_average_precision, "mAP") if several else (metrics.top_k_accuracy, "top-1")
 
 
 def choose_thresholds(model: StopOrForward, loader: video.EvaluationLoader, args: argparse.Namespace) -> None:
     """Set the model's thresholds for --budget or --max-loss on validation videos."""
     encoded = calibrate.encode(model, tqdm(loader, "calibrate", leave=False, disable=None))
-    several = model.activation == "sigmoid"
-    metric, name = (metrics.mean_average_precision, "mAP") if several else (metrics.top_k_accuracy, "top-1")
+    metric, name = metric_of(model)
     if args.budget is not None:
         calibration = calibrate.to_budget(model, encoded, 1e9 * args.budget, metric=metric)
     else:
@@ -79,10 +92,53 @@ def choose_thresholds(model: StopOrForward, loader: video.EvaluationLoader, args
         plot.accuracy_compute(curves, point, metric=name, title="Validation videos").savefig(args.curve)
 
 
+def write_page(
+    model: StopOrForward,
+    found: evaluation.Evaluation,
+    loader: video.EvaluationLoader,
+    split: str,
+    args: argparse.Namespace,
+) -> None:
+    """Write the page of an evaluation, with curves that are measured on the same videos, each in a part held out."""
+    clips, notes = loader.clips, [f"Unreadable, left out: {text}" for text in (*loader.unreadable, *found.unreadable)]
+    metric, name = metric_of(model)
+    lines: dict[str, Sequence[calibrate.CurvePoint]] = {}
+    try:
+        encoded = calibrate.encode(model, tqdm(loader, "curve", leave=False, disable=None))
+        own = range(sum(len(targets) for _, targets in encoded))  # each video is a group
+        lines = {
+            "gates": calibrate.curve(model, encoded, metric=metric),
+            "uniform frames": calibrate.uniform_frames(model, encoded, metric=metric, groups=own),
+            "random frames": calibrate.random_frames(model, encoded, metric=metric, groups=own),
+            "dense": [calibrate.dense(model, encoded, metric=metric, groups=own)],
+        }
+    except DynskipError as error:  # one video, or a model of unknown cost
+        notes.append(f"There is no curve: {error}")
+    places = {str(item.path): place for place, item in enumerate(clips.items)}
+
+    def frames(key: str) -> np.ndarray | None:
+        clip = clips[0, places[key]].video
+        return None if clip is None else clip.permute(0, 2, 3, 1).numpy()
+
+    given = {name.replace("_", " "): value for name, value in vars(args).items() if value not in (None, [])}
+    settings = {**given, "split": split, "frames of a video": clips.prep.num_frames, "pixels": clips.prep.size}
+    page = report.html_report(
+        model,
+        found,
+        title=f"{Path(args.model).name} on {args.data.name}",
+        frames=frames,
+        curves=lines,
+        metric=name,
+        settings=settings,
+        notes=notes,
+    )
+    args.html.write_text(page, encoding="utf-8")
+
+
 def run(args: argparse.Namespace) -> int:
     """Calibrate if asked to, and evaluate; return 1 if some videos could not be read."""
     check_pictures(args.curve, args.usage)
-    check_files(args.per_video, args.curve and args.curve.with_suffix(".csv"))
+    check_files(args.per_video, args.html, args.curve and args.curve.with_suffix(".csv"))
     check_folders(args.cache)
     model = StopOrForward.from_pretrained(args.model).to(args.device)
     for name in ("threshold", "min_frames"):
@@ -114,6 +170,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"note: {note}", file=sys.stderr)
     if args.per_video:
         found.write_records(args.per_video)
+    if args.html:
+        write_page(model, found, loader_of(split, 8), split, args)
     if args.usage:
         plot.frame_usage(found.results[-1].usage, found.stage_names, title=f"{split}: frame usage").savefig(args.usage)
     return 1 if unreadable else 0

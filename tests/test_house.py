@@ -27,7 +27,7 @@ FLOORS = (
     ("_pretrained", "plot"),
     ("wrapper", "hub", "calibrate"),
     ("early_exit", "evaluation"),
-    ("sofnet",),
+    ("sofnet", "report"),
     ("video",),
 )
 ROOT = Path(__file__).resolve().parents[1]
