@@ -11,15 +11,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from timm.data import ImageNetInfo
-
-from dynskip import DynskipError, FixedGate, SimilarityGate, StopOrForward, stage_model, video
-from dynskip.backbone.weights import load_weights
 from dynskip.video import command
 from dynskip.video.annotations import text_lines
 from dynskip.video.outputs import check_folders
+from dynskip.video.similar import similarity_model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,19 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def make() -> None:
         check_folders(args.out.parent)
-        backbone = stage_model(args.backbone, input_size=(3, args.size, args.size), pretrained=args.weights == "hub")
-        network: Any = backbone.model
-        if args.weights != "hub" and not load_weights(network, args.weights):
-            raise DynskipError(f"{args.weights} has another number of classes than timm's {args.backbone}.")
-        first, *others = backbone.num_features
-        model = StopOrForward(backbone, [SimilarityGate(first, args.distance), *(FixedGate() for _ in others)])
-        info, count = ImageNetInfo(), backbone.num_classes
-        known = count == info.num_classes()
-        names = [info.index_to_description(i) if known else f"class {i}" for i in range(count)]
-        model.class_names = [name for _, name in text_lines(args.class_names)] if args.class_names else names
-        mean, std = (tuple(network.pretrained_cfg[key]) for key in ("mean", "std"))
-        model.preprocessing = video.Preprocessing(args.size, args.frames, mean, std).to_dict()
-        print(f"Wrote {model.eval().save_pretrained(args.out)}.")
+        model = similarity_model(args.backbone, args.weights, args.size, args.frames, args.distance)
+        if args.class_names:
+            model.class_names = [name for _, name in text_lines(args.class_names)]
+        print(f"Wrote {model.save_pretrained(args.out)}.")
 
     return command.run(make, "Nothing was written.", "Choose a smaller --backbone.")
 
