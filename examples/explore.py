@@ -37,10 +37,12 @@ from dynskip.video.seen import SeenVideo
 from dynskip.video.similar import similarity_model
 
 HERE_ALONE = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+LINE = "Running prediction after each frame looked at (0 before the first used one)"
 STYLE = """<style>
-.strip { overflow-x: auto } .strip img { max-width: none; min-width: 720px; width: 100% }
-.costs { border-collapse: collapse; width: 100% } .costs :is(th, td) { padding: 4px 8px; text-align: right }
-.costs tr > :first-child { text-align: left } .costs tr + tr { border-top: 1px solid var(--border-color-primary) }
+.prose img { max-width: min(100%, 640px) } .prose .strip { overflow-x: auto }
+.prose .strip img { max-width: none; min-width: 720px; width: 100% } .prose .costs { width: 100% }
+.prose .costs :is(th, td) { border: 0; padding: 4px 6px; text-align: right; overflow-wrap: anywhere }
+.prose .costs tr > :first-child { text-align: left }
 </style>"""
 
 
@@ -156,7 +158,7 @@ def running(seen: SeenVideo, output: SkipOutput) -> pd.DataFrame:
     after = seen.running(output)
     top = after[-1].topk(min(3, after.shape[1])).indices.tolist()
     table = pd.DataFrame({"frame": range(1, len(after) + 1)} | {name_of(seen.model, n): after[:, n] for n in top})
-    return table.melt("frame", var_name="class", value_name="probability").dropna()
+    return table.fillna(0).melt("frame", var_name="class", value_name="probability")
 
 
 def costs(seen: SeenVideo, output: SkipOutput) -> str:
@@ -168,16 +170,17 @@ def costs(seen: SeenVideo, output: SkipOutput) -> str:
         said = ", ".join(f"{name_of(seen.model, n)} {p:.1%}" for n, p in named)
         lines += f"<td>{html.escape(said or 'no class')}</td>"
     whole, part = map(seen.loaded, both)
-    for name, before, now in (
-        ("GMACs (10<sup>9</sup> multiply-adds)", *(float(each.macs[0]) / 1e9 for each in both)),
+    rows: list[tuple[str, float, float | None]] = [
+        ("GMACs", float(seen.dense.macs[0]) / 1e9, float(output.macs[0]) / 1e9),
         ("network, ms", seen.dense_ms, seen.gates_ms),
         ("frames decoded", whole.decoded, part.decoded),
         ("decoding, ms", whole.milliseconds, part.milliseconds),
-    ):
+    ]
+    for name, before, now in rows:
         told = f"{now:.4g}</td><td>{now / before:.0%}" if now is not None else "not measured</td><td>"
         lines += f"<tr><td>{name}</td><td>{before:.4g}</td><td>{told}</td></tr>"
     used, looked = int(output.used.sum()), int(output.seen.sum())
-    said = f"{used} frames used, {looked - used} stopped, {len(seen.pictures) - looked} never looked at. "
+    said = f"Frames: {used} used, {looked - used} stopped, {len(seen.pictures) - looked} never looked at. "
     if output.fallback[0]:
         said += f"No frame passed every gate: frame {int(output.fallback_frame[0])} was run to the end instead. "
     return f'<p>{html.escape(said + "; ".join(seen.notes))}</p><table class="costs">{lines}</table>'
@@ -204,7 +207,7 @@ def build(args: argparse.Namespace) -> gr.Blocks:
                 side = gr.Column()
             with gr.Column(scale=3, min_width=300):
                 told, strip, table = gr.HTML(), gr.HTML(), gr.HTML()
-                line = gr.LinePlot(x="frame", y="probability", color="class", y_lim=[0, 1], title="Running prediction")
+                line = gr.LinePlot(x="frame", y="probability", color="class", y_lim=[0, 1], title=LINE)
                 curve = gr.HTML()
         results, drawn = [strip, line, table], [shown, dark, model]
 
@@ -221,7 +224,8 @@ def build(args: argparse.Namespace) -> gr.Blocks:
         with side:
             gr.render(inputs=[shown])(dials)
         for event in (model.input, choice.input, upload.upload):
-            ready = event(own.look, [model, choice, upload, dark], [shown, told, upload, *results])
+            clear = event(lambda: None, None, line)  # a line plot keeps the colours of the classes it has shown
+            ready = clear.then(own.look, [model, choice, upload, dark], [shown, told, upload, *results])
             ready.then(own.draw_curve, drawn, curve)
         page.load(None, None, dark, js="() => document.body.classList.contains('dark')")
     return page

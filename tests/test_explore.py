@@ -100,7 +100,7 @@ def test_upload_result_slider_changed_result(page: Any, served: tuple[str, Path,
     threshold.blur()
     expect(strip).not_to_have_attribute("alt", before, timeout=PATIENCE)
     expect(costs).to_contain_text("not measured")
-    expect(page.get_by_text("0 frames used")).to_be_visible()
+    expect(page.get_by_text("Frames: 0 used")).to_be_visible()
     page.get_by_role("button", name="Measure").click()
     expect(costs).not_to_contain_text("not measured", timeout=PATIENCE)
 

@@ -30,6 +30,7 @@ def model(tmp_path: Path) -> StopOrForward:
     return StopOrForward.from_pretrained(save_tiny_sofnet(tmp_path / "model", video.Preprocessing(32, FRAMES)))
 
 
+@pytest.mark.filterwarnings("ignore:The gates have memory")
 @pytest.mark.parametrize("order", [None, CoarseToFine()])
 @pytest.mark.parametrize("forward", [0.0, 0.5, 0.9])
 def test_decisions_and_costs_are_those_of_a_real_run(
