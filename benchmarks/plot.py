@@ -69,7 +69,7 @@ def page(text: str) -> str:
         "files": files([read("file_to_answer"), read("file_to_answer_1h_360p")]),
     }
     for name, table in tables.items():
-        text = re.sub(f"(?<=<!-- {name} -->\n\n).*?(?=\n\n)", lambda _, table=table: table, text, flags=re.DOTALL)
+        text = re.sub(f"(?<=<!-- {name} -->\n\n).*?(?=\n\n)", table, text, flags=re.DOTALL)
     return text
 
 
