@@ -34,7 +34,7 @@ def ratios(contents: dict[str, dict[str, Any]]) -> str:
             goal, met = ratio["wanted"], "-"
             if goal is not None:
                 relation, bound = goal.split()
-                words, holds = {"<=": ("at most", operator.le), ">=": ("at least", operator.ge)}[relation]
+                words, holds = {"<=": ("≤", operator.le), ">=": ("≥", operator.ge)}[relation]
                 goal, met = f"{words} {bound}", "yes" if holds(ratio["value"], float(bound)) else "**no**"
             lines.append(f"| `{script}.py` | {' | '.join(sides)} | {ratio['value']:.3f} | {goal or '-'} | {met} |")
     return "\n".join(lines)

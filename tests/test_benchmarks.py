@@ -129,9 +129,9 @@ def test_results_of_few_rounds_and_missed_goals_are_told() -> None:
         "ratios": {"online / bare stages": {"value": 1.0501, "wanted": "<= 1.05"}},
     }
     row = plot.ratios({"overhead": content}).splitlines()[-1]
-    assert row == "| `overhead.py` | online: 20 ms | bare stages | 1.050 | at most 1.05 | **no** |"
+    assert row == "| `overhead.py` | online: 20 ms | bare stages | 1.050 | ≤ 1.05 | **no** |"
     content["ratios"] = {"2 streams / full batches": {"value": 0.9, "wanted": ">= 0.9"}}
-    assert plot.ratios({"many_streams": content}).endswith("| at least 0.9 | yes |")
+    assert plot.ratios({"many_streams": content}).endswith("| ≥ 0.9 | yes |")
     content["command"] = "python benchmarks/overhead.py --quick"
     with pytest.raises(RuntimeError, match="too few rounds"):
         plot.ratios({"overhead": content})

@@ -131,7 +131,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         ),
     ),
     "Expected batches": (
-        lambda: calibrate.to_accuracy(model(), BATCH[0], max_loss=1),
+        lambda: calibrate.to_accuracy(model(), BATCH[0], max_loss=1),  # type: ignore[arg-type]
         lambda: calibrate.to_accuracy(model(), BATCH, max_loss=1),
     ),
     "There are no validation videos": (
