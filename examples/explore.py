@@ -37,7 +37,6 @@ from dynskip.video.seen import SeenVideo
 from dynskip.video.similar import similarity_model
 
 HERE_ALONE = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
-LINE = "Running prediction after each frame looked at (0 before the first used one)"
 STYLE = """<style>
 .prose img { max-width: min(100%, 640px) } .prose .strip { overflow-x: auto }
 .prose .strip img { max-width: none; min-width: 720px; width: 100% } .prose .costs { width: 100% }
@@ -158,7 +157,8 @@ def running(seen: SeenVideo, output: SkipOutput) -> pd.DataFrame:
     after = seen.running(output)
     top = after[-1].topk(min(3, after.shape[1])).indices.tolist()
     table = pd.DataFrame({"frame": range(1, len(after) + 1)} | {name_of(seen.model, n): after[:, n] for n in top})
-    return table.fillna(0).melt("frame", var_name="class", value_name="probability")
+    melted: pd.DataFrame = table.fillna(0).melt("frame", var_name="class", value_name="probability")
+    return melted
 
 
 def costs(seen: SeenVideo, output: SkipOutput) -> str:
@@ -207,7 +207,7 @@ def build(args: argparse.Namespace) -> gr.Blocks:
                 side = gr.Column()
             with gr.Column(scale=3, min_width=300):
                 told, strip, table = gr.HTML(), gr.HTML(), gr.HTML()
-                line = gr.LinePlot(x="frame", y="probability", color="class", y_lim=[0, 1], title=LINE)
+                line = gr.LinePlot(x="frame", y="probability", color="class", y_lim=[0, 1], title="Running prediction")
                 curve = gr.HTML()
         results, drawn = [strip, line, table], [shown, dark, model]
 
