@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def make() -> None:
         check_folders(args.out.parent)
         named = [name for _, name in text_lines(args.class_names)] if args.class_names else []
-        own = {"num_classes": len(named)} if named else {}
+        own: dict[str, Any] = {"num_classes": len(named)} if named else {}
         size, pretrained = (3, args.size, args.size), args.weights == "hub"
         backbone = stage_model(args.backbone, input_size=size, pretrained=pretrained, **own)
         network: Any = backbone.model
