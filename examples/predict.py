@@ -4,7 +4,7 @@
     python examples/predict.py runs/mine/model DIR --compare
 
 A DIR with video files in it stands for all of them. With --compare, every frame also runs through the network without
-gates, and the last line says what the gates saved and how many answers stayed.
+gates, and the last lines say what the gates saved and how many answers stayed.
 
 MODEL is a folder that `save_pretrained` or a training recipe wrote. A bad file is reported and stops no other. MACs are
 multiply-adds, the literature's "FLOPs".
@@ -87,9 +87,9 @@ def savings(gated: Sequence[Cost], dense: Sequence[Cost]) -> str:
     kept = sum(one.answer == other.answer for one, other in zip(gated, dense, strict=True))
     return (
         f"Saved: {1 - macs / plain_macs:.1%} of the multiply-adds "
-        f"({macs:.3g} GMACs a video instead of {plain_macs:.3g}) "
-        f"and {1 - taken / plain_taken:.1%} of the network's time ({taken:.1f} ms instead of {plain_taken:.1f}). "
-        f"{kept} of {len(gated)} answers are those of the network without gates."
+        f"({macs:.3g} GMACs a video instead of {plain_macs:.3g})\n"
+        f"  and {1 - taken / plain_taken:.1%} of the network's time ({taken:.1f} ms instead of {plain_taken:.1f}).\n"
+        f"  {kept} of {len(gated)} answers are those of the network without gates."
     )
 
 

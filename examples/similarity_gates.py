@@ -43,7 +43,7 @@ def choose_threshold(model: StopOrForward, folder: Path, max_loss: float) -> Non
     found.apply(model)
     print(
         f"Chosen on {len(encoded)} videos: {found.point.macs / 1e9:.4g} GMACs (multiply-adds) a video instead of "
-        f"{found.dense.macs / 1e9:.4g}, {100 * found.point.accuracy:.4g} % of the answers are those of the network."
+        f"{found.dense.macs / 1e9:.4g}.\n  {100 * found.point.accuracy:.4g} % of the answers are those of the network."
     )
 
 
