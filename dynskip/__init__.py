@@ -53,7 +53,7 @@ from dynskip.sofnet import sofnet
 from dynskip.terminate import EarlyTerminator
 from dynskip.wrapper import StopOrForward
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "UNSEEN",
