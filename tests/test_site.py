@@ -133,6 +133,8 @@ def test_search_finds_names_and_words(browser: Any, address: str) -> None:
         "resnet50": "api/sofnet/?h=resnet50#dynskip.sofnet.resnet50_v1",
         "mp4": "training/?h=mp4#data",
         "license": "contributing/?h=license#license",
+        "cite": "cite/?h=cite",
+        "troubleshooting": "troubleshooting/?h=troubleshooting",
     }
     for words, page in wanted.items():
         tab.keyboard.press("Control+a")
