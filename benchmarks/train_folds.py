@@ -24,7 +24,7 @@ both kinds of videos, with a glance and without (`sparse.py`, which also explain
     joint      backbone and gates together with the thesis' loss; then gates are fitted to the features as above
     joint-all  the same with the cross-entropy of the mean over all frames (`SoFLoss(all_frames=1)`)
 
-Gates without a glance are fitted with `WorthLoss` (`early_gates.py` says why), those after one with the thesis' losses.
+Gates are fitted with `WorthLoss` in the place of self-supervision (`early_gates.py` says why).
 One JSON file for each backbone, kind, method, fold and seed of the gates is written to `benchmarks/results/folds`, or
 to `--out`; those that are there are not done again.
 """
@@ -263,7 +263,8 @@ def features_of(
                 encoded = in_float(whole.encode(images[:, None]))
             seen.append([stage[:, 0] for stage in encoded.pooled])
     hook.remove()
-    joined = [torch.cat(stage).unflatten(0, (-1, CLIP_STEPS)) for stage in (*zip(*seen, strict=True), embedding)]
+    stages: list[Sequence[Tensor]] = [*zip(*seen, strict=True), embedding]
+    joined = [torch.cat(tuple(stage)).unflatten(0, (-1, CLIP_STEPS)) for stage in stages]
     positions = torch.arange(len(args.items))
     return video.StoredFeatures(tuple(joined[:-1]), joined[-1], positions, (args.size, args.size))
 
@@ -308,8 +309,8 @@ def do_fold(args: argparse.Namespace) -> None:
             print(f"[{fold}] {name} after {seconds['all']} s", flush=True)
 
 
-def worth(lookup: FLOPsLookup) -> sparse.Loss:
-    """Return the loss of gates without a glance: what frames are worth in the place of self-supervision."""
+def gates_loss(lookup: FLOPsLookup) -> sparse.Loss:
+    """Return the loss of gates: the thesis' one, but with what frames are worth in the place of self-supervision."""
     criterion, worth = SoFLoss(lookup, sparse.ALPHA, 1.0, normalize=True), WorthLoss(lookup)
 
     def loss(encoded: Any, output: SkipOutput, targets: Tensor) -> Tensor:
@@ -358,9 +359,8 @@ def measure(
     first, *others = plain.num_features
     similar = StopOrForward(plain, [SimilarityGate(first), *(FixedGate() for _ in others)]).to(args.device).eval()
     points["similarity gates"] = sparse.gated(similar, parts, steps * dense)
-    ways = {"gates": (plain, worth), "gates after a glance": (glanced, sparse.thesis_loss)}
-    for name, (backbone, loss_of) in ways.items():
-        gates = sparse.train_gates(backbone, kind, part, seed, f"[{args.fold}] {kind_name}: {name}", loss_of)
+    for name, backbone in (("gates", plain), ("gates after a glance", glanced)):
+        gates = sparse.train_gates(backbone, kind, part, seed, f"[{args.fold}] {kind_name}: {name}", gates_loss)
         points[name] = sparse.gated(gates, parts, steps * dense)
     return {
         "videos": {"val": len(val.targets), "test": len(test.targets)},

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ import sparse  # noqa: E402
 import train_folds  # noqa: E402
 from compose_untrimmed import Plan  # noqa: E402
 
-from dynskip.video import stick_figures  # noqa: E402
+from dynskip.video import Item, stick_figures  # noqa: E402
 
 CLASSES = ("Archery", "HorseRace", "Piano", "Surfing")
 COLOURS = {"Archery": (200, 30, 30), "HorseRace": (30, 200, 30), "Piano": (30, 30, 200), "Surfing": (200, 200, 30)}
@@ -153,7 +154,7 @@ def test_the_last_stages_are_trained_from_what_the_others_made_once(
     args = train_folds.parser().parse_args(["--packed", str(packed), "--stages", "2", "--device", "cpu"])
     vars(args).update(train_folds.TINY, weights=None, light=None, light_name="test_efficientnet")
     names = json.loads((packed / "clips.json").read_text())
-    args.items = [train_folds.video.Item(Path(name), (label,), "train") for name, label in names]
+    args.items = [Item(Path(name), (label,), "train") for name, label in names]
     source = train_folds.first_stages(args)
     monkeypatch.setattr(packing.Pictures, "crop", None)  # the second time, nothing is decoded or cropped
     assert train_folds.first_stages(args).count == source.count == 3
@@ -161,7 +162,7 @@ def test_the_last_stages_are_trained_from_what_the_others_made_once(
     torch.manual_seed(0)
     model, glanced, _ = train_folds.build(args, 2, args.seed)
     before = {name: value.clone() for name, value in model.backbone.model.state_dict().items()}
-    items = [train_folds.replace(item, split="train") for item in args.items]
+    items = [replace(item, split="train") for item in args.items]
     train_folds.fine_tune(model, items, source, "anytime", 0, args)
     changed = {n.split(".")[0] for n, v in model.backbone.model.state_dict().items() if not torch.equal(v, before[n])}
     assert changed == {"layer3", "layer4", "fc"}
