@@ -40,6 +40,7 @@ from dynskip.losses import (
     SoFLoss,
     TargetRateLoss,
     UsageUniformityLoss,
+    WorthLoss,
 )
 from dynskip.order import CoarseToFine, FrameOrder, RandomOrder
 from dynskip.output import EncodedVideo, FrameResult, SkipOutput, VideoResult
@@ -106,6 +107,7 @@ __all__ = [
     "TopKMean",
     "UsageUniformityLoss",
     "VideoResult",
+    "WorthLoss",
     "exponential_temperature",
     "glance",
     "sofnet",
