@@ -59,7 +59,8 @@ def test_timeline_shows_what_happened_to_every_frame() -> None:
     figure = plot.timeline(frames(5), torch.tensor([0, USED, 2, UNSEEN, USED]), NAMES, title="a clip")
     assert isinstance(figure, Figure)
     shown = texts(figure)
-    assert shown.count("maxpool") == shown.count("layer2") == shown.count("exit") == shown.count("a clip") == 1
+    assert shown.count("maxpool") == shown.count("layer2") == shown.count("a clip") == 1
+    assert shown.count("unseen") == 2  # on the tile and in the legend
     assert not {"layer1", "fallback", "annotated segment"} & set(shown)
     assert {"used", "stopped after the stage named", "unseen"} <= set(shown)
     # Five thumbnails, and the two used frames again below theirs.
@@ -187,6 +188,19 @@ def test_accuracy_compute_draws_bands_where_points_have_them() -> None:
     assert corners == {(1, 40), (1, 60), (3, 60), (3, 75)}
     one = plot.accuracy_compute({"dense": banded[:1]}).figure.axes[-1]
     np.testing.assert_allclose(np.asarray(one.collections[0].get_paths()[0].vertices), [[1, 40], [1, 60]])
+
+
+def test_accuracy_compute_shows_the_range_that_tells_curves_apart() -> None:
+    steep = [CurvePoint(0.4, 1e9), CurvePoint(0.91, 5e9)]
+    flat = [CurvePoint(0.9, 2e9, band=(0.86, 0.93)), CurvePoint(0.92, 6e9, band=(0.88, 0.95))]
+    low, high = plot.accuracy_compute({"steep": steep, "flat": flat}).axes[-1].get_ylim()
+    assert 70 < low < 86
+    assert 95 < high < 97
+    for chosen in (CurvePoint(0.5, 1e9), CurvePoint(0.99, 1e9)):
+        low, high = plot.accuracy_compute({"steep": steep, "flat": flat}, chosen).axes[-1].get_ylim()
+        assert low < 100 * chosen.accuracy < high
+    low, high = plot.accuracy_compute({"one": [CurvePoint(1.0, 1e9)]}).axes[-1].get_ylim()
+    assert low < 100 < high
 
 
 def test_accuracy_compute_needs_points() -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dynskip.calibrate import CurvePoint
 
 _BARS, _STEP, _THICKNESS = 4.5, 0.34, 0.22  # inches: the longest bar, from one bar to the next, and how thick
+_BELOW = 0.08  # of accuracy, that is shown below the curves' best points at least
 _CURVES = (RELEVANT, FALLBACK, USED, "#CC79A7", STOPPED, GATES)
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # tell curves apart without colour
 
@@ -117,9 +118,12 @@ def accuracy_compute(
 ) -> Figure:
     """Draw accuracy against executed compute, one line a curve, with confidence bands where points have them.
 
+    The axis of the accuracy shows where the curves' best points lie, and some way below. Lines that fall further leave
+    the picture.
+
     Args:
         curves: Points by the name of their curve, such as those of `dynskip.calibrate`; a single point, such as the
-            dense backbone, becomes a mark. Bands are drawn for curves whose points all have one.
+            dense backbone, becomes a mark, its band an error bar. Bands are drawn for curves whose points all have one.
         chosen: A point to mark with a ring, such as `Calibration.point`.
         metric: Name of the accuracy, for the axis.
         title: Text above the picture; may have several lines.
@@ -146,18 +150,20 @@ def accuracy_compute(
     ):
         ordered = sorted(points, key=lambda point: point.macs)
         x, y = [point.macs / 1e9 for point in ordered], [100 * point.accuracy for point in ordered]
-        axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.6, label=name, clip_on=False, zorder=3)
+        axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.6, label=name, zorder=3)
         bands = [point.band for point in ordered if point.band is not None]
         if len(bands) == len(ordered):
             lowest, highest = ([100 * edge for edge in edges] for edges in zip(*bands, strict=True))
             if len(ordered) == 1:
-                axes.vlines(x, lowest, highest, color=colour, alpha=0.4, linewidth=4, zorder=2)
+                axes.vlines(x, lowest, highest, color=colour, linewidth=1.6, zorder=3)
+                axes.scatter([x, x], [lowest, highest], marker="_", color=colour, zorder=3)  # caps
             else:
                 axes.fill_between(x, lowest, highest, color=colour, alpha=0.18, linewidth=0, zorder=2)
     if chosen is not None:
-        ring: dict[str, Any] = {"facecolors": "none", "edgecolors": theme.ink, "linewidths": 1.8, "clip_on": False}
+        ring: dict[str, Any] = {"facecolors": "none", "edgecolors": theme.ink, "linewidths": 1.8}
         axes.scatter([chosen.macs / 1e9], [100 * chosen.accuracy], s=130, label="chosen", zorder=4, **ring)
     axes.set_xlim(left=0)
+    axes.set_ylim(*_accuracy_range(curves, chosen))
     axes.set_xlabel("GMACs per video (10⁹ multiply-adds)", color=theme.ink, fontsize=FONT)
     axes.set_ylabel(f"{metric} %", color=theme.ink, fontsize=FONT)
     axes.tick_params(colors=theme.muted, labelsize=FONT - 1)
@@ -166,6 +172,19 @@ def accuracy_compute(
     axes.spines[["left", "bottom"]].set_color(theme.muted)
     canvas.legend(axes.get_legend_handles_labels()[0], left, 0.7 * MARGIN, ncols=columns)
     return canvas.figure
+
+
+def _accuracy_range(curves: Mapping[str, Sequence[CurvePoint]], chosen: CurvePoint | None) -> tuple[float, float]:
+    """Percent from below the worst of the curves' best points to the top: what lies far below tells nobody apart."""
+    best = [max(points, key=lambda point: point.accuracy) for points in curves.values()]
+    best += [chosen] if chosen is not None else []
+    accuracies = [point.accuracy for point in best]
+    edges = [point.band or (point.accuracy, point.accuracy) for point in itertools.chain(*curves.values(), best)]
+    wanted = min(low for low, _ in (point.band or (point.accuracy,) * 2 for point in best))
+    lowest = max(min(low for low, _ in edges), wanted - max(_BELOW, max(accuracies) - min(accuracies)))
+    highest = max(high for _, high in edges)
+    margin = 0.05 * (highest - lowest) or 0.01
+    return 100 * (lowest - margin), 100 * (highest + margin)
 
 
 def _executed(lookup: FLOPsLookup, stopped_at: Tensor, lengths: Tensor | None) -> Tensor:

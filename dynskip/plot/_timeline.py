@@ -40,7 +40,7 @@ def timeline(
     """Draw the frames of one video, and below each what the model did with it.
 
     A used frame appears again, framed. A stopped one becomes a tile with the name of the stage it stopped
-    after, in a stronger colour for later stages; an unseen one becomes a black tile "exit". Long videos
+    after, in a stronger colour for later stages; an unseen one becomes a black tile "unseen". Long videos
     continue on a new line every 16 frames.
 
     Args:
@@ -107,7 +107,7 @@ def timeline(
             _draw_frame(canvas, x, bottom, tile_height, fallback=t == fallback_frame)
         else:
             if stage == UNSEEN:
-                label, colour, size = "exit", theme.unseen, FONT
+                label, colour, size = "unseen", theme.unseen, FONT
             else:
                 label, colour, size = stage_names[stage], theme.shade(stage, len(stage_names)), font
             canvas.rectangle(x, bottom, _TILE, tile_height, facecolor=colour, edgecolor=theme.track)

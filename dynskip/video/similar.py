@@ -46,8 +46,8 @@ def similarity_model(
     network: Any = backbone.model
     if weights != "hub" and not load_weights(network, weights):
         raise DynskipError(
-            f"{weights} does not have {backbone.num_classes} classes. Name those that it has: with `class_names`, or in "
-            "similarity_gates.py, a line each, in a file: --class-names FILE."
+            f"{weights} does not have {backbone.num_classes} classes. Name those that it has: with `class_names`, "
+            "or in similarity_gates.py, a line each, in a file: --class-names FILE."
         )
     first, *others = backbone.num_features
     model = StopOrForward(backbone, [SimilarityGate(first, distance), *(FixedGate() for _ in others)])
