@@ -3,7 +3,7 @@
     python benchmarks/coverage.py --quick           # about 30 small structures; nothing is written
     python benchmarks/coverage.py                   # all structures that have no result with these versions yet
     python benchmarks/coverage.py --only 'twins_*'  # these structures, again
-    python benchmarks/coverage.py --report          # writes docs/backbones.md from the results
+    python benchmarks/coverage.py --report          # writes docs/backbones.md and .csv from the results
 
 timm's names are variations of far fewer structures. Two models share a structural signature when their class, the
 source file that registers them, the names of their top-level children and the boundaries that they declare
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import csv
 import dataclasses
 import fnmatch
 import functools
@@ -49,7 +50,8 @@ from dynskip.backbone.carry import flatten
 ROOT = Path(__file__).resolve().parent.parent
 SIGNATURES = ROOT / "benchmarks" / "results" / "signatures.json"
 RESULTS = ROOT / "benchmarks" / "results" / "coverage.jsonl"
-TABLE = ROOT / "docs" / "backbones.md"
+PAGE = ROOT / "docs" / "backbones.md"
+ROWS = ROOT / "docs" / "backbones.csv"  # all that the checks found
 
 TOLERANCE = 1e-4  # of the largest absolute value compared
 SPREAD = 1e-2  # values have to differ by this between images, or comparing rows would prove nothing
@@ -66,14 +68,25 @@ MACHINE = f"Python {platform.python_version()} on {platform.machine()}, {os.cpu_
 VERSIONS = f"dynskip {dynskip.__version__}, timm {timm.__version__}, torch {torch.__version__}"
 
 INTRODUCTION = """\
-# Backbones
+# Backbones checked
 
-timm's {models} models have {structures} different structures. For each structure, its smallest model was cut by
-`dynskip.stage_model` with default boundaries, and checked against the untouched model, with random weights, on {batch}
-images. Values count as equal if they differ by less than {tolerance:g} of the largest one. Large transformers
-("narrow") were built with {narrow} channels a head, most of them for small images, so that a small machine can check
-them. Deep random networks amplify rounding: where float32 missed the tolerance, the check was repeated in float64, and
-the table says so.
+timm's {models} models have {structures} different structures. The smallest model of each was cut and checked.
+
+| check | structures | timm models that they stand for |
+| --- | --- | --- |
+{summary}
+
+## What did not pass
+
+{failures}
+
+## What was checked
+
+Each model was cut by [`dynskip.stage_model`](api/backbone.md#dynskip.stage_model) with default boundaries, and compared
+with the untouched model, with random weights, on {batch} images. Values count as equal if they differ by less than
+{tolerance:g} of the largest one. Large transformers were built with {narrow} channels a head, most of them for small
+images, so that a small machine can check them ("narrow"). Deep random networks amplify rounding: where float32 missed
+the tolerance, the check was repeated in float64.
 
 - *exact*: the stages and the head compose to the model's own logits.
 - *subset*: with one sample dropped at every boundary, every pooled feature and the logits equal the rows of the full
@@ -85,15 +98,16 @@ the table says so.
 - *wrapped*: with gates around it, the model takes a training step. Skipping gives the same decisions and logits as
   masking, and the same logits bit for bit after a save and a load.
 
-| check | structures | timm models that they stand for |
-| --- | --- | --- |
-{summary}
-
 Written by `python benchmarks/coverage.py --report` after {minutes:.0f} minutes of checks with one thread, on
 {environments}.
 
-| family | checked | size | models | boundaries | layout | stages | {names} | why not |
-{rule}
+## Families and their boundaries
+
+*Models* counts the timm models of a structure. Sizes, layouts and each check's result are in
+[`backbones.csv`](backbones.csv).
+
+| family | checked | models | boundaries |
+| --- | --- | --- | --- |
 {rows}
 """
 
@@ -504,29 +518,34 @@ def report(pairs: Sequence[tuple[Signature, Outcome]]) -> str:
         summary="\n".join(summarise(pairs)),
         minutes=sum(outcome.seconds for _, outcome in pairs) / 60,
         environments="; and ".join(sorted(environments)),
-        names=" | ".join(CHECKS),
-        rule="| --- " * (len(CHECKS) + 8) + "|",
-        rows="\n".join(itertools.starmap(to_row, pairs)),
+        failures="\n".join(
+            f"- {s.cls} (`{s.representative}`, {len(s.models)} models): {outcome.reasons()}"
+            for s, outcome in pairs
+            if outcome.reasons()
+        ),
+        rows="\n".join(
+            f"| {s.cls} | `{s.representative}` | {len(s.models)} | `{shorten(outcome.stages)}` |"
+            for s, outcome in pairs
+        ),
     )
 
 
-def to_row(signature: Signature, outcome: Outcome) -> str:
-    """Return a structure's row of the table."""
+def to_row(signature: Signature, outcome: Outcome) -> dict[str, object]:
+    """Return all that the checks of a structure found."""
     narrow = 0 < outcome.parameters < signature.parameters
-    verdicts = {check: "yes" if outcome.passed(check) else "no" for check in outcome.checks}
-    verdicts |= dict.fromkeys(outcome.in_float64, "yes (float64)")
-    cells = [
-        f"{signature.cls} ({signature.file})",
-        f"`{signature.representative}`",
-        "x".join(map(str, outcome.input_size[1:])) + (" (narrow)" if narrow else ""),
-        str(len(signature.models)),
-        f"`{shorten(outcome.stages)}`" if outcome.stages else "",
-        ", ".join(layout for layout, _ in itertools.groupby(outcome.layouts)),
-        str(len(outcome.stages) or ""),
-        *(verdicts.get(check, "") for check in CHECKS),
-        outcome.reasons().replace("|", "/"),
-    ]
-    return f"| {' | '.join(cells)} |"
+    verdicts = {check: "yes" if outcome.passed(check) else "no" for check in CHECKS}
+    return {
+        "family": signature.cls,
+        "file": signature.file,
+        "checked": signature.representative,
+        "size": "x".join(map(str, outcome.input_size[1:])) + (" (narrow)" if narrow else ""),
+        "models": len(signature.models),
+        "boundaries": " ".join(outcome.stages),
+        "layout": " ".join(layout for layout, _ in itertools.groupby(outcome.layouts)),
+        "stages": len(outcome.stages),
+        **verdicts | dict.fromkeys(outcome.in_float64, "yes (float64)"),
+        "why not": outcome.reasons(),
+    }
 
 
 def shorten(names: Sequence[str]) -> str:
@@ -546,12 +565,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--quick", action="store_true", help=f"check the smallest structures of {QUICK} source files, write nothing"
     )
     parser.add_argument("--only", metavar="PATTERN", help="check these again, such as 'resnet*'")
-    parser.add_argument("--report", action="store_true", help=f"write {TABLE.relative_to(ROOT)}, check nothing")
+    parser.add_argument("--report", action="store_true", help=f"write {PAGE.relative_to(ROOT)} and .csv, check nothing")
     parser.add_argument("--jobs", type=int, default=2, help="models checked at a time, one thread each (%(default)s)")
     args = parser.parse_args(argv)
     signatures, outcomes = find_signatures(), read_results()
     if args.report:
-        TABLE.write_text(report([(s, outcomes.get(s.representative, Outcome(s.representative))) for s in signatures]))
+        pairs = [(s, outcomes.get(s.representative, Outcome(s.representative))) for s in signatures]
+        PAGE.write_text(report(pairs))
+        rows = [to_row(s, outcome) for s, outcome in pairs]
+        with ROWS.open("w", newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
         return 0
     if args.quick:
         smallest = {s.file: s for s in sorted(signatures, key=lambda s: -s.parameters)}

@@ -1,11 +1,12 @@
 """Which training signal lets the first gates stop what the last ones would? Variants of the gates' loss, no new labels.
 
-    python benchmarks/early_gates.py --data DIR --weights FILE --light FILE --features FOLDER --out RESULTS
-    python benchmarks/early_gates.py --report RESULTS
+    python benchmarks/early_gates.py --data DIR --weights FILE --light FILE --features FOLDER
+    python benchmarks/early_gates.py --report
 
 The folds, videos, networks and features are those of `benchmarks/sparse.py`. A run trains gates on a frozen ResNet-50
-with one variant of the loss, minutes on a CPU; the variants of a fold share everything else. The table compares each
-with the thesis' loss, video by video. Variants:
+with one variant of the loss, half a minute on a CPU; the variants of a fold share everything else. The table compares
+each with the thesis' loss, video by video. A run writes a file to `benchmarks/results/early_gates`, or to --out.
+Variants:
 
     thesis          alpha L_cls + (1 - alpha) L_eff + beta L_inner + (1 - beta) L_self
     all inner       L_inner on all frames, not on forwarded ones
@@ -33,17 +34,17 @@ from typing import Any
 import common
 import sparse
 import torch
-import torch.nn.functional as F
 from compose_untrimmed import Composed
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dynskip import DynskipError, FixedGate, FLOPsLookup, SkipOutput, SoFLoss, StopOrForward
-from dynskip.losses import budget_loss, inner_classification_loss
+from dynskip import DynskipError, FixedGate, FLOPsLookup, SkipOutput, SoFLoss, StopOrForward, WorthLoss
+from dynskip.losses import budget_loss, inner_classification_loss, worth_loss
 from dynskip.rules import margins
 from dynskip.video import command
 
-BUDGETS = {"half": (0.6, 0.4, 0.2), "sparse": (0.6, 0.4, 0.2)}
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "early_gates"
+BUDGETS = (0.6, 0.4, 0.2)
 
 
 class AllInner(nn.Module):
@@ -66,30 +67,6 @@ class Executed(nn.Module):
         return budget_loss(output.forward, self.costs, self.head, 0.0)
 
 
-class Worth(nn.Module):
-    """Binary cross-entropy of each gate with what a frame is worth in the end, weighted by what mistakes cost."""
-
-    def __init__(self, lookup: FLOPsLookup) -> None:
-        super().__init__()
-        self.saved = (lookup.remaining / lookup.total).float()
-
-    def forward(self, output: SkipOutput, targets: Tensor, worth: Tensor | None = None) -> Tensor:
-        """Return the loss; a worth `(B, T)` from 0 to 1 is by default that of the head's answer to the frame."""
-        assert output.gate_logits is not None
-        if worth is None:
-            chance = 1 / output.logits.shape[-1]
-            named = (
-                output.frame_logits.detach()
-                .softmax(-1)
-                .gather(-1, targets[:, None, None].expand(-1, output.frame_logits.shape[1], 1))
-            )
-            worth = ((named.squeeze(-1) - chance) / (1 - chance)).clamp(min=0)
-        margin = margins(output.gate_logits)
-        stopped_wrongly = worth[..., None] * F.softplus(-margin)
-        losses: Tensor = stopped_wrongly + (1 - worth[..., None]) * self.saved * F.softplus(margin)
-        return losses.mean()
-
-
 def loss_of(variant: str, teacher: StopOrForward | None, lookup: FLOPsLookup) -> sparse.Loss:
     """Return the loss of encoded videos, their output and targets."""
     with_worth = variant in ("worth", "worth+", "imitation")
@@ -99,18 +76,18 @@ def loss_of(variant: str, teacher: StopOrForward | None, lookup: FLOPsLookup) ->
         criterion.guidance.inner = AllInner()
     if variant in ("executed", "worth+"):
         criterion.efficiency = Executed(lookup)
-    worth = Worth(lookup) if with_worth else None
+    worth = WorthLoss(lookup)
 
     def loss(encoded: Any, output: SkipOutput, targets: Tensor) -> Tensor:
         total: Tensor = criterion(output, targets).total
-        if worth is None:
+        if not with_worth:
             return total
-        used = None
-        if teacher is not None:
-            with torch.no_grad():
-                used = teacher.decide(encoded, sample=False).used.float()
-        total = total + worth(output, targets, used)
-        return total
+        if teacher is None:
+            return total + worth(output, targets)  # type: ignore[no-any-return]
+        with torch.no_grad():
+            used = teacher.decide(encoded, sample=False).used.float()
+        assert output.gate_logits is not None
+        return total + worth_loss(margins(output.gate_logits), used, worth.saved)
 
     return loss
 
@@ -182,10 +159,10 @@ def report(folder: Path) -> str:
     blocks = []
     for kind, network in sorted({(each["run"]["kind"], each["run"]["network"]) for each in found}):
         own = [each for each in found if (each["run"]["kind"], each["run"]["network"]) == (kind, network)]
-        copies, budgets = sparse.KINDS[kind].copies["test"], BUDGETS[kind]
+        copies = sparse.KINDS[kind].copies["test"]
         by_run = {tuple(each["run"].values()): each for each in own}
         ways = {"as trained": functools.partial(sparse.choose, how="trained", budget=1.0)}
-        for budget in budgets:
+        for budget in BUDGETS:
             ways[f"within {budget:.0%}"] = functools.partial(sparse.choose, how="chosen", budget=budget)
             ways[f"ending early, within {budget:.0%}"] = functools.partial(sparse.choose, how="early", budget=budget)
         lines = [
@@ -234,10 +211,10 @@ def stopped(found: Sequence[dict[str, Any]]) -> str:
 def run(args: argparse.Namespace) -> int:
     """Do what the command line asks for."""
     if args.report:
-        print(report(args.report))
+        print(report(args.out))
         return 0
-    if None in (args.data, args.weights, args.light, args.features, args.out):
-        raise DynskipError("Runs need --data, --weights, --light, --features and --out.")
+    if None in (args.data, args.weights, args.light, args.features):
+        raise DynskipError("Runs need --data, --weights, --light and --features; --report prints what is there.")
     args.out.mkdir(parents=True, exist_ok=True)
     features, items = sparse.encode(args)
     runs = list(itertools.product(args.kinds, args.folds, args.seeds, args.networks))
@@ -251,13 +228,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     for name in ("data", "weights", "light", "features"):
         add(f"--{name}", type=Path, help="as in sparse.py")
-    add("--out", type=Path, metavar="RESULTS", help="where results go, a file for each run; what is there stays")
+    add(
+        "--out",
+        type=Path,
+        default=RESULTS,
+        metavar="RESULTS",
+        help="where results go; what is there stays",
+    )
     add("--kinds", nargs="+", choices=sparse.KINDS, default=["half"], help="(default: half)")
     add("--networks", nargs="+", choices=NETWORKS, default=["plain"], help="without a glance, or with one")
     add("--folds", nargs="+", type=int, default=list(range(sparse.FOLDS)), help="(default: all five)")
     add("--seeds", nargs="+", type=int, default=[0], help="(default: 0)")
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: all)")
-    add("--report", type=Path, metavar="RESULTS", help="print the tables of results")
+    add("--report", action="store_true", help="print the tables of results")
     args = parser.parse_args(arguments)
     return command.run(lambda: run(args), "Finished runs stay; the same command goes on.")
 

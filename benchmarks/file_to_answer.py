@@ -22,6 +22,7 @@ from typing import Any
 import av
 import common
 import numpy as np
+import plot
 import torch
 
 from dynskip import StopOrForward
@@ -133,17 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             make(path, LENGTHS[length], distance, shape)
             row(args, report, path, prep, f"{length}, {shape}, key {distance}")
     report.finish()
-    print(table(report.content["results"]))
-
-
-def table(results: dict[str, dict[str, float]]) -> str:
-    """Return the results as a Markdown table."""
-    lines = ["| file | one pass | seeking | ours | ratio | frames decoded |", "|---|---:|---:|---:|---:|---:|"]
-    for name in dict.fromkeys(name.rpartition(": ")[0] for name in results):
-        times = [results[f"{name}: {key}"]["median_ms"] for key in ("one pass", "seeking", "ours")]
-        cells = [name, *(f"{time:,.0f}" for time in times), f"{times[2] / times[0]:.3f}"]
-        lines.append(f"| {' | '.join([*cells, str(results[f'{name}: ours']['decoded'])])} |")
-    return "\n".join(lines)
+    print(plot.files([report.content]))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/speed.md from the results.
+"""Draws the pictures of docs/speed.md and writes its tables, from the results.
 
 python benchmarks/plot.py
 """
@@ -6,6 +6,9 @@ python benchmarks/plot.py
 from __future__ import annotations
 
 import json
+import operator
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,61 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE, RESULTS = ROOT / "docs" / "speed.md", ROOT / "benchmarks" / "results"
+MEASURED = ("per_video", "glance", "overhead", "many_streams", "training_step", "onnx_torch")
 INK, MUTED, TRACK = "#1f2328", "#59636e", "#e6e9ed"
 # From Okabe and Ito's palette, which keeps its contrasts for colour-blind readers.
-DENSE, CLIP, IDEAL = "#E69F00", "#009E73", "#59636e"
+DENSE, CLIP, BATCHED = "#E69F00", "#009E73", "#59636e"
+
+
+def ratios(contents: dict[str, dict[str, Any]]) -> str:
+    """Return every ratio of the results as a row of a Markdown table, with the goal that its script has."""
+    lines = ["| script | this | against | ratio | goal | met? |", "|---|---|---|---:|---:|---|"]
+    for script, content in contents.items():
+        if "--quick" in content["command"]:
+            raise RuntimeError(f"{content['command']} has too few rounds to publish.")
+        for name, ratio in content["ratios"].items():
+            sides = [_with_ms(side, content["results"]) for side in name.split(" / ")]
+            goal, met = ratio["wanted"], "-"
+            if goal is not None:
+                relation, bound = goal.split()
+                words, holds = {"<=": ("≤", operator.le), ">=": ("≥", operator.ge)}[relation]
+                goal, met = f"{words} {bound}", "yes" if holds(ratio["value"], float(bound)) else "**no**"
+            lines.append(f"| `{script}.py` | {' | '.join(sides)} | {ratio['value']:.3f} | {goal or '-'} | {met} |")
+    return "\n".join(lines)
+
+
+def _with_ms(name: str, results: dict[str, Any]) -> str:
+    return f"{name}: {results[name]['median_ms']:,.0f} ms" if name in results else name
+
+
+def files(contents: Sequence[dict[str, Any]]) -> str:
+    """Return what a file costs from disk to answer as a Markdown table, against both ways to read it densely."""
+    lines = ["| file | one pass | seeking | this | against one pass | against the faster | frames decoded |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|")
+    results = {name: row for content in contents for name, row in content["results"].items()}
+    for name in dict.fromkeys(name.rpartition(": ")[0] for name in results):
+        once, seeking, ours = (results[f"{name}: {key}"]["median_ms"] for key in ("one pass", "seeking", "ours"))
+        cells = [name, *(f"{time:,.0f}" for time in (once, seeking, ours))]
+        cells += [f"{ours / once:.3f}", f"{ours / min(once, seeking):.3f}", str(results[f"{name}: ours"]["decoded"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def read(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return content
+
+
+def page(text: str) -> str:
+    """Put the tables of the results into the page, in the place of those that it has."""
+    tables = {
+        "ratios": ratios({name: read(name) for name in MEASURED}),
+        "files": files([read("file_to_answer"), read("file_to_answer_1h_360p")]),
+    }
+    for name, table in tables.items():
+        text = re.sub(f"(?<=<!-- {name} -->\n\n).*?(?=\n\n)", table, text, flags=re.DOTALL)
+    return text
 
 
 def per_video(content: dict[str, Any]) -> Figure:
@@ -41,7 +96,11 @@ def streams(content: dict[str, Any]) -> Figure:
     counts = [int(name.split()[0]) for name in results]
     figure, axes = canvas("Many streams", content["machine"], 3.8)
     for key, label, style in (
-        ("ideal_frames_per_s", "ideal: the same rows in full batches", {"color": IDEAL, "linestyle": (0, (4, 3))}),
+        (
+            "batched_frames_per_s",
+            "the same rows in full batches, no gates",
+            {"color": BATCHED, "linestyle": (0, (4, 3))},
+        ),
         ("frames_per_s", "measured", {"color": CLIP, "marker": "o"}),
     ):
         axes.plot(counts, [row[key] for row in results.values()], label=label, linewidth=2, **style)
@@ -69,8 +128,8 @@ def canvas(title: str, machine: dict[str, Any], height: float) -> tuple[Figure, 
 
 def main() -> None:
     for name, source, draw in (("per_video", "per_video", per_video), ("streams", "many_streams", streams)):
-        content = json.loads((ROOT / "benchmarks" / "results" / f"{source}.json").read_text(encoding="utf-8"))
-        draw(content).savefig(ROOT / "docs" / "images" / f"{name}.png")
+        draw(read(source)).savefig(ROOT / "docs" / "images" / f"{name}.png")
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

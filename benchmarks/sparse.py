@@ -369,20 +369,21 @@ def report(found: dict[str, Results]) -> str:
     return "\n\n".join(blocks + [", ".join(f"{k} {v}" for k, v in json.loads(m).items()) for m in sorted(machines)])
 
 
-def draw(found: dict[str, Results], folder: Path) -> None:
+def draw(results: Results, file: Path, title: str) -> None:
     """Draw all methods on the same axes: at each of many budgets, what was chosen for it on the validation parts."""
-    for kind, results in found.items():
-        curves: dict[str, list[CurvePoint]] = {}
-        for name in ROWS:
-            for budget in (0.01, 0.02, 0.03, *(n / 20 for n in range(1, 21)), 1.1):
-                chosen = [p for r in results if (p := within(r["points"][name], budget))]
-                if len(chosen) == len(results):
-                    top1 = statistics.mean(hit for p in chosen for hit in hits(p))
-                    macs = statistics.mean(p["cost"] for p in chosen) * results[0]["dense_gmacs"] * 1e9
-                    curves.setdefault(name, []).append(CurvePoint(top1, macs))
-        unique = {name: list(dict.fromkeys(points)) for name, points in curves.items()}
-        title = f"{KINDS[kind].plan.steps} frames a video: {kind}"
-        plot.accuracy_compute(unique, title=title).savefig(folder / f"sparse_{kind}.png")
+    curves: dict[str, list[CurvePoint]] = {}
+    copies = KINDS[results[0]["run"]["kind"]].copies["test"]
+    clips = [clip for result in results for clip in result["clips"] for _ in range(copies)]
+    for name in ROWS:
+        for budget in (0.01, 0.02, 0.03, *(n / 20 for n in range(1, 21)), 1.1):
+            chosen = [p for r in results if (p := within(r["points"].get(name, []), budget))]
+            if len(chosen) == len(results):
+                own = [hit for p in chosen for hit in hits(p)]
+                top1, error = common.paired(own, [0.0] * len(own), clips)
+                macs = statistics.mean(p["cost"] for p in chosen) * results[0]["dense_gmacs"] * 1e9
+                curves.setdefault(name, []).append(CurvePoint(top1, macs, band=(top1 - error, top1 + error)))
+    unique = {name: list(dict.fromkeys(points)) for name, points in curves.items()}
+    plot.accuracy_compute(unique, title=title).savefig(file)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -391,7 +392,8 @@ def run(args: argparse.Namespace) -> int:
         print(report(committed()))
         return 0
     if args.plot:
-        draw(committed(), args.plot)
+        for kind, results in committed().items():
+            draw(results, args.plot / f"sparse_{kind}.png", f"{KINDS[kind].plan.steps} frames a video: {kind}")
         return 0
     if None in (args.data, args.weights, args.light, args.features):
         raise DynskipError("Runs need --data, --weights, --light and --features; --report prints what is there.")

@@ -40,6 +40,7 @@ from dynskip.losses import (
     SoFLoss,
     TargetRateLoss,
     UsageUniformityLoss,
+    WorthLoss,
 )
 from dynskip.order import CoarseToFine, FrameOrder, RandomOrder
 from dynskip.output import EncodedVideo, FrameResult, SkipOutput, VideoResult
@@ -53,7 +54,7 @@ from dynskip.sofnet import sofnet
 from dynskip.terminate import EarlyTerminator
 from dynskip.wrapper import StopOrForward
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "UNSEEN",
@@ -106,6 +107,7 @@ __all__ = [
     "TopKMean",
     "UsageUniformityLoss",
     "VideoResult",
+    "WorthLoss",
     "exponential_temperature",
     "glance",
     "sofnet",

@@ -226,7 +226,7 @@ def from_extra(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise DynskipError(f"This needs {module.split('.')[0]}. Run `pip install 'dynskip[hub]'`.") from error
+        raise DynskipError(f"This needs {module.split('.')[0]}. Install dynskip with the extra `hub`.") from error
 
 
 @torch.no_grad()

@@ -41,7 +41,9 @@ from dynskip.video.outputs import check_folders
 try:
     import ray
 except ImportError as error:
-    raise SystemExit(f"error: This needs Ray ({error}). Run `pip install 'dynskip[examples,ray]'`.") from None
+    raise SystemExit(
+        f"error: This needs Ray ({error}). Install dynskip with the extras `examples` and `ray`."
+    ) from None
 
 Told: TypeAlias = tuple[bytes | None, dict[str, Any] | None, bool]  # to save, to write, and if a camera is over
 

@@ -38,7 +38,9 @@ try:
     import pyarrow.parquet as pq
     import ray
 except ImportError as error:
-    raise SystemExit(f"error: This needs Ray Data ({error}). Run `pip install 'dynskip[examples,ray]'`.") from None
+    raise SystemExit(
+        f"error: This needs Ray Data ({error}). Install dynskip with the extras `examples` and `ray`."
+    ) from None
 
 COLUMNS = pa.schema(
     [

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from dynskip import DynskipError, StopOrForward, calibrate, evaluation, glance, metrics, plot, sofnet, video
 from dynskip.backbone import stage_model
 from dynskip.backbone.weights import load_weights
-from dynskip.losses import AnytimeLoss, SoFLoss
+from dynskip.losses import AnytimeLoss, SoFLoss, WorthLoss
 from dynskip.sofnet import Recipe
 from dynskip.video import command
 from dynskip.video.outputs import check_folders, whole_file
@@ -75,7 +75,6 @@ def parser() -> argparse.ArgumentParser:
     add("--variants", type=int, default=3, help="variants of each video that gates are fitted to (default: 3)")
     add("--hidden", type=int, default=64, help="width of the gates (default: 64)")
     add("--alpha", type=float, default=0.8, help="accuracy (1) against efficiency (0) (default: 0.8)")
-    add("--beta", type=float, default=0.9, help="inner classification (1) against self-supervision (0) (default: 0.9)")
     add("--gate-epochs", type=int, default=30, help="epochs on the stored features (default: 30)")
     add("--max-loss", type=float, default=0.0, help="points below all frames that thresholds may cost (default: 0)")
     add("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="processes that decode videos")
@@ -86,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
 
 # What each phase depends on: it goes on where these are the same, and is refused where not.
 BACKBONE = ("size", "frames", "backbone", "weights", "activation", "epochs", "lr", "batch_size", "seed", "names")
-GATES = (*BACKBONE, "glance", "glance_size", "variants", "hidden", "alpha", "beta", "gate_epochs")
+GATES = (*BACKBONE, "glance", "glance_size", "variants", "hidden", "alpha", "gate_epochs")
 
 
 def epochs(name: str, count: int, settings: Sequence[str], parts: dict[str, Any], args: Any) -> Iterator[int]:
@@ -194,11 +193,12 @@ def targets_of(clips: video.Clips, features: video.StoredFeatures, device: str =
 
 
 def train_gates(model: StopOrForward, variants: Sequence[Any], clips: video.Clips, args: argparse.Namespace) -> None:
-    """Fit gates and inner classifiers to stored features, with the loss of the thesis; an epoch has one variant."""
+    """Fit gates and inner classifiers to stored features: the thesis' loss, with `WorthLoss` for self-supervision."""
     model.backbone.requires_grad_(False)
     count, lookup = args.gate_epochs, model.lookup_for((args.size, args.size))
     recipe = Recipe(0, count, lr_drop=round(0.75 * count), temperature_decay=2.8 / max(count, 1))
-    criterion = SoFLoss(lookup, args.alpha, args.beta, normalize=True).to(args.device)
+    criterion = SoFLoss(lookup, args.alpha, beta=1.0, normalize=True).to(args.device)
+    worth = WorthLoss(lookup).to(args.device)
     optimizer = torch.optim.AdamW(recipe.parameter_groups(model)[1]["params"], weight_decay=0.1)
     parts = {"gates": model.gates, "inner": model.inner, "optimizer": optimizer}
     for epoch in epochs("gates", count, GATES, parts, args):
@@ -208,11 +208,11 @@ def train_gates(model: StopOrForward, variants: Sequence[Any], clips: video.Clip
         targets = targets_of(clips, features, args.device)
         for rows in torch.randperm(len(features)).split(64):
             output = model.decide(features.rows(model, rows))
-            losses = criterion(output, targets[rows])
+            losses, told = criterion(output, targets[rows]), worth(output, targets[rows])
             optimizer.zero_grad()
-            losses.total.backward()
+            (losses.total + told).backward()
             optimizer.step()
-            for name, value in {"used": output.used.float().mean(), **vars(losses)}.items():
+            for name, value in {"used": output.used.float().mean(), **vars(losses), "worth": told}.items():
                 sums[name] = sums.get(name, 0.0) + value.item() * len(rows) / len(features)
         note("gates", epoch, sums, args)
 

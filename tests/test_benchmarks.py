@@ -106,6 +106,37 @@ def test_per_video_and_both_pictures(tmp_path: Path) -> None:
     assert (tmp_path / "per_video.png").stat().st_size > 10_000
 
 
+def test_the_speed_pages_tables_are_what_the_results_say() -> None:
+    text = plot.PAGE.read_text(encoding="utf-8")
+    assert plot.page(text) == text
+    assert text.count("**no**") > 3  # the goals that are missed are told, too
+
+
+def test_what_is_compared_is_the_faster_dense_run() -> None:
+    content = plot.read("per_video")
+    times = {name: row["median_ms"] for name, row in content["results"].items()}
+    for name in content["ratios"]:
+        dense = name.split(" / ")[1]
+        assert "optimised" in dense or times[dense] == min(
+            times[f"{dense[:9]}{way}"] for way in ("", ", frame by frame")
+        )
+
+
+def test_results_of_few_rounds_and_missed_goals_are_told() -> None:
+    content = {
+        "command": "python benchmarks/overhead.py",
+        "results": {"online": {"median_ms": 20.0}},
+        "ratios": {"online / bare stages": {"value": 1.0501, "wanted": "<= 1.05"}},
+    }
+    row = plot.ratios({"overhead": content}).splitlines()[-1]
+    assert row == "| `overhead.py` | online: 20 ms | bare stages | 1.050 | ≤ 1.05 | **no** |"
+    content["ratios"] = {"2 streams / full batches": {"value": 0.9, "wanted": ">= 0.9"}}
+    assert plot.ratios({"many_streams": content}).endswith("| ≥ 0.9 | yes |")
+    content["command"] = "python benchmarks/overhead.py --quick"
+    with pytest.raises(RuntimeError, match="too few rounds"):
+        plot.ratios({"overhead": content})
+
+
 def test_files_are_made_and_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,9 +151,7 @@ def test_files_are_made_and_measured(
     ours, dense = (content["results"][f"10 s, 360p, key 60: {key}"] for key in ("ours", "one pass"))
     assert (ours["frames"], dense["frames"]) == (common.ENDS_AFTER, common.FRAMES)
     assert ours["frames"] <= ours["decoded"] < dense["decoded"] == 10 * file_to_answer.RATE
-    assert re.search(
-        r"\| 10 s, 360p, key 60 \| [\d,]+ \| [\d,]+ \| [\d,]+ \| \d\.\d{3} \| \d+ \|", capsys.readouterr().out
-    )
+    assert re.search(r"\| 10 s, 360p, key 60 (\| [\d,]+ ){3}(\| \d\.\d{3} ){2}\| \d+ \|", capsys.readouterr().out)
 
 
 def test_the_gpu_script_leaves_out_what_there_is_no_time_for(
@@ -216,13 +245,14 @@ def test_the_schedule_executes_the_thesis_macs_on_resnet50() -> None:
 
 
 def test_the_table_of_backbones_is_what_the_results_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page, written = coverage.TABLE.read_text(encoding="utf-8"), tmp_path / "backbones.md"
-    monkeypatch.setattr(coverage, "TABLE", written)
+    committed = {name: getattr(coverage, name).read_text(encoding="utf-8") for name in ("PAGE", "ROWS")}
+    for name in committed:
+        monkeypatch.setattr(coverage, name, tmp_path / name)
     monkeypatch.setattr(coverage, "ROOT", tmp_path)
     signatures = json.loads(coverage.SIGNATURES.read_text(encoding="utf-8"))
     monkeypatch.setattr(coverage.timm, "__version__", signatures["timm"])
     coverage.main(["--report"])
-    assert written.read_text(encoding="utf-8") == page
+    assert {name: (tmp_path / name).read_text(encoding="utf-8") for name in committed} == committed
 
 
 def test_coverage_checks_a_model() -> None:

@@ -1,7 +1,9 @@
-"""Every Python block of the documentation runs, page by page, top to bottom; links and API pages are complete."""
+"""Every Python block of the documentation runs and prints what the page says; links and API pages are complete."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 from pathlib import Path
 
@@ -22,9 +24,21 @@ def test_the_pages_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names: dict[str, object] = {"__name__": "__main__"}
-    for block in re.finditer(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+    block_and_output = r'^```python\n(.*?)^```$(?:\n\n```text title="Output"\n(.*?)^```$)?'
+    for block in re.finditer(block_and_output, page.read_text(), re.MULTILINE | re.DOTALL):
         line = page.read_text()[: block.start(1)].count("\n")
-        exec(compile("\n" * line + block[1], str(page), "exec"), names)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile("\n" * line + block[1], str(page), "exec"), names)
+        if block[2]:
+            assert_prints(printed.getvalue(), block[2])
+
+
+def assert_prints(printed: str, expected: str) -> None:
+    """Compare words exactly, and numbers within a quarter: decoders and processors round differently."""
+    number = r"(?<!\w)\d+(?:\.\d+)?"
+    assert re.sub(number, "N", printed).split() == re.sub(number, "N", expected).split()
+    found, wanted = ([float(text) for text in re.findall(number, each)] for each in (printed, expected))
+    assert found == pytest.approx(wanted, rel=0.25, abs=0)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

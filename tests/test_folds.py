@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,11 +23,12 @@ for needed in ("av", "matplotlib", "safetensors", "tqdm"):
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import packed as packing  # noqa: E402
 import sparse  # noqa: E402
 import train_folds  # noqa: E402
 from compose_untrimmed import Plan  # noqa: E402
 
-from dynskip.video import stick_figures  # noqa: E402
+from dynskip.video import Item, stick_figures  # noqa: E402
 
 CLASSES = ("Archery", "HorseRace", "Piano", "Surfing")
 COLOURS = {"Archery": (200, 30, 30), "HorseRace": (30, 200, 30), "Piano": (30, 30, 200), "Surfing": (200, 200, 30)}
@@ -47,15 +49,15 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             rows.append(f"{name},{label},train")
     (root / "labels.csv").write_text("\n".join(rows) + "\n")
     assert train_folds.main(["--pack", str(root), "--packed", str(root / "packed")]) == 0
-    train_folds.unpack(root / "packed")
+    packing.unpack(root / "packed")
     return root / "packed"
 
 
 def test_packed_pictures_come_back(packed: Path) -> None:
     names = json.loads((packed / "clips.json").read_text())
     frames = np.load(packed / "frames.npy")
-    assert frames.shape == (len(names) * train_folds.PICTURES, 3, train_folds.HEIGHT, train_folds.WIDTH)
-    means = frames.reshape(len(names), train_folds.PICTURES, 3, -1).mean(-1)
+    assert frames.shape == (len(names) * packing.PICTURES, 3, packing.HEIGHT, packing.WIDTH)
+    means = frames.reshape(len(names), packing.PICTURES, 3, -1).mean(-1)
     for (name, label), own in zip(names, means, strict=True):
         assert label in name
         # A colour comes back within what compressing it twice changes, the last pictures at full light.
@@ -63,12 +65,12 @@ def test_packed_pictures_come_back(packed: Path) -> None:
         assert own[0].sum() < 0.7 * own[-1].sum()
     file = packed / "frames.npy"
     written = file.stat().st_mtime_ns
-    train_folds.unpack(packed)
+    packing.unpack(packed)
     assert file.stat().st_mtime_ns == written
 
 
 def test_opencv_decodes_where_it_is(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = train_folds.pictures_of(packed / "part00.mp4")
+    wanted = packing.pictures_of(packed / "part00.mp4")
 
     class Capture:
         def __init__(self, file: str) -> None:
@@ -79,7 +81,7 @@ def test_opencv_decodes_where_it_is(packed: Path, monkeypatch: pytest.MonkeyPatc
             return (True, self.rest.pop(0)) if self.rest else (False, None)
 
     monkeypatch.setitem(sys.modules, "cv2", SimpleNamespace(VideoCapture=Capture))
-    assert np.array_equal(train_folds.pictures_of(packed / "part00.mp4"), wanted)
+    assert np.array_equal(packing.pictures_of(packed / "part00.mp4"), wanted)
 
 
 def test_a_fold_needs_no_pyav() -> None:
@@ -92,11 +94,11 @@ def test_pictures_missing_in_a_packed_file_are_told(packed: Path, tmp_path: Path
     (tmp_path / "part00.mp4").write_bytes((packed / "part00.mp4").read_bytes())
     (tmp_path / "clips.json").write_text((packed / "clips.json").read_text())
     with pytest.raises(DynskipError, match="144 pictures for 40 clips; expected 48 each"):
-        train_folds.unpack(tmp_path)
+        packing.unpack(tmp_path)
 
 
 def test_a_shot_is_cropped_as_one_and_others_differ(packed: Path) -> None:
-    pictures = train_folds.Pictures(packed, 16, "cpu")
+    pictures = packing.Pictures(packed, 16, "cpu")
     clip, step = torch.zeros(2, 4, dtype=torch.long), torch.full((2, 4), 8)
     pictures.frames = torch.randint(0, 256, pictures.frames[:48].shape, dtype=torch.uint8)
     pictures.frames[:] = pictures.frames[:1]  # the same picture at all times, so that only crops differ
@@ -121,14 +123,14 @@ def test_a_fold_goes_from_packed_clips_to_tables(
     kinds = {"half": sparse.Kind(Plan(6, (2, 4), (1, 3)), {"train": 1, "val": 1, "test": 2}, 1, 0.8)}
     monkeypatch.setattr(sparse, "KINDS", kinds)
     command = ["--packed", str(packed), "--out", str(tmp_path), "--quick", "--device", "cpu", "--kinds", "half"]
-    command += ["--methods", "anytime", "joint-all", "--fold"]
+    command += ["--gate-seeds", "2", "--methods", "anytime", "joint-all", "--fold"]
     assert train_folds.main([*command, "1"]) == 0
     files = sorted(file.name for file in tmp_path.iterdir())
-    assert files == [f"half-{method}-fold1-seed0.json" for method in ("anytime", "joint-all")]
+    assert files == [f"test_resnet-half-{method}-fold1-seed2.json" for method in ("anytime", "joint-all")]
     content: dict[str, Any] = json.loads((tmp_path / files[0]).read_text())
     assert all("_g01_" in clip or "_g06_" in clip for clip in content["clips"])
     assert set(content["points"]) == {"uniform frames", "light network", "relevant frames", "dense", "gates",
-                                      "gates after a glance"}  # fmt: skip
+                                      "gates after a glance", "similarity gates"}  # fmt: skip
     assert content["videos"] == {"val": 4, "test": 8}
     assert len(content["losses"]) == 1
     assert math.isfinite(content["losses"][0])
@@ -136,9 +138,40 @@ def test_a_fold_goes_from_packed_clips_to_tables(
     assert train_folds.main([*command, "1"]) == 0
     assert written == [(tmp_path / name).stat().st_mtime_ns for name in files]
     capsys.readouterr()
-    assert train_folds.main(["--report", str(tmp_path)]) == 0
+    assert train_folds.main(["--report", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "### half, anytime\n\n1 runs of 1 folds, seeds [0]; 8 test videos around 4 clips." in printed
-    assert "### half, joint-all" in printed
+    assert "### test_resnet, half: anytime, trained whole\n\n1 runs of 1 folds, seeds [2] of the" in printed
+    assert "### test_resnet, half: joint-all" in printed
+    assert train_folds.main(["--plot", str(tmp_path), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "folds_test_resnet_half_anytime.png").stat().st_size > 5000
     assert train_folds.main(["--packed", str(packed), "--out", str(tmp_path)]) == 2
     assert "Training needs --weights and --light" in capsys.readouterr().err
+
+
+def test_the_last_stages_are_trained_from_what_the_others_made_once(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = train_folds.parser().parse_args(["--packed", str(packed), "--stages", "2", "--device", "cpu"])
+    vars(args).update(train_folds.TINY, weights=None, light=None, light_name="test_efficientnet")
+    names = json.loads((packed / "clips.json").read_text())
+    args.items = [Item(Path(name), (label,), "train") for name, label in names]
+    source = train_folds.first_stages(args)
+    monkeypatch.setattr(packing.Pictures, "crop", None)  # the second time, nothing is decoded or cropped
+    assert train_folds.first_stages(args).count == source.count == 3
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    model, glanced, _ = train_folds.build(args, 2, args.seed)
+    before = {name: value.clone() for name, value in model.backbone.model.state_dict().items()}
+    items = [replace(item, split="train") for item in args.items]
+    train_folds.fine_tune(model, items, source, "anytime", 0, args)
+    changed = {n.split(".")[0] for n, v in model.backbone.model.state_dict().items() if not torch.equal(v, before[n])}
+    assert changed == {"layer3", "layer4", "fc"}
+    # Features of what was stored are those of the whole network, but for half precision.
+    pictures = packing.Pictures(packed, args.size, "cpu")
+    for variant in (0, 1):
+        stored, whole = (train_folds.features_of(model, glanced, each, variant, args) for each in (source, pictures))
+        for one, other in zip((*stored.pooled, stored.embedding), (*whole.pooled, whole.embedding), strict=True):
+            torch.testing.assert_close(one, other, atol=5e-3, rtol=5e-3)
+    command = ["--packed", str(packed), "--out", str(tmp_path), "--quick", "--stages", "2", "--methods", "joint"]
+    assert train_folds.main(command) == 2
+    assert "The joint methods train the whole backbone" in capsys.readouterr().err

@@ -898,5 +898,5 @@ def test_real_hub_api_takes_what_is_passed() -> None:
 def test_a_missing_extra_is_named(module: str, action: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = wrap(backbone())
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(DynskipError, match=r"pip install 'dynskip\[hub\]'"):
+    with pytest.raises(DynskipError, match="extra `hub`"):
         model.save_pretrained(tmp_path / "model") if action == "save" else model.push_to_hub("me/net")

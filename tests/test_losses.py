@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,7 @@ from dynskip import (
     StopOrForward,
     TargetRateLoss,
     UsageUniformityLoss,
+    WorthLoss,
 )
 from dynskip.gates import FORWARD, STOP
 from dynskip.losses import (
@@ -235,6 +237,51 @@ def test_self_supervision_is_the_equations(
     output, targets = random_output(batch, frames, stages, seed, kind=kind), random_targets(batch, seed, kind)
     literal = literal_losses(output, targets, lookup(stages), supervise_last=supervise_last)
     assert float(SelfSupervisionLoss(supervise_last)(output, targets)) == pytest.approx(literal["self_supervision"])
+
+
+@given(**shapes)
+def test_worth_is_its_equation(batch: int, frames: int, stages: int, seed: int, kind: str) -> None:
+    output, targets = random_output(batch, frames, stages, seed, kind=kind), random_targets(batch, seed, kind)
+    assert output.gate_logits is not None
+    costs = lookup(stages)
+    stage, gate = costs.per_stage.tolist(), costs.gates.tolist()
+    whole = sum(stage) + sum(gate) + costs.head
+    chance = 0.5 if output.activation == "sigmoid" else 1 / CLASSES
+    total = 0.0
+    for b, t, n in itertools.product(range(batch), range(frames), range(stages)):
+        y = truth(targets, b, output.logits.shape[1])
+        confidence = math.exp(-cross_entropy(output.frame_logits[b, t].tolist(), y, output.activation))
+        worth = max((confidence - chance) / (1 - chance), 0.0)
+        saved = 1 - (sum(stage[: n + 1]) + sum(gate[: n + 1])) / whole
+        forward = softmax(output.gate_logits[b, t, n].tolist())[FORWARD]
+        total -= worth * math.log(forward) + (1 - worth) * saved * math.log(1 - forward)
+    expected = total / (batch * frames * stages)
+    assert float(WorthLoss(costs).double()(output, targets)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_worth_teaches_every_gate_and_not_the_head() -> None:
+    model, output, targets = trained_pass()
+    loss = WorthLoss(model.lookup_for((SIZE, SIZE)))(output, targets)
+    found = reached(model, loss)
+    assert not found.pop("inner")
+    assert all(found.values())  # the backbone through what gates see
+    assert torch.autograd.grad(loss, output.frame_logits, allow_unused=True) == (None,)
+
+
+def test_an_early_gate_is_charged_more_for_a_useless_frame_than_a_late_one_and_less_than_for_a_telling_one() -> None:
+    output, criterion = random_output(1, 1, 3, 0), WorthLoss(lookup(3))
+    charged = {}
+    for name, logit in (("telling", 9.0), ("useless", -9.0)):
+        logits = torch.zeros(1, 1, CLASSES, dtype=torch.float64)
+        logits[..., 1] = logit
+        margins = torch.zeros(1, 1, 3, 2, dtype=torch.float64, requires_grad=True)
+        made = SkipOutput(**{**fields_of(output), "frame_logits": logits, "gate_logits": margins})
+        criterion(made, torch.tensor([1])).backward()
+        assert margins.grad is not None
+        charged[name] = margins.grad[0, 0, :, FORWARD].tolist()
+    first, *_, last = charged["useless"]
+    assert first > last > 0
+    assert all(gradient < -first for gradient in charged["telling"])
 
 
 def test_a_gate_is_taught_to_stop_where_the_next_classifier_is_not_more_confident() -> None:
@@ -661,6 +708,7 @@ def test_other_losses_say_what_they_want() -> None:
         PolicyGuidanceLoss(),
         SoFLoss(lookup(3)),
         SoFLoss(lookup(3), all_frames=1.0),
+        WorthLoss(lookup(3)),
     ],
     ids=lambda criterion: criterion.__class__.__name__,
 )

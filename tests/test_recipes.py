@@ -792,3 +792,46 @@ def test_gates_without_training(
     assert "frames: 1 used, 3 stopped (3 at stem), 0 unseen" in capsys.readouterr().out
     assert run(similarity_gates, *options, "--out", folder) == 2
     assert "no empty folder" in capsys.readouterr().err
+
+
+def test_a_folder_of_videos_without_labels(
+    data: Path, weights: Path, video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    videos, model = tmp_path / "videos", tmp_path / "model"
+    videos.mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        shutil.copy(video, videos / name)
+    (videos / "c.mp4").write_bytes(b"no video")
+    options = ("--backbone", BACKBONE, "--weights", weights, "--size", 32, "--frames", FRAMES)
+    assert run(similarity_gates, *options, "--videos", videos, "--out", model) == 0
+    captured = capsys.readouterr()
+    chosen = re.search(r"Chosen on 2 videos: (\S+) GMACs .* instead of (\S+)\.\n  100 % of the answers", captured.out)
+    assert chosen
+    assert float(chosen[1]) <= float(chosen[2])
+    assert "c.mp4" in captured.err
+    assert run(predict, model, videos, "--compare", "--device", "cpu", "--out", tmp_path / "pictures") == 1
+    last = "\n".join(capsys.readouterr().out.splitlines()[-3:])
+    saved = re.fullmatch(
+        r"Saved: \S+% of the multiply-adds \((\S+) GMACs a video instead of (\S+)\)\n  and \S+% of the network's time "
+        r"\(\S+ ms instead of \S+\)\.\n  2 of 2 answers are those of the network without gates\.",
+        last,
+    )
+    assert saved
+    assert [float(text) for text in saved.groups()] == pytest.approx([float(text) for text in chosen.groups()], rel=0.3)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert run(similarity_gates, *options, "--videos", empty, "--out", tmp_path / "other") == 2
+    assert "no video that can be read" in capsys.readouterr().err
+
+
+def test_a_classifier_with_classes_of_its_own(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, names = tmp_path / "own.safetensors", tmp_path / "names.txt"
+    save_file(timm.create_model(BACKBONE, num_classes=3).state_dict(), own)
+    names.write_text("dog\ncat\nbird\n")
+    options = ("--backbone", BACKBONE, "--weights", own, "--size", 32)
+    assert run(similarity_gates, *options, "--out", tmp_path / "no") == 2
+    assert "--class-names" in capsys.readouterr().err
+    assert run(similarity_gates, *options, "--class-names", names, "--out", tmp_path / "model") == 0
+    assert StopOrForward.from_pretrained(tmp_path / "model").class_names == ("dog", "cat", "bird")

@@ -177,7 +177,7 @@ def test_the_report_is_that_of_the_committed_results(capsys: pytest.CaptureFixtu
     assert {result["run"]["seed"] for result in results} >= {0, 1, 2}
     assert ablation.main(["--report"]) == 0
     printed = capsys.readouterr().out
-    assert printed.strip() in (Path(__file__).parents[1] / "docs" / "results.md").read_text(encoding="utf-8")
+    assert printed.strip() in (Path(__file__).parents[1] / "docs" / "results-tables.md").read_text(encoding="utf-8")
 
 
 def test_a_report_of_some_of_the_runs_leaves_out_what_they_do_not_show() -> None:

@@ -56,7 +56,7 @@ PREP = Preprocessing(size=16, num_frames=4)
 def test_without_the_extra_the_import_says_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "dynskip.video")
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ImportError, match=rf"dynskip\.video needs {missing}\. Run `pip install 'dynskip\[video\]'`"):
+    with pytest.raises(ImportError, match=rf"dynskip\.video needs {missing}\. Install dynskip with the extra `video`"):
         importlib.import_module("dynskip.video")
 
 

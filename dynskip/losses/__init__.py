@@ -28,6 +28,7 @@ from dynskip.losses.functional import (
     target_rate_loss,
     usage_uniformity_loss,
 )
+from dynskip.losses.worth import WorthLoss, frame_worth, worth_loss
 
 __all__ = [
     "AnytimeLoss",
@@ -42,11 +43,13 @@ __all__ = [
     "SoFLoss",
     "TargetRateLoss",
     "UsageUniformityLoss",
+    "WorthLoss",
     "anytime_loss",
     "budget_loss",
     "classification_loss",
     "distillation_loss",
     "efficiency_loss",
+    "frame_worth",
     "frames_loss",
     "inner_classification_loss",
     "random_parts",
@@ -54,4 +57,5 @@ __all__ = [
     "self_supervision_targets",
     "target_rate_loss",
     "usage_uniformity_loss",
+    "worth_loss",
 ]

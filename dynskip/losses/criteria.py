@@ -1,7 +1,4 @@
-"""Criteria over a model's output: thin modules over the functions of `functional`.
-
-Targets are `(B,)` class indices or `(B, K)` rows, see `functional`. The output tells the head activation.
-"""
+"""Criteria over a model's output: thin modules over `functional`, which says what targets are."""
 
 from __future__ import annotations
 
@@ -81,14 +78,14 @@ class EfficiencyLoss(nn.Module):
     def __init__(self, lookup: FLOPsLookup, normalize: bool = False) -> None:
         super().__init__()
         scale, self.unit = (1e9, "GMACs") if lookup.unit == "MACs" else (1.0, lookup.unit)
-        _check_known(lookup)
+        check_known(lookup)
         if normalize:
             scale, self.unit = lookup.total, "of a whole frame"
         self.register_buffer("remaining", (lookup.remaining / scale).float(), persistent=False)
 
     def forward(self, output: SkipOutput) -> Tensor:
         """Return the scalar loss of an output."""
-        _check_table(len(self.remaining), output)
+        check_table(len(self.remaining), output)
         return functional.efficiency_loss(output.forward, self.remaining, output.weights)
 
     def extra_repr(self) -> str:
@@ -240,7 +237,7 @@ class BudgetLoss(Checked):
 
     def __init__(self, lookup: FLOPsLookup, budget: float) -> None:
         super().__init__()
-        _check_known(lookup)
+        check_known(lookup)
         self.budget = budget
         self.head = lookup.head / lookup.dense
         self.register_buffer("costs", (lookup.per_stage + lookup.gates) / lookup.dense, persistent=False)
@@ -253,7 +250,7 @@ class BudgetLoss(Checked):
 
     def forward(self, output: SkipOutput) -> Tensor:
         """Return the scalar loss of an output: the share of the plain backbone's cost above the budget."""
-        _check_table(len(self.costs), output)
+        check_table(len(self.costs), output)
         return functional.budget_loss(output.forward, self.costs, self.head, self.budget, output.weights)
 
     def extra_repr(self) -> str:
@@ -377,14 +374,16 @@ class SoFLoss(Checked):
         return f"alpha={self.alpha:g}, all_frames={self.all_frames:g}"
 
 
-def _check_known(lookup: FLOPsLookup) -> None:
+def check_known(lookup: FLOPsLookup) -> None:
+    """Refuse a table with unknown costs."""
     if math.isnan(lookup.total):
         raise DynskipError(
             f"The cost table has unknown costs, and the loss would be NaN: {lookup}. Fill them in: FLOPsLookup([...])."
         )
 
 
-def _check_table(stages: int, output: SkipOutput) -> None:
+def check_table(stages: int, output: SkipOutput) -> None:
+    """Refuse an output of a model with another number of stages."""
     if output.num_stages != stages:
         raise DynskipError(
             f"The cost table has {stages} stages and the output {output.num_stages}; measure a table for this model."

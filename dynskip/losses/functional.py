@@ -31,7 +31,7 @@ def classification_loss(logits: Tensor, targets: Tensor, activation: Activation 
     Raises:
         DynskipError: if the targets do not fit the logits, or a softmax has only one class.
     """
-    return _cross_entropy(logits, targets, activation).mean()
+    return cross_entropy(logits, targets, activation).mean()
 
 
 def frames_loss(frame_logits: Tensor, frames: Tensor, targets: Tensor, activation: Activation = "softmax") -> Tensor:
@@ -137,8 +137,8 @@ def inner_classification_loss(
     """
     mask = forward.detach() > 0.5
     # Logits outside the mask may be NaN: replace them before the loss, not after.
-    losses = _cross_entropy(torch.where(mask[..., None], inner_logits, 0.0), targets, activation)
-    return _mean(losses, mask, (1, 2)).mean()
+    losses = cross_entropy(torch.where(mask[..., None], inner_logits, 0.0), targets, activation)
+    return masked_mean(losses, mask, (1, 2)).mean()
 
 
 def self_supervision_targets(
@@ -163,7 +163,7 @@ def self_supervision_targets(
         DynskipError: if the targets do not fit the logits, or a softmax has only one class.
     """
     logits = inner_logits if final_logits is None else torch.cat([inner_logits, final_logits[:, :, None]], 2)
-    losses = _cross_entropy(logits.detach(), targets, activation)
+    losses = cross_entropy(logits.detach(), targets, activation)
     return (losses[..., 1:] < losses[..., :-1]).to(inner_logits.dtype)
 
 
@@ -184,7 +184,7 @@ def self_supervision_loss(
     if mask is None:
         mask = torch.ones_like(margins, dtype=torch.bool)
     losses = F.binary_cross_entropy_with_logits(torch.where(mask, margins, 0.0), labels, reduction="none")
-    return _mean(losses, _weighed(mask, weights))
+    return masked_mean(losses, weighed(mask, weights))
 
 
 def target_rate_loss(forward: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -287,7 +287,7 @@ def distillation_loss(
     else:
         _refuse_one_class(student)
         losses = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-    return temperature**2 * _mean(losses, _weighed(mask, weights))
+    return temperature**2 * masked_mean(losses, weighed(mask, weights))
 
 
 def _rates(values: Tensor, weights: Tensor | None) -> Tensor:
@@ -297,12 +297,12 @@ def _rates(values: Tensor, weights: Tensor | None) -> Tensor:
     return (values * weights[..., None].to(values)).sum((0, 1)) / weights.sum().to(values)
 
 
-def _weighed(mask: Tensor, weights: Tensor | None) -> Tensor:
+def weighed(mask: Tensor, weights: Tensor | None) -> Tensor:
     """Weigh a `(B, T, M)` mask by frames."""
     return mask if weights is None else mask * weights[..., None]
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor, activation: Activation) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, activation: Activation) -> Tensor:
     """Return the cross-entropy of each answer in float32 or better: logits `(B, ..., K) -> (B, ...)`."""
     batch, classes = logits.shape[0], logits.shape[-1]
     if activation == "softmax":
@@ -323,7 +323,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor, activation: Activation) -> T
     return -(truth * torch.where(truth > 0, wide.log_softmax(-1), 0.0)).sum(-1)
 
 
-def _mean(losses: Tensor, mask: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+def masked_mean(losses: Tensor, mask: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
     """Return the mean over what is in the mask; 0 where that is nothing."""
     return (losses * mask).sum(dims) / mask.sum(dims).clamp(min=1)
 

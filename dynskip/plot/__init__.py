@@ -1,6 +1,6 @@
 """Pictures of what was decided: frames of one video, shares over many, costs of stages, accuracy against compute.
 
-Needs matplotlib (`pip install 'dynskip[plot]'`), except for `timeline_text`. Figures are returned, never shown, and
+Needs matplotlib (extra `plot`), except for `timeline_text`. Figures are returned, never shown, and
 leave no global state behind: save one with `figure.savefig("timeline.png")`.
 """
 

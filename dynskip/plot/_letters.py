@@ -18,7 +18,7 @@ def matplotlib(module: str) -> Any:
     try:
         return importlib.import_module(f"matplotlib.{module}")
     except ModuleNotFoundError as error:
-        raise DynskipError("Drawing needs matplotlib. Run `pip install 'dynskip[plot]'`.") from error
+        raise DynskipError("Drawing needs matplotlib. Install dynskip with the extra `plot`.") from error
 
 
 @dataclass(frozen=True)

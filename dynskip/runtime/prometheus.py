@@ -1,4 +1,4 @@
-"""What a server counts, as Prometheus reads it. Needs `pip install 'dynskip[serve]'`."""
+"""What a server counts, as Prometheus reads it. Needs the extra `serve`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ try:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
     from prometheus_client.registry import Collector
 except ImportError as error:
-    raise ImportError(f"dynskip.runtime.prometheus needs {error.name}. Run `pip install 'dynskip[serve]'`.") from error
+    raise ImportError(
+        f"dynskip.runtime.prometheus needs {error.name}. Install dynskip with the extra `serve`."
+    ) from error
 
 if TYPE_CHECKING:
     from dynskip.runtime.serving import StreamServer

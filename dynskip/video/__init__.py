@@ -1,6 +1,6 @@
 """Videos as input: files, frame folders and pictures; annotation formats; clips; the rendered demo set.
 
-`pip install 'dynskip[video]'` brings what it needs. `import dynskip` imports none of it.
+The extra `video` brings what it needs. `import dynskip` imports none of it.
 """
 
 try:
@@ -9,7 +9,7 @@ try:
     import safetensors  # noqa: F401
     import tqdm  # noqa: F401
 except ImportError as error:
-    raise ImportError(f"dynskip.video needs {error.name}. Run `pip install 'dynskip[video]'`.") from error
+    raise ImportError(f"dynskip.video needs {error.name}. Install dynskip with the extra `video`.") from error
 
 from dynskip.video.annotations import (
     Item,
