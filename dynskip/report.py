@@ -133,7 +133,7 @@ def html_report(
             pictures = frames(record["video"]) if frames is not None else None
             strips.append(_video(record, dense.get(record["video"]), pictures, found.stage_names))
     meaning = found.report(full=True).partition("\n\n")[2]
-    size = model.backbone.input_size[-2:] if model.preprocessing is None else model.preprocessing["input_size"]
+    size = (model.backbone.input_size if model.preprocessing is None else model.preprocessing["input_size"])[-2:]
     facts = {**(settings or {}), "measured with": found.setting, "dynskip": dynskip.__version__}
     return "\n".join(
         [

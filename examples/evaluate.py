@@ -14,13 +14,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from dynskip import DynskipError, StopOrForward, calibrate, evaluation, metrics, plot, report, video
+from dynskip import DynskipError, EncodedVideo, StopOrForward, calibrate, evaluation, metrics, plot, report, video
 from dynskip.video import command
 from dynskip.video.outputs import check_files, check_folders, check_pictures
 
@@ -69,9 +70,20 @@ def metric_of(model: StopOrForward) -> tuple[calibrate.Metric, str]:
     return (metrics.mean_average_precision, "mAP") if several else (metrics.top_k_accuracy, "top-1")
 
 
+def encode(model: StopOrForward, loader: video.EvaluationLoader, name: str) -> list[tuple[EncodedVideo, torch.Tensor]]:
+    """Encode videos as one batch if they are of one length: a search decides hundreds of times, batch by batch."""
+    encoded = calibrate.encode(model, tqdm(loader, name, leave=False, disable=None))
+    parts, targets = [part for part, _ in encoded], torch.cat([targets for _, targets in encoded])
+    if any(part.lengths is not None for part in parts):
+        return encoded
+    pooled = tuple(torch.cat(stage) for stage in zip(*(part.pooled for part in parts), strict=True))
+    logits = torch.cat([part.frame_logits for part in parts])
+    return [(replace(parts[0], pooled=pooled, frame_logits=logits), targets)]
+
+
 def choose_thresholds(model: StopOrForward, loader: video.EvaluationLoader, args: argparse.Namespace) -> None:
     """Set the model's thresholds for --budget or --max-loss on validation videos."""
-    encoded = calibrate.encode(model, tqdm(loader, "calibrate", leave=False, disable=None))
+    encoded = encode(model, loader, "calibrate")
     metric, name = metric_of(model)
     if args.budget is not None:
         calibration = calibrate.to_budget(model, encoded, 1e9 * args.budget, metric=metric)
@@ -104,10 +116,11 @@ def write_page(
     metric, name = metric_of(model)
     lines: dict[str, Sequence[calibrate.CurvePoint]] = {}
     try:
-        encoded = calibrate.encode(model, tqdm(loader, "curve", leave=False, disable=None))
+        encoded = encode(model, loader, "curve")
         own = range(sum(len(targets) for _, targets in encoded))  # each video is a group
+        print("Thresholds are searched for the curve; this can take a minute.", file=sys.stderr)
         lines = {
-            "gates": calibrate.curve(model, encoded, metric=metric),
+            "gates": calibrate.curve(model, encoded, points=5, per_gate=False, metric=metric),
             "uniform frames": calibrate.uniform_frames(model, encoded, metric=metric, groups=own),
             "random frames": calibrate.random_frames(model, encoded, metric=metric, groups=own),
             "dense": [calibrate.dense(model, encoded, metric=metric, groups=own)],

@@ -472,6 +472,19 @@ def test_evaluate(data: Path, trained: Path, tmp_path: Path, capsys: pytest.Capt
     assert rows["gates + early termination"][3] < 0.3 * rows["gates"][3]
 
 
+def test_evaluate_writes_a_page(data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "new" / "report.html"
+    assert run(evaluate, trained / "model", "--data", data, "--workers", 0, "--device", "cpu", "--html", page) == 0
+    shown = table_rows(capsys.readouterr().out)
+    text = page.read_text(encoding="utf-8")
+    for mode, (top1, *_) in shown.items():
+        assert f"<td>{mode}</td><td>{top1:.1f}</td>" in text
+    assert text.count("image/svg+xml") == 2  # the curves, for light and for dark screens
+    assert all(f"<td>{name}</td>" in text for name in ("gates", "uniform frames", "random frames"))
+    assert text.count("image/jpeg") == FRAMES * text.count("<h3>") > 0
+    assert "There is no curve" not in text
+
+
 def with_validation(data: Path, folder: Path) -> Path:
     """The training videos as a validation split."""
     Path(shutil.copytree(data, folder))

@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ class Page(HTMLParser):
         return "".join(self.texts)
 
 
-def model_of(activation: str = "softmax") -> StopOrForward:
+def model_of(activation: Literal["softmax", "sigmoid"] = "softmax") -> StopOrForward:
     torch.manual_seed(0)
     model = sofnet("test_resnet", num_classes=3, hidden=8, input_size=(3, 32, 32), activation=activation).eval()
     model.class_names = NAMES
