@@ -48,6 +48,14 @@ def test_the_pages_links_to_files_work(page: Path) -> None:
         assert "://" in target or (page.parent / target).exists(), target
 
 
+def test_the_pages_name_the_version_that_they_describe() -> None:
+    for name, text in (
+        ("index.md", f"This is dynskip\n{dynskip.__version__}."),
+        ("cite.md", f"{{{dynskip.__version__}}}"),
+    ):
+        assert text in (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
 def test_every_public_name_has_an_api_page() -> None:
     text = "".join(page.read_text() for page in (ROOT / "docs/api").glob("*.md"))
     documented = {name.rpartition(".")[2] for name in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)}
