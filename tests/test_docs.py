@@ -58,6 +58,14 @@ def test_the_examples_of_the_api_print_what_they_say(name: str) -> None:
     assert doctest.DocTestRunner().run(example).failed == 0
 
 
+def test_the_pages_name_the_version_that_they_describe() -> None:
+    for name, text in (
+        ("index.md", f"This is dynskip\n{dynskip.__version__}."),
+        ("cite.md", f"{{{dynskip.__version__}}}"),
+    ):
+        assert text in (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
 def test_every_public_name_has_an_api_page() -> None:
     text = "".join(page.read_text() for page in (ROOT / "docs/api").glob("*.md"))
     documented = {name.rpartition(".")[2] for name in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)}
