@@ -48,6 +48,14 @@ class EarlyExit(Pretrained, Wrapper):
     Reference:
         Teerapittayanon et al., "BranchyNet: fast inference via early exiting from deep neural networks", ICPR 2016;
         Huang et al., "Multi-scale dense networks for resource efficient image classification", ICLR 2018.
+
+    Examples:
+        >>> backbone = stage_model("test_resnet", num_classes=4)
+        >>> gates = [ConfidenceGate(c, num_classes=4, threshold=0.2) for c in backbone.num_features]
+        >>> model = EarlyExit(backbone, gates).eval()
+        >>> model(torch.zeros(2, 3, 64, 64)).stopped_at  # both images leave at the first exit
+        tensor([[0],
+                [0]])
     """
 
     task = "image-classification"

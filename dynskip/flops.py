@@ -46,6 +46,13 @@ class FLOPsLookup:
 
     Reference:
         Thesis Eq. 3.10.
+
+    Examples:
+        >>> lookup = FLOPsLookup([10.0, 20.0, 30.0], head=1.0)
+        >>> lookup.dense  # a frame that passes every gate
+        61.0
+        >>> lookup.cost(torch.tensor([[0, 3]]), torch.tensor([-1]))  # one frame stopped at the first gate, one used
+        tensor([71.], dtype=torch.float64)
     """
 
     def __init__(

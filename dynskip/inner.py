@@ -21,6 +21,11 @@ class InnerClassifier(nn.Module):
 
     Reference:
         Thesis Eq. 3.13, `p_t^(n) = W_cls^(n) h_t^(n)`.
+
+    Examples:
+        >>> inner = InnerClassifier(16, num_classes=4)
+        >>> inner(torch.zeros(2, 16)).shape
+        torch.Size([2, 4])
     """
 
     def __init__(self, in_features: int, num_classes: int, detach: bool = True) -> None:

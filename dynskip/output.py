@@ -141,6 +141,15 @@ class SkipOutput:
             stored videos are really skipped.
         activation: the model's head activation, which makes probabilities of logits.
         lengths: `(B,)` frames of each video, where the batch is padded; `None` for all. Padding is unseen.
+
+    Examples:
+        >>> backbone = stage_model("test_resnet", num_classes=4)
+        >>> model = StopOrForward(backbone, [SimilarityGate(c) for c in backbone.num_features]).eval()
+        >>> output = model(torch.ones(1, 3, 3, 64, 64))  # three equal frames
+        >>> output.used
+        tensor([[ True, False, False]])
+        >>> round(float(output.macs / (3 * model.lookup_for((64, 64)).dense)), 2)  # share of three whole frames
+        0.64
     """
 
     logits: Tensor

@@ -31,6 +31,11 @@ class EarlyTerminator(Checked):
 
     Reference:
         Thesis Eq. 3.7 (`rho`, `T_min`).
+
+    Examples:
+        >>> terminator = EarlyTerminator(0.9, min_frames=2)
+        >>> terminator(torch.tensor([[0.95, 0.05], [0.6, 0.4]]), torch.tensor([3, 3]))  # the first video ends
+        tensor([ True, False])
     """
 
     activation: Activation = "softmax"

@@ -56,8 +56,7 @@ class StopOrForward(Pretrained, Wrapper):
     Attributes:
         temperature: temperature of the Gumbel-softmax in training; set it from a schedule every epoch.
         class_names: name of each class, or `None`; saved and exported with the model.
-        preprocessing: how frames are made from pictures, as arguments of `timm.data.create_transform` (`input_size`,
-            `mean`, `std`, ...), or `None`; saved with the model.
+        preprocessing: how frames are made from pictures (arguments of `timm.data.create_transform`), or `None`; saved.
         look_ahead: how far clips run ahead of the gates, as `tune` returns it; `None` for what suits the device.
 
     Raises:
@@ -65,6 +64,12 @@ class StopOrForward(Pretrained, Wrapper):
 
     Reference:
         Thesis Eq. 3.1-3.7.
+
+    Examples:
+        >>> backbone = stage_model("test_resnet", num_classes=4)
+        >>> model = StopOrForward(backbone, [SimilarityGate(c) for c in backbone.num_features]).eval()
+        >>> model(torch.ones(1, 3, 3, 64, 64)).stopped_at  # three equal frames: used, stopped, stopped
+        tensor([[5, 0, 0]])
     """
 
     task = "video-classification"

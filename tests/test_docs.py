@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import doctest
 import io
 import re
 from pathlib import Path
@@ -46,6 +47,15 @@ def test_the_pages_links_to_files_work(page: Path) -> None:
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\(([^)#\s]+)", text):
         assert "://" in target or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize(
+    "name", sorted(name for name in dynskip.__all__ if ">>> " in (getattr(dynskip, name).__doc__ or ""))
+)
+def test_the_examples_of_the_api_print_what_they_say(name: str) -> None:
+    names = {"torch": torch, **{public: getattr(dynskip, public) for public in dynskip.__all__}}
+    example = doctest.DocTestParser().get_doctest(getattr(dynskip, name).__doc__, names, name, None, None)
+    assert doctest.DocTestRunner().run(example).failed == 0
 
 
 def test_the_pages_name_the_version_that_they_describe() -> None:

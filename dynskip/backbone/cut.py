@@ -52,6 +52,12 @@ def stage_model(
     Raises:
         DynskipError: if the model is unknown, refuses the input size, has no such boundary, or cannot be cut there;
             the message names the boundary and says what to do.
+
+    Examples:
+        >>> stage_model("test_resnet", num_classes=4).num_features
+        (32, 32, 48, 192, 96)
+        >>> stage_model("test_vit", boundaries=["blocks.0", "blocks.5"]).num_stages
+        2
     """
     origin: dict[str, Any] | None = None
     if isinstance(model, str):

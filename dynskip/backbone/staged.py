@@ -38,6 +38,16 @@ class StagedBackbone(nn.Module):
         glance: what the first stages run on a small copy of the frame (`dynskip.glance`); else `None`.
         origin: `name`, `boundaries`, `num_stages` and `timm_kwargs` as given to `stage_model`, for a model made by its
             timm name; else `None`.
+
+    Examples:
+        >>> backbone = stage_model("test_resnet", num_classes=4)
+        >>> backbone.stage_names
+        ('maxpool', 'layer1', 'layer2', 'layer3', 'layer4')
+        >>> carry = backbone.start(torch.zeros(2, 3, 64, 64))
+        >>> for stage in range(backbone.num_stages):
+        ...     carry = backbone.run(stage, carry)
+        >>> backbone.head(carry).shape
+        torch.Size([2, 4])
     """
 
     def __init__(

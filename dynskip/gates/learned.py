@@ -30,6 +30,12 @@ class PolicyGate(Gate):
 
     Reference:
         Thesis Eq. 3.1-3.4.
+
+    Examples:
+        >>> gate = PolicyGate(64, hidden=16)
+        >>> logits, state = gate(torch.zeros(2, 64), gate.initial_state(2))
+        >>> logits.softmax(1)[:, 1] > 0.5  # a new gate forwards most frames
+        tensor([True, True])
     """
 
     broadcasts = True

@@ -50,6 +50,16 @@ class SimilarityGate(_Rule):
 
     Raises:
         DynskipError: if the width is not positive or the threshold out of range.
+
+    Examples:
+        >>> gate = SimilarityGate(3, threshold=0.1)
+        >>> frame = torch.tensor([[1.0, 2.0, 3.0]])
+        >>> logits, state = gate(frame, gate.initial_state(1))
+        >>> bool(logits[0, 1] > logits[0, 0])  # the first frame goes forward
+        True
+        >>> logits, state = gate(frame, state)
+        >>> bool(logits[0, 1] > logits[0, 0])  # the same frame again stops
+        False
     """
 
     repeats_last = True

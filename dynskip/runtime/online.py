@@ -32,6 +32,15 @@ class Session:
 
     Raises:
         DynskipError: if the batch is not positive, or the model is in training mode.
+
+    Examples:
+        >>> backbone = stage_model("test_resnet", num_classes=4)
+        >>> model = StopOrForward(backbone, [SimilarityGate(c) for c in backbone.num_features]).eval()
+        >>> session = model.stream()
+        >>> for frame in torch.ones(3, 1, 3, 64, 64):  # as they arrive
+        ...     result = session(frame)
+        >>> session.result().frames_used
+        tensor([1])
     """
 
     def __init__(self, model: StopOrForward, batch: int = 1) -> None:
