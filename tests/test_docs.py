@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import doctest
 import io
+import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -89,3 +91,9 @@ def test_the_recipe_is_explained_block_by_block() -> None:
     blocks = re.findall(r"^# -{20,} (.+)$", (ROOT / "examples/sofnet_activitynet.py").read_text(), re.MULTILINE)
     headings = re.findall(r"^## (.+)$", (ROOT / "docs/copy-the-recipe.md").read_text(), re.MULTILINE)
     assert [heading.lower() for heading in headings][: len(blocks)] == blocks
+
+
+def test_the_tutorials_page_is_its_notebook() -> None:
+    notebook = json.loads((ROOT / "docs/tutorial.ipynb").read_text(encoding="utf-8"))
+    page = runpy.run_path(str(ROOT / "docs/tutorial.py"))["page"]
+    assert (ROOT / "docs/tutorial.md").read_text(encoding="utf-8") == page(notebook)
