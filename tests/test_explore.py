@@ -31,6 +31,13 @@ from dynskip.video import stick_figures  # noqa: E402
 
 SCRIPT = Path(__file__).parents[1] / "examples/explore.py"
 PATIENCE = 60_000  # milliseconds, for slow machines
+# A process that is started in the background ignores Ctrl-C, and so do those that it starts.
+HEEDING_CTRL_C = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
         port = free.getsockname()[1]
     command = [SCRIPT, model, "--data", data, "--port", port, "--max-mb", 1, "--max-frames", 100]
     environment = {**os.environ, "TMPDIR": str(uploads), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, *map(str, command)], env=environment) as process:
+    with subprocess.Popen([sys.executable, "-c", HEEDING_CTRL_C, *map(str, command)], env=environment) as process:
         try:
             address = f"http://127.0.0.1:{port}/"
             for _ in range(600):
@@ -57,7 +64,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
             yield address, folder, uploads
         finally:
             process.send_signal(signal.SIGINT)
-            process.wait(60)
+            try:
+                process.wait(60)
+            finally:
+                process.kill()
     assert not list(uploads.rglob("dynskip-*"))
 
 
