@@ -430,6 +430,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.packed is None:
         raise DynskipError("Say with --packed where packed clips are, or where they go.")
+    if args.quick and args.out is None:
+        raise DynskipError("Say with --out where the results of --quick go: they are not to lie with the others.")
     if args.pack:
         pack(args.pack, args.packed, args.quick)
     if args.quick:

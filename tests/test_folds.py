@@ -175,3 +175,5 @@ def test_the_last_stages_are_trained_from_what_the_others_made_once(
     command = ["--packed", str(packed), "--out", str(tmp_path), "--quick", "--stages", "2", "--methods", "joint"]
     assert train_folds.main(command) == 2
     assert "The joint methods train the whole backbone" in capsys.readouterr().err
+    assert train_folds.main(["--packed", str(packed), "--quick"]) == 2  # nothing is written beside committed results
+    assert "Say with --out where the results of --quick go" in capsys.readouterr().err
