@@ -112,7 +112,7 @@ def test_the_speed_pages_tables_are_what_the_results_say() -> None:
     assert text.count("**no**") > 3  # the goals that are missed are told, too
 
 
-def test_what_is_compared_is_the_faster_dense_run() -> None:
+def test_what_is_compared_is_the_fastest_dense_run() -> None:
     content = plot.read("per_video")
     times = {name: row["median_ms"] for name, row in content["results"].items()}
     for name in content["ratios"]:
