@@ -294,6 +294,11 @@ def at_least(points: Points, cost: float) -> dict[str, Any]:
     return next((p for p in points if p["cost"] >= cost - 1e-9), points[-1])
 
 
+def similar(points: Points, budget: float) -> dict[str, Any]:
+    """Return the similarity gates for a budget, or the cheapest if all cost more, which is on their side."""
+    return within(points, budget) or min(points, key=lambda p: p["val"][1])  # type: ignore[no-any-return]
+
+
 def hits(found: dict[str, Any]) -> list[float]:
     return [float(bit) for bit in f"{int(found['hits'], 16):b}"[1:]]
 
@@ -334,19 +339,23 @@ def table(results: Results, budget: float, rows: dict[str, tuple[str, ...]] = RO
         (mean, by_clip), (_, by_group) = (common.paired(chain(*ones), chain(*others), own) for own in both)
         return f"{100 * mean:+.1f} ± {100 * by_clip:.1f} ({100 * by_group:.1f})"
 
-    head = "| | top-1 % | cost, % of dense | less dense | less uniform frames at its cost |\n|---|---:|---:|---:|---:|"
+    head = (
+        "| | top-1 % | cost, % of dense | less dense | less uniform frames at its cost "
+        "| less similarity gates at its cost |\n|---|---:|---:|---:|---:|---:|"
+    )
     lines, dense = [head], [hits(r["points"]["dense"][0]) for r in results]
     for method, how in [(method, how) for method, own in rows.items() for how in own]:
         row = method + ENDINGS[how]
         found = [p for r in results if (p := choose(r["points"][method], how, budget))]
         if len(found) < len(results):
-            lines.append(f"| {row} | | more than {100 * budget:.0f} | | |")
+            lines.append(f"| {row} | | more than {100 * budget:.0f} | | | |")
             continue
         own = [hits(p) for p in found]
         top1 = statistics.mean(hit for each in own for hit in each)
         cost = statistics.mean(p["cost"] for p in found)
         frames = [at_least(r["points"]["uniform frames"], p["cost"]) for r, p in zip(results, found, strict=True)]
-        compared = [difference(own, other) for other in (dense, [hits(p) for p in frames])]
+        gates = [similar(r["points"]["similarity gates"], p["val"][1]) for r, p in zip(results, found, strict=True)]
+        compared = [difference(own, other) for other in (dense, *([hits(p) for p in each] for each in (frames, gates)))]
         lines.append(f"| {row} | {100 * top1:.1f} | {100 * cost:.1f} | {' | '.join(compared)} |")
     return "\n".join(lines)
 
