@@ -414,7 +414,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.plot:
         for (backbone, kind, method), results in committed(out).items():
-            sparse.draw(results, args.plot / f"folds_{backbone}_{kind}_{method}.png", f"{backbone}, {kind}")
+            size = results[0]["run"]["size"]
+            title = f"{backbone} at {size}x{size}: {sparse.KINDS[kind].plan.steps} frames, {kind}"
+            sparse.draw(results, args.plot / f"folds_{backbone}_{kind}_{method}.svg", title)
         return 0
     if args.packed is None:
         raise DynskipError("Say with --packed where packed clips are, or where they go.")

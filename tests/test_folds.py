@@ -154,7 +154,7 @@ def test_a_fold_goes_from_packed_clips_to_tables(
     assert "### test_resnet, half: anytime, trained whole\n\n1 runs of 1 folds, seeds [2] of the" in printed
     assert "### test_resnet, half: joint-all" in printed
     assert train_folds.main(["--plot", str(tmp_path), "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "folds_test_resnet_half_anytime.png").stat().st_size > 5000
+    assert (tmp_path / "folds_test_resnet_half_anytime-dark.svg").stat().st_size > 5000
     assert train_folds.main(["--packed", str(packed), "--out", str(tmp_path)]) == 2
     assert "Training needs --weights and --light" in capsys.readouterr().err
 
@@ -196,3 +196,8 @@ def test_what_failed_beside_others_is_told(capsys: pytest.CaptureFixture[str]) -
     printed = capsys.readouterr()
     assert printed.out == "a/b\n"
     assert "(1,) failed: TypeError" in printed.err
+
+
+def test_the_page_has_the_tables_of_the_committed_results() -> None:
+    page = (ROOT / "docs" / "results-folds.md").read_text(encoding="utf-8")
+    assert train_folds.report(train_folds.RESULTS) in page
