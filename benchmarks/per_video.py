@@ -2,10 +2,10 @@
 
     python benchmarks/per_video.py --json per_video.json
 
-The dense network is the untouched timm model on 16 frames, as one batch or frame by frame, also on larger ones (224
+The dense network is timm's model on 16 frames, as one batch or frame by frame, also on larger ones (224
 against 168). Optimised, both networks have BatchNorm folded, weights channels-last, and are compiled: the dense network
 for its one batch size, the stages for any number of rows. Clips are
-compared with the faster of the plain dense runs of a size, and with the optimised one.
+compared with the faster dense run of a size that is not optimised, and with the optimised one.
 """
 
 from __future__ import annotations
