@@ -2,7 +2,7 @@
 
     python benchmarks/glance.py --json benchmarks/results/glance.json
 
-Everything runs in turns: the dense network (timm's model) on all frames of a video and on few of them (uniform), and the clip
+Everything runs in turns: timm's model on all frames of a video (dense) and on few of them (uniform), and the clip
 runtime with gates that follow given decisions, with a glance and without. These are the mean decisions of sparse.py's
 committed results. Weights are random, since time does not depend on them.
 """

@@ -169,7 +169,8 @@ def knowing() -> tuple[Any, torch.Tensor, torch.Tensor]:
     """A backbone that tells three images apart, and videos of noise that show one of them in three of eight frames."""
     torch.manual_seed(0)
     backbone = stage_model("test_resnet", num_classes=3, input_size=(3, 64, 64)).eval()
-    shown, labels, net = torch.randn(3, 3, 64, 64), torch.arange(3).repeat(4), backbone.model
+    shown, labels = torch.randn(3, 3, 64, 64), torch.arange(3).repeat(4)
+    net: Any = backbone.model
     videos = torch.randn(12, 8, 3, 64, 64)
     videos[:, 2:5] = shown[labels, None] + 0.1 * torch.randn(12, 3, 3, 64, 64)
     with torch.no_grad():
@@ -198,7 +199,7 @@ def test_everything_is_stopped_until_the_threshold_is_lower(knowing: Any) -> Non
 
 
 def test_similarity_gates_stop_little_until_they_are_calibrated(knowing: Any) -> None:
-    backbone, videos, labels = knowing
+    backbone, videos, _ = knowing
     first, *others = backbone.num_features
     similar = StopOrForward(backbone, [SimilarityGate(first), *(FixedGate() for _ in others)]).eval()
     slow = videos[:, ::2].repeat_interleave(2, 1) + 0.4 * torch.randn_like(videos)

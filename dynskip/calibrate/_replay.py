@@ -283,7 +283,7 @@ class Replay:
         return self.frames(present)
 
     def by_count(self, pick: Callable[[int, Tensor, int], Tensor]) -> tuple[CurvePoint, ...]:
-        """Measure the network without gates on 1, 2, ... frames of each video, which `pick(count, lengths, T)` marks."""
+        """Measure it without gates on 1, 2, ... frames of each video, which `pick(count, lengths, T)` marks."""
         most = max(encoded.frame_logits.shape[1] for encoded, _ in self.videos)
         return tuple(self.point(self.frames(partial(pick, count))) for count in range(1, most + 1))
 

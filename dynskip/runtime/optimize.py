@@ -1,4 +1,4 @@
-"""The same decisions from faster stages: BatchNorm folded, channels-last, compiled; checked against the model as it was."""
+"""The same decisions from faster stages: BatchNorm folded, channels-last, compiled; checked against the original."""
 
 from __future__ import annotations
 
