@@ -32,6 +32,7 @@ import common
 import torch
 from compose_untrimmed import CLIP_STEPS as STEPS
 from compose_untrimmed import GROUP, Composition, compose, frames_of, relevant_frames, split_off_validation
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from dynskip import (
@@ -668,29 +669,47 @@ DRAWN = (
 
 
 def mean_curve(runs: Sequence[tuple[float, list[dict[str, Any]]]]) -> list[calibrate.CurvePoint]:
-    """Average the runs' test results with the thresholds that val has for each of many budgets."""
+    """Average the runs' test results with the thresholds that val has for each of many budgets, ± their spread."""
     points = []
     for budget in (n / 25 for n in range(2, 26)):
         found = [within(curve, budget * dense) for dense, curve in runs]
         tests = [p["test"] for p in found if p is not None]
         if len(tests) == len(runs):
             macs = 1e9 * statistics.mean(test["gmacs"] for test in tests)
-            points.append(calibrate.CurvePoint(statistics.mean(test["top1"] for test in tests), macs))
+            points.append(averaged([test["top1"] for test in tests], macs))
     return list(dict.fromkeys(points))
+
+
+def averaged(top1: Sequence[float], macs: float) -> calibrate.CurvePoint:
+    """Average the runs' accuracies, with a band of one standard deviation."""
+    mean, deviation = statistics.mean(top1), statistics.stdev(top1)
+    return calibrate.CurvePoint(mean, macs, band=(mean - deviation, mean + deviation))
 
 
 def draw(results: Sequence[dict[str, Any]], folder: Path) -> None:
     """Write the pictures of the documentation."""
-    collected = curves(results)
+    collected, dense = curves(results), select(results, kind="baselines")
     means = {name: mean_curve(collected[name]) for name in DRAWN}
-    plot.accuracy_compute(means, title="Test videos").savefig(folder / "ablation_curves.png")
+    top1 = [result["modes"]["dense"]["test"]["top1"] for result in dense]
+    means["dense"] = [averaged(top1, 1e9 * dense[0]["dense_gmacs"])]
+    title = f"Test videos, means of {len(dense)} seeds ± one standard deviation"
+
+    def draw_curves(dark: bool) -> Figure:
+        figure = plot.accuracy_compute(means, title=title, dark=dark)
+        figure.axes[-1].set_ylim(87, 95)  # below, nobody wants to be
+        return figure
+
+    common.save_pair(draw_curves, folder / "ablation_curves.svg")
     measured = [result["modes"]["termination"]["test"] for result in select(results)]
     usage = metrics.FrameUsage(
         used=statistics.mean(m["used"] for m in measured),
         stopped=tuple(statistics.mean(m["stopped"][n] for m in measured) for n in range(5)),
         unseen=statistics.mean(m["unseen"] for m in measured),
     )
-    plot.frame_usage(usage, STAGES, title="Frames of the test videos").savefig(folder / "ablation_usage.png")
+    title = "Frames of the test videos"
+    common.save_pair(
+        lambda dark: plot.frame_usage(usage, STAGES, title=title, dark=dark), folder / "ablation_usage.svg"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- command line

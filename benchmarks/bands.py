@@ -36,7 +36,7 @@ from dynskip import (
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "bands.json"
-PICTURE = ROOT / "docs" / "images" / "bands.png"
+PICTURE = ROOT / "docs" / "images" / "bands.svg"
 RUN = ablation.Run("gates")
 
 
@@ -82,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for point in points:
             edges = " to ".join(f"{100 * edge:.1f}" for edge in point.band or ())
             print(f"  {point.macs / 1e9:5.1f} GMACs: {100 * point.accuracy:.1f} % ({edges})")
-    plot.accuracy_compute(curves, title="Test videos, with 90 % bands").savefig(PICTURE)
+    title = "Test videos, with 90 % bands"
+    common.save_pair(lambda dark: plot.accuracy_compute(curves, title=title, dark=dark), PICTURE)
     return 0
 
 

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -29,6 +29,9 @@ from torch import Tensor, nn
 import dynskip
 from dynskip import StagedBackbone, StopOrForward, sofnet
 from dynskip.gates import GateState, Step
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FRAMES, ENDS_AFTER, CLASSES = 16, 14, 200
 STOPPED_BY = {2: 2, 5: 1, 8: 3, 11: 2, 14: 4}  # frame: its gate, counted from one; all other frames are used
@@ -297,3 +300,25 @@ def parser(doc: str, optimize: bool = False) -> argparse.ArgumentParser:
     result.add_argument("--backbone", default="resnet50", help=argparse.SUPPRESS)
     result.add_argument("--size", type=int, default=168, help=argparse.SUPPRESS)
     return result
+
+
+def save_pair(draw: Callable[[bool], Figure], file: Path) -> None:
+    """Save a picture for light pages, and beside it one for dark pages, whose name ends in `-dark`.
+
+    Args:
+        draw: draws the picture, dark or not.
+        file: where the light one goes. Charts are small as SVG, frames of videos as PNG, which gets 64 colours.
+    """
+    from matplotlib import rc_context
+    from PIL import Image
+
+    for dark in (False, True):
+        path, figure = file.with_stem(file.stem + "-dark" * dark), draw(dark)
+        if file.suffix == ".svg":
+            with rc_context({"svg.hashsalt": file.stem}):  # the same data give the same file
+                figure.savefig(path, transparent=True, metadata={"Date": None})
+        else:
+            figure.savefig(path, dpi=105)
+            # These settings keep colours apart that cover little, such as those of frames and bars.
+            palette = Image.open(path).convert("RGB").quantize(64, method=Image.Quantize.MAXCOVERAGE, kmeans=2)
+            palette.save(path, optimize=True)

@@ -12,15 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import common
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from dynskip.plot._style import DARK, LIGHT, Theme
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, RESULTS = ROOT / "docs" / "speed.md", ROOT / "benchmarks" / "results"
 MEASURED = ("per_video", "glance", "overhead", "many_streams", "training_step", "onnx_torch")
-INK, MUTED, TRACK = "#1f2328", "#59636e", "#e6e9ed"
 # From Okabe and Ito's palette, which keeps its contrasts for colour-blind readers.
-DENSE, CLIP, BATCHED = "#E69F00", "#009E73", "#59636e"
+DENSE, CLIP = "#E69F00", "#009E73"
 
 
 def ratios(contents: dict[str, dict[str, Any]]) -> str:
@@ -73,33 +75,33 @@ def page(text: str) -> str:
     return text
 
 
-def per_video(content: dict[str, Any]) -> Figure:
+def per_video(content: dict[str, Any], dark: bool = False) -> Figure:
     """Draw how long a video takes in each way, as bars."""
-    results = content["results"]
-    figure, axes = canvas("One video of 16 frames", content["machine"], 0.8 + 0.36 * len(results))
+    results, theme = content["results"], DARK if dark else LIGHT
+    figure, axes = canvas("One video of 16 frames", content["machine"], 1.3 + 0.36 * len(results), theme)
     names = sorted(results, key=lambda name: -results[name]["median_ms"])
     times = [results[name]["median_ms"] for name in names]
     colours = [CLIP if name.startswith("clip") else DENSE for name in names]
     bars = axes.barh(names, times, color=colours, height=0.62)
     labels = [f"{results[name]['median_ms']:.0f} ms, {results[name]['gmacs']:.1f} GMACs" for name in names]
-    axes.bar_label(bars, labels, padding=4, color=MUTED, fontsize=9)
+    axes.bar_label(bars, labels, padding=4, color=theme.muted, fontsize=9)
     axes.set_xlim(0, 1.3 * max(times))
     axes.invert_yaxis()
-    axes.xaxis.set_visible(False)
-    axes.spines["bottom"].set_visible(False)
+    axes.set_xlabel("milliseconds a video (median)", color=theme.ink)
+    axes.grid(axis="x", color=theme.track)
     return figure
 
 
-def streams(content: dict[str, Any]) -> Figure:
+def streams(content: dict[str, Any], dark: bool = False) -> Figure:
     """Draw frames a second against the number of streams."""
-    results = content["results"]
+    results, theme = content["results"], DARK if dark else LIGHT
     counts = [int(name.split()[0]) for name in results]
-    figure, axes = canvas("Many streams", content["machine"], 3.8)
+    figure, axes = canvas("Many streams", content["machine"], 3.8, theme)
     for key, label, style in (
         (
             "batched_frames_per_s",
             "the same rows in full batches, no gates",
-            {"color": BATCHED, "linestyle": (0, (4, 3))},
+            {"color": theme.muted, "linestyle": (0, (4, 3))},
         ),
         ("frames_per_s", "measured", {"color": CLIP, "marker": "o"}),
     ):
@@ -107,28 +109,29 @@ def streams(content: dict[str, Any]) -> Figure:
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("streams", color=INK)
-    axes.set_ylabel("frames a second", color=INK)
-    axes.grid(axis="y", color=TRACK)
-    axes.legend(frameon=False, labelcolor=INK, loc="lower right")
+    axes.set_xlabel("streams", color=theme.ink)
+    axes.set_ylabel("frames a second", color=theme.ink)
+    axes.grid(axis="y", color=theme.track)
+    axes.legend(frameon=False, labelcolor=theme.ink, loc="lower right")
     return figure
 
 
-def canvas(title: str, machine: dict[str, Any], height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7.5, height), dpi=150, facecolor="white", layout="constrained")
-    axes = figure.add_subplot()
+def canvas(title: str, machine: dict[str, Any], height: float, theme: Theme) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7.5, height), facecolor=theme.background, layout="constrained")
+    axes = figure.add_subplot(facecolor=theme.background)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(MUTED)
-    axes.tick_params(colors=INK, length=0)
+    axes.spines[["left", "bottom"]].set_color(theme.muted)
+    axes.tick_params(colors=theme.ink, length=0)
     axes.set_axisbelow(True)
     hardware = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
-    axes.set_title(f"{title} ({hardware})", loc="left", color=INK, fontsize=12)
+    axes.set_title(f"{title} ({hardware})", loc="left", color=theme.ink, fontsize=12)
     return figure, axes
 
 
 def main() -> None:
-    for name, source, draw in (("per_video", "per_video", per_video), ("streams", "many_streams", streams)):
-        draw(read(source)).savefig(ROOT / "docs" / "images" / f"{name}.png")
+    images, one_video, many_streams = ROOT / "docs" / "images", read("per_video"), read("many_streams")
+    common.save_pair(lambda dark: per_video(one_video, dark), images / "per_video.svg")
+    common.save_pair(lambda dark: streams(many_streams, dark), images / "streams.svg")
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 

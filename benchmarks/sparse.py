@@ -383,7 +383,7 @@ def draw(results: Results, file: Path, title: str) -> None:
                 macs = statistics.mean(p["cost"] for p in chosen) * results[0]["dense_gmacs"] * 1e9
                 curves.setdefault(name, []).append(CurvePoint(top1, macs, band=(top1 - error, top1 + error)))
     unique = {name: list(dict.fromkeys(points)) for name, points in curves.items()}
-    plot.accuracy_compute(unique, title=title).savefig(file)
+    common.save_pair(lambda dark: plot.accuracy_compute(unique, title=title, dark=dark), file)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -393,7 +393,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.plot:
         for kind, results in committed().items():
-            draw(results, args.plot / f"sparse_{kind}.png", f"{KINDS[kind].plan.steps} frames a video: {kind}")
+            draw(results, args.plot / f"sparse_{kind}.svg", f"{KINDS[kind].plan.steps} frames a video: {kind}")
         return 0
     if None in (args.data, args.weights, args.light, args.features):
         raise DynskipError("Runs need --data, --weights, --light and --features; --report prints what is there.")

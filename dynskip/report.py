@@ -48,10 +48,11 @@ th, td { padding: 0.3rem 0.6rem; border-bottom: 1px solid var(--line); text-alig
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--page); text-align: left; }
 .wide img { display: block; width: 40rem; max-width: 100%; min-width: 28rem; }
 .bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: 0.3rem 0.75rem; align-items: center; }
+.bars i + span { text-align: right; }
 .bars i { display: block; height: 0.9rem; background: var(--stopped); }
 .bars .used { background: var(--used); }
 .bars .unseen { background: var(--muted); }
-.strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(4.25rem, 1fr)); gap: 0.4rem; padding: 0;
+.strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(3.7rem, 1fr)); gap: 0.4rem; padding: 0;
   margin: 0.5rem 0; list-style: none; font-size: 0.75rem; line-height: 1.25; text-align: center; }
 .strip li { border-top: 0.3rem solid transparent; }
 .strip .relevant { border-top-color: var(--relevant); }
@@ -245,8 +246,8 @@ def _video(
             kind = name = "fallback"
         relevant = any(first <= t < end for first, end in record.get("relevant", ()))
         picture = "<s></s>" if pictures is None else f'<img alt="" src="{_jpeg(pictures[t])}">'
-        extra = " <span class=muted>relevant</span>" if relevant else ""
-        tiles.append(f'<li class="{kind}{" relevant" * relevant}">{picture}{t} {_text(name)}{extra}</li>')
+        extra = "<br><span class=muted>relevant</span>" if relevant else ""
+        tiles.append(f'<li class="{kind}{" relevant" * relevant}">{picture}{t}<br>{_text(name)}{extra}</li>')
     head = f"<h3>{_text(record['video'])}</h3><p class=told>{_text('; '.join(told))}</p>"
     return f"{head}<ol class=strip>{''.join(tiles)}</ol>"
 

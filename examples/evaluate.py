@@ -131,7 +131,7 @@ def write_page(
         clip = clips[0, places[key]].video
         return None if clip is None else clip.permute(0, 2, 3, 1).numpy()
 
-    given = {name.replace("_", " "): value for name, value in vars(args).items() if value not in (None, [])}
+    given = {name.replace("_", " "): value for name, value in vars(args).items() if value not in (None, [], args.html)}
     settings = {**given, "split": split, "frames of a video": clips.prep.num_frames, "pixels": clips.prep.size}
     page = report.html_report(
         model,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import timm_network
+from PIL import Image
 from torch import Tensor
 
 from dynskip import UNSEEN, StopOrForward
@@ -101,9 +102,18 @@ def test_start_up_is_told_in_forwards(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_per_video_and_both_pictures(tmp_path: Path) -> None:
     content = run(per_video, tmp_path, "--eager")
-    plot.per_video(content).savefig(tmp_path / "per_video.png")
-    plot.streams(run(many_streams, tmp_path)).savefig(tmp_path / "streams.png")
-    assert (tmp_path / "per_video.png").stat().st_size > 10_000
+    streams = run(many_streams, tmp_path)
+    files = [tmp_path / name for name in ("bars.svg", "bars-dark.svg", "line.png", "line-dark.png")]
+    written = []
+    for _ in range(2):
+        common.save_pair(lambda dark: plot.per_video(content, dark), files[0])
+        common.save_pair(lambda dark: plot.streams(streams, dark), files[2])
+        written.append([file.read_bytes() for file in files])
+    assert written[0] == written[1]
+    assert len(set(written[0])) == 4
+    corners = [Image.open(file).convert("L").getpixel((0, 0)) for file in files[2:]]
+    assert corners[0] == 255
+    assert corners[1] < 30
 
 
 def test_the_speed_pages_tables_are_what_the_results_say() -> None:

@@ -140,7 +140,7 @@ def test_runs_are_done_once_and_reported(tmp_path: Path, capsys: pytest.CaptureF
     assert "| dense, all frames | " in printed
     assert " | 100.0 | +0.0 ± 0.0 (0.0) | +0.0 ± 0.0 (0.0) |" in printed
     assert sparse.main(["--plot", str(tmp_path)]) == 0
-    assert (tmp_path / "sparse_sparse.png").exists()
+    assert (tmp_path / "sparse_sparse-dark.svg").exists()
 
 
 def test_settings_are_chosen_on_the_validation_part() -> None:

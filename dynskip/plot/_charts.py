@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _BARS, _STEP, _THICKNESS = 4.5, 0.34, 0.22  # inches: the longest bar, from one bar to the next, and how thick
 _BELOW = 0.08  # of accuracy, that is shown below the curves' best points at least
 _CURVES = (RELEVANT, FALLBACK, USED, "#CC79A7", STOPPED, GATES)
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # tell curves apart without colour
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # tell curves apart without colour
 
 
 def frame_usage(
@@ -140,13 +140,13 @@ def accuracy_compute(
     theme = DARK if dark else LIGHT
     columns = 2 if max(map(len, curves)) <= 26 else 1  # longer names would be cut
     width, left, right = 6.4, 0.75, 0.25
-    bottom = 0.6 + 0.24 * -(-(len(curves) + (chosen is not None)) // columns)  # the axis' labels and the legend
+    bottom = 0.6 + 0.21 * -(-(len(curves) + (chosen is not None)) // columns)  # the axis' labels and the legend
     canvas = Canvas(width, bottom + 3.4, title, theme)
     height = canvas.figure.get_figheight()
     box = (left / width, bottom / height, 1 - (left + right) / width, 3.3 / height)
     axes = canvas.figure.add_axes(box, facecolor=theme.background)
     for (name, points), colour, marker in zip(
-        curves.items(), itertools.cycle(_CURVES), itertools.cycle(_MARKERS), strict=False
+        curves.items(), itertools.cycle((*_CURVES, theme.ink)), itertools.cycle(_MARKERS), strict=False
     ):
         ordered = sorted(points, key=lambda point: point.macs)
         x, y = [point.macs / 1e9 for point in ordered], [100 * point.accuracy for point in ordered]

@@ -34,7 +34,7 @@ class Theme(NamedTuple):
 
 
 LIGHT = Theme(background="#ffffff", ink="#1f2328", muted="#59636e", track="#e6e9ed", unseen="#24292f")
-DARK = Theme(background="#0d1117", ink="#f0f3f6", muted="#9ea7b3", track="#21262d", unseen="#000000")
+DARK = Theme(background="#0d1117", ink="#f0f3f6", muted="#9ea7b3", track="#3d444d", unseen="#000000")
 
 
 class Canvas:
