@@ -38,7 +38,7 @@ class DynskipOnnxError(ValueError):
 
 # Rules: those of `dynskip.rules` under the same names, here in numpy. `N` gates, `K` classes.
 
-UNSEEN = -1  # `stopped_at` of a frame that was never looked at, because the video had ended
+UNSEEN = -1  # `stopped_at` of an unseen frame: its video had ended
 SATURATED = 100.0  # a margin as wide as this holds for every threshold
 
 

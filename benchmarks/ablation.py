@@ -617,7 +617,7 @@ def usage_table(results: Sequence[dict[str, Any]]) -> str:
     for name, settings, mode in ROWS[4:]:
         measured = [result["modes"][mode]["test"] for result in select(results, **settings)]
         rows.append((name, percents([[*m["stopped"], m["used"], m["unseen"]] for m in measured])))
-    return table("frames, %", [*STAGES, "used", "never seen"], [(name, cells) for name, cells in rows if cells])
+    return table("frames, %", [*STAGES, "used", "unseen"], [(name, cells) for name, cells in rows if cells])
 
 
 def probe_table(results: Sequence[dict[str, Any]], **settings: Any) -> str:

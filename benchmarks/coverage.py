@@ -83,7 +83,7 @@ timm's {models} models have {structures} different structures. The smallest mode
 ## What was checked
 
 Each model was cut by [`dynskip.stage_model`](api/backbone.md#dynskip.stage_model) with default boundaries, and compared
-with the untouched model, with random weights, on {batch} images. Values count as equal if they differ by less than
+with timm's model, with random weights, on {batch} images. Values count as equal if they differ by less than
 {tolerance:g} of the largest one. Large transformers were built with {narrow} channels a head, most of them for small
 images, so that a small machine can check them ("narrow"). Deep random networks amplify rounding: where float32 missed
 the tolerance, the check was repeated in float64.
@@ -158,8 +158,8 @@ class Case:
 
     backbone: StagedBackbone
     images: Tensor  # (5, C, H, W)
-    logits: Tensor  # (5, K), of the untouched model
-    keys: list[str]  # of the untouched model's state dict
+    logits: Tensor  # (5, K), of timm's model
+    keys: list[str]  # of timm's model's state dict
     graphs: list[int] = field(default_factory=list)  # that each stage compiled to
 
 
@@ -292,7 +292,7 @@ def require_spread(values: Tensor, what: str) -> None:
 
 @torch.no_grad()
 def check_exact(case: Case) -> float:
-    """Compare the whole staged run with the untouched model."""
+    """Compare the whole staged run with timm's model."""
     require_spread(case.logits, "logits")
     return difference(case.backbone(case.images), case.logits)
 
@@ -319,7 +319,7 @@ def check_subset(case: Case) -> float:
 
 
 def check_gradients(case: Case) -> float:
-    """Compare the gradients and the statistics after one training step with the untouched model's."""
+    """Compare the gradients and the statistics after one training step with those of timm's model."""
     backbone, images = case.backbone, case.images[:3]
     weights = torch.randn(case.logits[:3].shape, generator=torch.Generator().manual_seed(2))
     plain, buffers = training_step(backbone, staged=False, images=images, weights=weights)

@@ -2,7 +2,7 @@
 
     python benchmarks/glance.py --json benchmarks/results/glance.json
 
-Everything runs in turns: the untouched timm model on all frames of a video and on few of them (uniform), and the clip
+Everything runs in turns: timm's model on all frames of a video (dense) and on few of them (uniform), and the clip
 runtime with gates that follow given decisions, with a glance and without. These are the mean decisions of sparse.py's
 committed results. Weights are random, since time does not depend on them.
 """
@@ -92,7 +92,7 @@ def following(backbone: StagedBackbone, video: Tensor, counts: Sequence[int]) ->
 
 
 def uniform(given: dict[str, Any], count: str) -> str:
-    """Name the run of the plain network on few frames of a video."""
+    """Name the run of the network without gates on few frames of a video."""
     return f"uniform, {given['uniform']} of {count} frames"
 
 

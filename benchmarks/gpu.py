@@ -5,7 +5,7 @@
 One command for one GPU and six minutes. It checks first that the GPU decides as the CPU does. Then it times 1, 8 and 64
 videos of 16 frames that follow the schedule: in bf16, in float32, and optimised in bf16 with CUDA graphs.
 
-- dense: the untouched timm model on the same frames, as one batch; compiled where the stages are
+- dense: timm's model on the same frames, as one batch; compiled where the stages are
 - bare: the stages and the head alone, on as many rows as the schedule executes, in full batches
 - clip: `model(video)`
 - online: a session of all the videos, a frame of each at a time

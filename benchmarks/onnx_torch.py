@@ -2,7 +2,7 @@
 
     python benchmarks/onnx_torch.py --json onnx_torch.json
 
-Both have as many threads. torch is plain and (unless `--eager`) optimised.
+Both have as many threads. torch is timed as it is and (unless `--eager`) optimised.
 """
 
 from __future__ import annotations

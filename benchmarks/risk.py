@@ -166,7 +166,7 @@ def whole(model: StopOrForward, population: EncodedVideo, risk: float, delta: fl
 def real(args: argparse.Namespace, gates: bool) -> tuple[StopOrForward, calibrate.Batches, list[EncodedVideo]]:
     """Return SoF-Net trained on stored features, other videos, and a population: test videos composed anew.
 
-    Without gates, the plain backbone reads frames until the terminator ends the video.
+    Without gates, the whole network reads frames until the terminator ends the video.
     """
     data, model = ablation.prepare(ablation.Run("gates"), args)
     if gates:

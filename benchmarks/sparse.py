@@ -16,7 +16,7 @@ groups is the validation part. The classifier and the gates are trained on the r
 validation part. A run writes one file to `benchmarks/results/sparse`: of every setting the accuracy and cost on the
 validation part, the cost on the test part, which test videos it gets right, and of gates how many frames of a test
 video are unseen, stopped at each gate, and used. So `--report` can choose settings and compare methods video by video.
-Costs are MACs (multiply-adds), as shares of all frames in the plain ResNet-50.
+Costs are MACs (multiply-adds), as shares of all frames in the dense ResNet-50.
 """
 
 from __future__ import annotations

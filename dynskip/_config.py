@@ -244,7 +244,7 @@ def compare(model: Wrapped, twin: Wrapped) -> None:
                 raise DynskipError(
                     f"A model rebuilt from the configuration gives other answers at {what}. What was changed after "
                     "the model was built, or is no argument of its parts, cannot be saved: make it an argument, or "
-                    "save the plain model."
+                    "save the model before the change."
                 )
 
 

@@ -294,6 +294,6 @@ def _load(model: Wrapped, tensors: dict[str, Tensor], versions: str) -> None:
             f"The weights do not fit the model that the configuration builds: {len(wrong)} entries are missing, "
             f"unknown, or of another shape or dtype. {key!r} is {given.get(key, 'missing')} in {WEIGHTS} and "
             f"{own.get(key, 'unknown')} in the model. A model that was changed after it was built (folded, cast in "
-            f"part, layers replaced or shared) cannot be saved; save the plain one. {versions}"
+            f"part, layers replaced or shared) cannot be saved; save it before the change. {versions}"
         )
     model.load_state_dict({key: tensors[name] for key, name in first.items()})

@@ -207,7 +207,7 @@ class AttentionMean(Consensus):
     """A mean of the used frames' logits with weights that are learned: the softmax over frames of a score.
 
     The score comes from the frame's logits, through one hidden layer. Every used frame has logits, however it was run;
-    and they tell how sure the network is, and of what. It starts as the plain mean.
+    and they tell how sure the network is, and of what. It starts as the mean with equal weights.
 
     Args:
         num_classes: number of classes `K`.

@@ -1,4 +1,4 @@
-"""Frames in flight: the only loop over stages and gates. Online, clip and streams are policies over it.
+"""Frames in flight: the only loop over stages and gates. Online, clip and streams are ways to run it.
 
 `run` takes frames through stages, `ask` says which of them go on according to the gates' current states, `decide` makes
 decisions final, frame by frame and in order, and `learn` tells the host. Tables are on the model's device: only `ask`

@@ -284,7 +284,7 @@ def curves(
     *,
     metric: calibrate.Metric = metrics.top_k_accuracy,
 ) -> dict[str, Sequence[calibrate.CurvePoint]]:
-    """Return accuracy against compute for gates, for uniform and random frames, and for the dense network.
+    """Return accuracy against cost for gates, for uniform and random frames, and for the dense network.
 
     Args:
         model: the model, in eval mode.

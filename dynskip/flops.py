@@ -182,7 +182,7 @@ class FLOPsLookup:
 
     @property
     def dense(self) -> float:
-        """Cost of a frame through the plain backbone, without gates."""
+        """Cost of a frame through the dense network, without gates."""
         return float(self.per_stage.sum()) + self.head
 
     @property

@@ -31,7 +31,7 @@ class FrameUsage:
     Args:
         used: Share that passed every gate.
         stopped: Share stopped by each gate, one number per stage.
-        unseen: Share never looked at.
+        unseen: Share that came after the end of the video.
     """
 
     used: float
@@ -46,7 +46,7 @@ class ExecutedCompute:
     Args:
         per_video: Mean of a video, gates and head included.
         per_frame: The same divided by all frames of the video, unseen ones included, as the thesis counts.
-        dense_per_video: What the plain backbone executes on all frames of a video.
+        dense_per_video: What the dense network executes on all frames of a video.
     """
 
     per_video: float
@@ -55,7 +55,7 @@ class ExecutedCompute:
 
     @property
     def share(self) -> float:
-        """What was executed as a share of the dense compute."""
+        """What was executed as a share of the dense cost."""
         return self.per_video / self.dense_per_video
 
 
@@ -170,7 +170,7 @@ def frame_usage(stopped_at: Tensor, num_stages: int, lengths: Tensor | None = No
 
     Args:
         stopped_at: `(B, T)` or `(T,)`: the stage a frame stopped after, `num_stages` if it was used,
-            `UNSEEN` if it was never looked at.
+            `UNSEEN` if its video had ended before.
         num_stages: Number of stages N of the model.
         lengths: `(B,)` frames of each video where they are padded (`SkipOutput.lengths`); `None` for all.
 

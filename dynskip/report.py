@@ -206,7 +206,7 @@ def _curve(curves: Mapping[str, Sequence[CurvePoint]], last: Result, metric: str
             }
             rows.append({**row, "band": band})
     return (
-        f"<h2>Accuracy against compute</h2><p class=muted>The ring is {_text(last.mode)} as evaluated. Bands hold 90 % "
+        f"<h2>Accuracy against cost</h2><p class=muted>The ring is {_text(last.mode)} as evaluated. Bands hold 90 % "
         "of the accuracies that one gets by drawing the videos again.</p>"
         f'<div class=wide tabindex="0"><picture><source media="(prefers-color-scheme: dark)" srcset="{pictures[1]}">'
         f'<img src="{pictures[0]}" alt="{_text(metric)} against GMACs a video; the numbers follow"></picture></div>'

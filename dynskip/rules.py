@@ -22,7 +22,7 @@ from dynskip.activation import Activation, probabilities, to_logits
 from dynskip.consensus import ConsensusState, MeanOfLogits, Readout, moved
 from dynskip.gates import FORWARD, STOP, GateState, logit
 
-UNSEEN = -1  # `stopped_at` of a frame that was never looked at, because the video had ended
+UNSEEN = -1  # `stopped_at` of an unseen frame: its video had ended
 SATURATED = 100.0  # no threshold overrules a margin as wide as this
 # What videos' answers are made of: the consensus' state; then, where a gate repeats, what the consensus took of the
 # last used frame, `(B, E)`, NaN before it.

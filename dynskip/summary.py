@@ -40,9 +40,9 @@ def stage_table(
     ]
     size = "any size" if lookup.image_size is None else "{}x{}".format(*lookup.image_size)
     note = f"{unit} a frame of {size}" + (", in multiply-adds" if lookup.unit == "MACs" else "")
-    plain = f"the plain backbone has {lookup.dense / scale:.4g}"
+    dense = f"the dense network has {lookup.dense / scale:.4g}"
     unknown = ["nan: torch cannot count this cost; FLOPsLookup says what helps."] if math.isnan(total) else []
-    return "\n".join([title, *lines, f"{note}; {plain}", *unknown, *rules])
+    return "\n".join([title, *lines, f"{note}; {dense}", *unknown, *rules])
 
 
 def one_frame(lookup: FLOPsLookup) -> str:

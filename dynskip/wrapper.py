@@ -116,7 +116,7 @@ class StopOrForward(Pretrained, Wrapper):
                 only the frames that are looked at are loaded.
             lengths: `(B,)` frames of each video, where they are padded to `T` frames; `None` for all. Padding is never
                 run, counted or averaged, and its values do not matter.
-            dense: leave the gates out and use every frame (the plain backbone; also the recipe's warm-up).
+            dense: leave the gates out and use every frame (also the recipe's warm-up).
             sample: draw decisions from the gates' probabilities instead of taking the more probable one; by default in
                 training only.
 

@@ -50,9 +50,7 @@ def parser() -> argparse.ArgumentParser:
     aim = top.add_mutually_exclusive_group()
     aim.add_argument("--budget", type=float, metavar="GMACS", help="choose thresholds for this mean cost of a video")
     aim.add_argument("--max-loss", type=float, metavar="POINTS", help="or for at most so many points below dense")
-    add(
-        "--curve", type=Path, metavar="PNG", help="with either: draw accuracy against compute; its data beside it, .csv"
-    )
+    add("--curve", type=Path, metavar="PNG", help="with either: draw accuracy against cost; its data beside it, .csv")
     add("--usage", type=Path, metavar="PNG", help="draw what happened to the frames")
     add(
         "--html",

@@ -180,7 +180,7 @@ def costs(seen: SeenVideo, output: SkipOutput) -> str:
         told = f"{now:.4g}</td><td>{now / before:.0%}" if now is not None else "not measured</td><td>"
         lines += f"<tr><td>{name}</td><td>{before:.4g}</td><td>{told}</td></tr>"
     used, looked = int(output.used.sum()), int(output.seen.sum())
-    said = f"Frames: {used} used, {looked - used} stopped, {len(seen.pictures) - looked} never looked at. "
+    said = f"Frames: {used} used, {looked - used} stopped, {len(seen.pictures) - looked} unseen. "
     if output.fallback[0]:
         said += f"No frame passed every gate: frame {int(output.fallback_frame[0])} was run to the end instead. "
     return f'<p>{html.escape(said + "; ".join(seen.notes))}</p><table class="costs">{lines}</table>'

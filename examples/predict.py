@@ -82,13 +82,13 @@ def measured(model: StopOrForward, clip: video.LazyClips, dense: bool = False) -
 
 def savings(gated: Sequence[Cost], dense: Sequence[Cost]) -> str:
     """Say what gates saved over all videos, and how many answers stayed."""
-    macs, plain_macs = (sum(cost.macs for cost in costs) / len(costs) / 1e9 for costs in (gated, dense))
-    taken, plain_taken = (sum(cost.milliseconds for cost in costs) / len(costs) for costs in (gated, dense))
+    macs, dense_macs = (sum(cost.macs for cost in costs) / len(costs) / 1e9 for costs in (gated, dense))
+    taken, dense_taken = (sum(cost.milliseconds for cost in costs) / len(costs) for costs in (gated, dense))
     kept = sum(one.answer == other.answer for one, other in zip(gated, dense, strict=True))
     return (
-        f"Saved: {1 - macs / plain_macs:.1%} of the multiply-adds "
-        f"({macs:.3g} GMACs a video instead of {plain_macs:.3g})\n"
-        f"  and {1 - taken / plain_taken:.1%} of the network's time ({taken:.1f} ms instead of {plain_taken:.1f}).\n"
+        f"Saved: {1 - macs / dense_macs:.1%} of the multiply-adds "
+        f"({macs:.3g} GMACs a video instead of {dense_macs:.3g})\n"
+        f"  and {1 - taken / dense_taken:.1%} of the network's time ({taken:.1f} ms instead of {dense_taken:.1f}).\n"
         f"  {kept} of {len(gated)} answers are those of the network without gates."
     )
 

@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     add("--alpha", type=float, default=0.9, help="accuracy (1) against efficiency (0)")
     add("--beta", type=float, default=0.9, help="inner classification (1) against self-supervision (0)")
     add("--normalize", action="store_true", help="efficiency loss as a share of the dense cost, not in GMACs")
-    add("--dense", action="store_true", help="train the plain backbone for all epochs: the baseline")
+    add("--dense", action="store_true", help="train without gates for all epochs: the baseline")
     add("--warmup-epochs", type=int, default=15, help="epochs of the backbone alone")
     add("--epochs", type=int, default=60, help="epochs of backbone and gates together, after the warm-up")
     add("--optimizer", choices=("sgd", "adamw"), default="sgd", help="the thesis trains with SGD")

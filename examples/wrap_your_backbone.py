@@ -33,7 +33,7 @@ first, *others = backbone.num_features
 gates = [SimilarityGate(first), *(FixedGate() for _ in others)]  # stop a frame that is much like the last used one
 model = StopOrForward(backbone, gates).eval()
 
-answers = model(clips, dense=True).logits.argmax(-1)  # of the model that skips nothing; or labels, if you have them
+answers = model(clips, dense=True).logits.argmax(-1)  # of the dense network; or labels, if you have them
 calibrate.to_accuracy(model, [(clips, answers)], max_loss=0.05).apply(model)
 
 session = model.stream()

@@ -690,7 +690,7 @@ def test_gradients_push_towards_the_target_and_vanish_within_the_budget() -> Non
 
 def test_other_losses_say_what_they_want() -> None:
     assert repr(TargetRateLoss([0.25, 0.5])) == "TargetRateLoss(target=0.25, 0.5)"
-    assert repr(BudgetLoss(lookup(3), 0.5)) == "BudgetLoss(budget=0.5 of the plain backbone)"
+    assert repr(BudgetLoss(lookup(3), 0.5)) == "BudgetLoss(budget=0.5 of the dense cost)"
     assert repr(DistillationLoss(2.0)) == "DistillationLoss(temperature=2)"
 
 
@@ -839,7 +839,7 @@ GOOD, ZEROS = torch.tensor([0, 3]), torch.tensor([0, 0])
         (lambda: TargetRateLoss(1.2), r"target=1.2 is out of range; give a number in \[0, 1\]"),
         (lambda: TargetRateLoss([]), r"target=\[\] is out of range"),
         (lambda: TargetRateLoss([0.5, 0.5])(OUTPUT), "Got 2 target rates for 3 gates; give one number or one a gate"),
-        (lambda: BudgetLoss(lookup(3), 0.0), "budget=0.0 is out of range; give a share of the backbone's cost"),
+        (lambda: BudgetLoss(lookup(3), 0.0), "budget=0.0 is out of range; give a share of the dense network's cost"),
         (lambda: BudgetLoss(lookup(2), 0.5)(OUTPUT), "table has 2 stages and the output 3"),
         (lambda: DistillationLoss(0.0), "temperature=0.0 has to be a finite positive number"),
         (lambda: DistillationLoss(-1.0), "temperature=-1.0 has to be a finite positive number"),

@@ -46,7 +46,7 @@ def test_folding_keeps_the_decisions_and_the_plain_model(name: str) -> None:
     assert not norms_in(fast)
     assert agreement.decisions == agreement.predictions == 1.0
     assert agreement.clips == 4
-    assert agreement.macs == agreement.plain_macs == output.macs.mean()
+    assert agreement.macs == agreement.original_macs == output.macs.mean()
     assert agreement.probability_gap < 1e-4
     assert len(output.stopped_at.unique()) > 3
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -184,7 +184,7 @@ def test_agreement_counts_what_differs() -> None:
     assert agreement.decisions == (first.stopped_at == second.stopped_at).double().mean() < 1
     assert agreement.predictions == (first.logits.argmax(1) == second.logits.argmax(1)).double().mean()
     assert agreement.probability_gap == (first.probabilities - second.probabilities).abs().max() > 0
-    assert agreement.plain_macs == first.macs.mean() > agreement.macs == second.macs.mean()
+    assert agreement.original_macs == first.macs.mean() > agreement.macs == second.macs.mean()
     assert f"{agreement.decisions:.2%}" in str(agreement)
 
 

@@ -55,7 +55,7 @@ def test_summary_is_the_cost_table_stage_by_stage(model: StopOrForward) -> None:
     assert "forward above" not in "".join(stages[:4])
     assert head.split()[0] == "head"
     assert head.endswith("100.0%")
-    assert unit.startswith("GMACs a frame of 168x168, in multiply-adds; the plain backbone has")
+    assert unit.startswith("GMACs a frame of 168x168, in multiply-adds; the dense network has")
     assert "used" in memory
     assert answer == "Used frames make the answer by MeanOfLogits()."
     assert "probability > 0.9, after more than 2 frames" in ending
@@ -67,7 +67,7 @@ def test_small_models_are_told_in_millions_and_given_tables_in_their_unit() -> N
     assert "Every frame is looked at." in model.summary()
     backbone, given = toy_backbone(), FLOPsLookup([2.0, 3.0, 1.0], 0.5, unit="ms", image_size=(SIZE, SIZE))
     timed = StopOrForward(backbone, list(model.gates), lookup=given)
-    assert "ms a frame of 8x8; the plain backbone has 6.5" in timed.summary()
+    assert "ms a frame of 8x8; the dense network has 6.5" in timed.summary()
     with pytest.raises(DynskipError, match="made for frames of 8x8"):
         timed.summary(16)
 

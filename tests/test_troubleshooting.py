@@ -164,12 +164,67 @@ def test_nothing_is_stopped_until_frames_repeat() -> None:
     assert not similar(VIDEO[:, [0, 0, 1, 1]]).used.all()
 
 
-def test_everything_is_stopped_until_the_threshold_is_lower() -> None:
-    gated = model()
-    gated.forward_threshold = 1.0
-    output = gated(VIDEO)
-    assert not output.used.any()
-    assert output.fallback.all()
-    calibrate.to_accuracy(gated, BATCH, max_loss=0.0).apply(gated)
-    gated.forward_threshold = 0.5
-    assert gated(VIDEO).used.any()
+@pytest.fixture(scope="module")
+def knowing() -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """A backbone that tells three images apart, and videos of noise that show one of them in three of eight frames."""
+    torch.manual_seed(0)
+    backbone = stage_model("test_resnet", num_classes=3, input_size=(3, 64, 64)).eval()
+    shown, labels = torch.randn(3, 3, 64, 64), torch.arange(3).repeat(4)
+    net: Any = backbone.model
+    videos = torch.randn(12, 8, 3, 64, 64)
+    videos[:, 2:5] = shown[labels, None] + 0.1 * torch.randn(12, 3, 3, 64, 64)
+    with torch.no_grad():
+        near = shown.repeat_interleave(20, 0) + 0.1 * torch.randn(60, 3, 64, 64)
+        images = torch.cat([near, torch.randn(60, 3, 64, 64)])
+        features = net.forward_head(net.forward_features(images), pre_logits=True).unflatten(0, (6, 20)).mean(1)
+        middle = features[3:].mean(0)
+        apart = features[:3] - middle
+        net.fc.weight.copy_(20 * apart / apart.norm(dim=1, keepdim=True) ** 2)
+        net.fc.bias.copy_(-net.fc.weight @ middle)
+    return backbone, videos, labels
+
+
+def test_everything_is_stopped_until_the_threshold_is_lower(knowing: Any) -> None:
+    backbone, videos, labels = knowing
+    for bias, threshold in ((5.0, 0.9999), (-2.0, 0.5)):  # the threshold is too high; the gates do not like to forward
+        gated = [PolicyGate(channels, hidden=32, forward_bias=bias) for channels in backbone.num_features]
+        stops = StopOrForward(backbone, gated, forward_threshold=threshold).eval()
+        output = stops(videos)
+        assert output.fallback.all()
+        assert not output.used.any()
+        assert not torch.equal(output.logits.argmax(-1), labels)
+        calibrate.to_accuracy(stops, [(videos, labels)], max_loss=0.0).apply(stops)
+        assert not stops(videos).fallback.any()
+        assert torch.equal(stops(videos).logits.argmax(-1), labels)
+
+
+def test_similarity_gates_stop_little_until_they_are_calibrated(knowing: Any) -> None:
+    backbone, videos, _ = knowing
+    first, *others = backbone.num_features
+    similar = StopOrForward(backbone, [SimilarityGate(first), *(FixedGate() for _ in others)]).eval()
+    slow = videos[:, ::2].repeat_interleave(2, 1) + 0.4 * torch.randn_like(videos)
+    before = similar(slow).used.sum()
+    answers = similar(slow, dense=True).logits.argmax(-1)
+    calibrate.to_accuracy(similar, [(slow, answers)], max_loss=0.0).apply(similar)
+    assert similar(slow).used.sum() < 0.8 * before
+    assert torch.equal(similar(slow).logits.argmax(-1), answers)
+
+
+def test_a_stricter_loss_costs_more_and_the_guarantee_says_how_many_videos_it_takes(knowing: Any) -> None:
+    backbone, videos, labels = knowing
+    torch.manual_seed(1)
+    gated = StopOrForward(backbone, [PolicyGate(channels, hidden=32) for channels in backbone.num_features]).eval()
+    strict, lax = (calibrate.to_accuracy(gated, [(videos, labels)], max_loss=loss).point for loss in (0.0, 0.5))
+    assert strict.accuracy > lax.accuracy
+    assert strict.macs > lax.macs
+    with pytest.raises(DynskipError, match=r"it takes \d+ even if not one of them loses anything"):
+        calibrate.to_risk(gated, [(videos, labels)], risk=0.1, delta=0.1)
+
+
+def test_optimize_gives_the_faster_model_and_how_far_it_agrees(knowing: Any) -> None:
+    backbone, videos, _ = knowing
+    gated = StopOrForward(backbone, [PolicyGate(channels, hidden=32) for channels in backbone.num_features]).eval()
+    fast, agreement = gated.optimize(videos, compile=False)
+    assert agreement.decisions == 1
+    # Another batch size rounds differently; a tolerance takes that.
+    torch.testing.assert_close(fast(videos[:1]).probabilities, gated(videos).probabilities[:1], atol=1e-4, rtol=1e-3)

@@ -26,7 +26,7 @@ def test_it_is_at_most_fifteen_lines() -> None:
 
 def test_the_readme_shows_the_same_lines() -> None:
     # The README's own blocks are executed by tests/test_docs.py.
-    assert f"```python\n{user_code()}```" in (ROOT / "README.md").read_text()
+    assert f"\n\n{user_code()}```" in (ROOT / "README.md").read_text()
 
 
 def test_the_script_skips_and_answers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,12 +27,12 @@ Termination: TypeAlias = "float | tuple[tuple[str, float], ...] | None"
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Accuracy and compute of a model on a set of videos, and the thresholds that lead to them.
+    """Accuracy and cost of a model on a set of videos, and the thresholds that lead to them.
 
     Attributes:
         accuracy: by the metric asked for, top-1 by default; from 0 to 1.
         macs: mean executed MACs (multiply-adds) a video, gates and head included; in the cost table's unit.
-        forward_threshold: forward probability that a frame must exceed, one a gate; empty for the plain backbone.
+        forward_threshold: forward probability that a frame must exceed, one a gate; empty without gates.
         termination_threshold: probability that ends a video; names and values of the parameters of a terminator that
             has others; `None` reads every video to its end.
         band: confidence band of the accuracy, lowest and highest; `None` where it was not asked for.
@@ -68,7 +68,7 @@ class Calibration:
     Attributes:
         point: the choice.
         curve: the points that no other one beats, from the cheapest to the most accurate.
-        dense: the plain backbone on every frame, without gates.
+        dense: every frame through the whole network, without gates.
         held_out: what the same search reaches on videos that it has not seen, with its band; `None` without groups. It
             has the thresholds of `point`.
     """

@@ -107,7 +107,7 @@ def replay(
 
 
 def dense(model: Gated, batches: Batches, *, metric: Metric = top_k_accuracy, groups: Groups = None) -> CurvePoint:
-    """Measure the plain backbone on every frame, to compare everything else with it.
+    """Measure the dense network: every frame, no gates. Everything else is compared with it.
 
     Args:
         model: as in `to_budget`.
@@ -128,7 +128,7 @@ def dense(model: Gated, batches: Batches, *, metric: Metric = top_k_accuracy, gr
 def uniform_frames(
     model: Gated, batches: Batches, *, metric: Metric = top_k_accuracy, groups: Groups = None
 ) -> tuple[CurvePoint, ...]:
-    """Measure the plain backbone on few frames of each video, spread evenly: a baseline for curves.
+    """Measure the network without gates on few frames of each video, spread evenly: a baseline for curves.
 
     Args:
         model: as in `to_budget`.
@@ -153,7 +153,7 @@ def uniform_frames(
 def random_frames(
     model: Gated, batches: Batches, *, seed: int = 0, metric: Metric = top_k_accuracy, groups: Groups = None
 ) -> tuple[CurvePoint, ...]:
-    """Measure the plain backbone on few frames of each video, drawn at random: a baseline for curves.
+    """Measure the network without gates on few frames of each video, drawn at random: a baseline for curves.
 
     Args:
         model: as in `to_budget`.
@@ -266,7 +266,7 @@ class Replay:
         return [unended if termination is None else next(outcomes) for termination in terminations]
 
     def frames(self, pick: Callable[[Tensor, int], Tensor]) -> Outcome:
-        """Run the plain backbone on the frames that `pick(lengths, T)` marks, `(B, T)`."""
+        """Run the network without gates on the frames that `pick(lengths, T)` marks, `(B, T)`."""
         logits, macs = [], []
         for (encoded, _), table in zip(self.videos, self.tables, strict=True):
             batch, frames, _ = encoded.frame_logits.shape
@@ -279,11 +279,11 @@ class Replay:
         return self._joined(logits, macs)
 
     def dense(self) -> Outcome:
-        """Run the plain backbone on all frames."""
+        """Run the dense network: all frames, no gates."""
         return self.frames(present)
 
     def by_count(self, pick: Callable[[int, Tensor, int], Tensor]) -> tuple[CurvePoint, ...]:
-        """Measure the plain backbone on 1, 2, ... frames of each video, which `pick(count, lengths, T)` marks."""
+        """Measure it without gates on 1, 2, ... frames of each video, which `pick(count, lengths, T)` marks."""
         most = max(encoded.frame_logits.shape[1] for encoded, _ in self.videos)
         return tuple(self.point(self.frames(partial(pick, count))) for count in range(1, most + 1))
 

@@ -23,7 +23,7 @@ LEARNING = 4  # one video in so many chooses the path
 STEPS = 40  # of the path
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""`(V,)` losses in [0, 1] from `(V, K)` probabilities, those of the plain backbone, and targets."""
+"""`(V,)` losses in [0, 1] from `(V, K)` probabilities, those of the dense network, and targets."""
 
 
 def to_risk(
@@ -58,12 +58,12 @@ def to_risk(
         batches: as in `to_budget`.
         risk: expected loss that is allowed, in (0, 1).
         delta: probability of exceeding it, in (0, 1).
-        loss: `"full"`: 1 for a video whose answer differs from that of the plain backbone on every frame, where targets
-            do not matter. The answer is the most probable class, or with sigmoids the set of classes above 0.5.
-            `"labels"`: 1 for a video that the plain backbone gets right, and that is now wrong, so that the accuracy
+        loss: `"full"`: 1 for a video whose answer differs from that of the dense network, where targets do not
+            matter. The answer is the most probable class, or with sigmoids the set of classes above 0.5.
+            `"labels"`: 1 for a video that the dense network gets right, and that is now wrong, so that the accuracy
             falls by no more than the risk. Right is a most probable class that is a label of the video, and with
-            sigmoids the set of all its labels. Or a function of `(V, K)` probabilities, those of the plain
-            backbone, and targets, that gives `(V,)` losses in [0, 1].
+            sigmoids the set of all its labels. Or a function of `(V, K)` probabilities, those of the dense
+            network, and targets, that gives `(V,)` losses in [0, 1].
         learning: other videos, which choose the path, as `batches`. All of `batches` then test.
 
     Returns:
@@ -158,7 +158,7 @@ def _sizes(least: int) -> Iterator[int]:
 
 
 def against_full(part: Replay, loss: Loss) -> Replay:
-    """Make videos' accuracy 1 minus their mean loss against the plain backbone."""
+    """Make videos' accuracy 1 minus their mean loss against the dense network."""
     full = part.dense().probabilities
 
     def accuracy(probabilities: Tensor, targets: Tensor) -> float:

@@ -74,7 +74,7 @@ def to_accuracy(
     metric: Metric = top_k_accuracy,
     groups: Groups = None,
 ) -> Calibration:
-    """Find the cheapest thresholds that lose little accuracy against the plain backbone on every frame.
+    """Find the cheapest thresholds that lose little accuracy against the dense network.
 
     These videos lose no more than `max_loss`; others may. `to_risk` finds thresholds that come with a guarantee.
 

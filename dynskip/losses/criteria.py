@@ -35,7 +35,7 @@ class AnytimeLoss(Checked):
     lacks logits of frames, and its loss is NaN.
 
     Args:
-        weight: of the parts, 0 or more; 0 is plain training.
+        weight: of the parts, 0 or more; 0 leaves the cross-entropy of all frames.
 
     Raises:
         DynskipError: if the weight is out of range.
@@ -224,7 +224,7 @@ class BudgetLoss(Checked):
 
     Args:
         lookup: the cost table, read once as in `EfficiencyLoss`.
-        budget: what a frame may cost on average, as a share of the plain backbone's cost, in (0, 1].
+        budget: what a frame may cost on average, as a share of the dense network's, in (0, 1].
 
     Raises:
         DynskipError: if the budget is out of range, or the table has unknown costs.
@@ -245,17 +245,17 @@ class BudgetLoss(Checked):
     def check_setting(self, name: str, value: Any) -> Any:
         """Refuse a budget out of range."""
         if name == "budget" and not (isinstance(value, int | float) and 0.0 < value <= 1.0):
-            raise DynskipError(f"budget={value} is out of range; give a share of the backbone's cost in (0, 1].")
+            raise DynskipError(f"budget={value} is out of range; give a share of the dense network's cost in (0, 1].")
         return super().check_setting(name, value)
 
     def forward(self, output: SkipOutput) -> Tensor:
-        """Return the scalar loss of an output: the share of the plain backbone's cost above the budget."""
+        """Return the scalar loss of an output: the share of the dense network's cost above the budget."""
         check_table(len(self.costs), output)
         return functional.budget_loss(output.forward, self.costs, self.head, self.budget, output.weights)
 
     def extra_repr(self) -> str:
         """Show the budget."""
-        return f"budget={self.budget:g} of the plain backbone"
+        return f"budget={self.budget:g} of the dense cost"
 
 
 class DistillationLoss(Checked):

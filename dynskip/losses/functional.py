@@ -87,7 +87,7 @@ def anytime_loss(
         targets: `(B,)` class indices or `(B, K)` rows.
         activation: how logits become probabilities.
         lengths: `(B,)` frames of each video, where they are padded; `None` for all.
-        weight: of the parts; 0 is plain training.
+        weight: of the parts; 0 leaves the cross-entropy of all frames.
 
     Returns:
         Scalar, mean over videos.

@@ -1,4 +1,4 @@
-"""Pictures of what was decided: frames of one video, shares over many, costs of stages, accuracy against compute.
+"""Pictures of what was decided: frames of one video, shares over many, costs of stages, accuracy against cost.
 
 Needs matplotlib (extra `plot`), except for `timeline_text`. Figures are returned, never shown, and
 leave no global state behind: save one with `figure.savefig("timeline.png")`.

@@ -1,4 +1,4 @@
-"""Shares of frames and costs of stages as bars, accuracy against compute as lines."""
+"""Shares of frames and costs of stages as bars, accuracy against cost as lines."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def accuracy_compute(
     title: str | None = None,
     dark: bool = False,
 ) -> Figure:
-    """Draw accuracy against executed compute, one line a curve, with confidence bands where points have them.
+    """Draw accuracy against executed cost, one line a curve, with confidence bands where points have them.
 
     The axis of the accuracy shows where the curves' best points lie, and some way below. Lines that fall further leave
     the picture.
@@ -130,7 +130,7 @@ def accuracy_compute(
         dark: Light text on a dark background.
 
     Returns:
-        The figure; compute is in GMACs (10^9 multiply-adds) a video, accuracy in percent.
+        The figure; cost is in GMACs (10^9 multiply-adds) a video, accuracy in percent.
 
     Raises:
         DynskipError: if matplotlib is missing, or there is nothing to draw.

@@ -19,7 +19,7 @@ class Mailbox:
 
     Attributes:
         received: frames that were put in.
-        dropped: frames that were put in and never looked at.
+        dropped: frames that were put in and replaced by newer ones before their turn.
         reconnects: how often the source had to connect again; whoever puts the frames in counts. Videos do not go on
             across such a gap.
         since: when the first frame came that came after the last taken one; `None` if no frame waits.

@@ -1,4 +1,4 @@
-"""The same decisions from faster stages: BatchNorm folded, channels-last, compiled; checked against the plain model."""
+"""The same decisions from faster stages: BatchNorm folded, channels-last, compiled; checked against the original."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d)
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well an optimised model agrees with the plain one on some clips.
+    """How well an optimised model agrees with the original one on some clips.
 
     Attributes:
         clips: clips compared.
         decisions: share of frames with the same `stopped_at` in both.
         predictions: share of clips with the same most probable class.
         probability_gap: largest difference between two probabilities of a class.
-        plain_macs: executed MACs of the plain model, mean over the clips.
+        original_macs: executed MACs of the original model, mean over the clips.
         macs: executed MACs of the optimised model, mean over the clips.
     """
 
@@ -51,7 +51,7 @@ class Agreement:
     decisions: float
     predictions: float
     probability_gap: float
-    plain_macs: float
+    original_macs: float
     macs: float
 
     def __str__(self) -> str:
@@ -59,7 +59,7 @@ class Agreement:
         return (
             f"{self.clips} clips: {self.decisions:.2%} of the decisions and {self.predictions:.2%} of the predictions "
             f"are equal, probabilities within {self.probability_gap:.1e}; {self.macs / 1e9:.4g} GMACs a clip against "
-            f"{self.plain_macs / 1e9:.4g}"
+            f"{self.original_macs / 1e9:.4g}"
         )
 
 
@@ -84,7 +84,7 @@ def compare(plain: StopOrForward, other: StopOrForward, clips: Tensor, lengths: 
         decisions=equal.double().mean().item(),
         predictions=(got.logits.argmax(-1) == wanted.logits.argmax(-1)).double().mean().item(),
         probability_gap=(got.probabilities.double() - wanted.probabilities.double()).abs().max().item(),
-        plain_macs=wanted.macs.mean().item(),
+        original_macs=wanted.macs.mean().item(),
         macs=got.macs.mean().item(),
     )
 
@@ -116,7 +116,7 @@ def optimize(
         backend: compiler, as in `torch.compile`.
 
     Returns:
-        The faster model, and how its decisions on `clips` compare with the plain model's.
+        The faster model, and how its decisions on `clips` compare with the original model's.
 
     Raises:
         DynskipError: if the model is in training mode, or a bucket is not a positive number.

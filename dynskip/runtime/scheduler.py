@@ -1,4 +1,4 @@
-"""The policy of streams: which frames run next, so that batches are full and no frame waits for long."""
+"""The order of streams: which frames run next, so that batches are full and no frame waits for long."""
 
 from __future__ import annotations
 
