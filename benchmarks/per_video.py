@@ -10,7 +10,6 @@ compared with the fastest of the eager dense runs of a size, and with the optimi
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,10 +64,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         network, frames = model.backbone.model, video[0]
         dense, clip = f"dense {size}", f"clip {size}"
         laid_out = frames.contiguous(memory_format=torch.channels_last)  # as the runtime lays them out on a CPU
-        runs = ((batched, frames), (batched, laid_out), (one_by_one, frames))
-        functions.update(
-            {name: functools.partial(run, network, x) for name, (run, x) in zip(ways(dense), runs, strict=True)}
-        )
+        batch, channels_last, single = ways(dense)
+        functions[batch] = lambda: batched(network, frames)
+        functions[channels_last] = lambda: batched(network, laid_out)
+        functions[single] = lambda: one_by_one(network, frames)
         functions[clip] = lambda: model(video)
         gmacs.update(dict.fromkeys(ways(dense), common.dense_gmacs(model, size)))
         gmacs[clip] = common.check(model, video)

@@ -296,7 +296,7 @@ def at_least(points: Points, cost: float) -> dict[str, Any]:
 
 def similar(points: Points, budget: float) -> dict[str, Any]:
     """Return the similarity gates for a budget, or the cheapest if all cost more, which is on their side."""
-    return within(points, budget) or min(points, key=lambda p: p["val"][1])  # type: ignore[no-any-return]
+    return within(points, budget) or min(points, key=lambda p: p["val"][1])
 
 
 def hits(found: dict[str, Any]) -> list[float]:

@@ -289,7 +289,7 @@ def time_videos(args: argparse.Namespace, run: Run, count: int, rounds: int) -> 
             gmacs[row] = sum(float(skipping(images).macs) for images in videos) / count / 1e9
     best: dict[str, list[float]] = {name: [] for name in ways}
     for images in videos:
-        timed = {name: functools.partial(way, images) for name, way in ways.items()}
+        timed: dict[str, Callable[[], Any]] = {name: functools.partial(way, images) for name, way in ways.items()}
         for name, times in common.interleaved(timed, rounds, "cpu").items():
             best[name].append(min(times))
     return {
@@ -328,8 +328,8 @@ def do_all(args: argparse.Namespace) -> None:
     unpack(args.packed)
     args.out.mkdir(parents=True, exist_ok=True)
     missing = [run for run in runs_of(args) if not (args.out / f"{run}.json").exists()]
-    backbones = dict.fromkeys((run.method, run.fold) for run in missing)
-    backbones = [own for own in backbones if not stored(args, "{}-fold{}-features".format(*own)).exists()]
+    wanted = dict.fromkeys((run.method, run.fold) for run in missing)
+    backbones = [own for own in wanted if not stored(args, "{}-fold{}-features".format(*own)).exists()]
     if args.stages and backbones:
         first_stages(*build(args, num_classes(args), args.seed)[:2], args)
     at_once = FOLDS if args.device == "cuda" else 1
@@ -372,10 +372,11 @@ def which_backbone(found: dict[Key, sparse.Results], folder: Path) -> str:
         for name, how in [("dense", "all"), *itertools.product(TIMED, ("chosen", "early"))]:
             row = name + sparse.ENDINGS[how]
             points = [sparse.choose(each["points"][name], how, sparse.KINDS[kind].budget) for each in results]
-            if None in points or (name != "dense" and row not in ways):
+            chosen = [point for point in points if point is not None]
+            if len(chosen) < len(results) or (name != "dense" and row not in ways):
                 continue
-            own = [hit for point in points for hit in sparse.hits(point)]
-            gmacs = sum(p["cost"] * r["dense_gmacs"] for p, r in zip(points, results, strict=True)) / len(results)
+            own = [hit for point in chosen for hit in sparse.hits(point)]
+            gmacs = sum(p["cost"] * r["dense_gmacs"] for p, r in zip(chosen, results, strict=True)) / len(results)
             ms = dense_ms if name == "dense" else ways[row]["ms"]
             lines.append(f"| {first} | {kind} | {row} | {100 * sum(own) / len(own):.1f} | {gmacs:.2f} | {ms:.0f} |")
     return "\n".join(lines)

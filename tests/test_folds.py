@@ -24,6 +24,7 @@ for needed in ("av", "matplotlib", "safetensors", "tqdm"):
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import fine_tune  # noqa: E402
 import packed as packing  # noqa: E402
 import sparse  # noqa: E402
 import train_folds  # noqa: E402
@@ -167,20 +168,20 @@ def test_the_last_stages_are_trained_from_what_the_others_made_once(
     names = json.loads((packed / "clips.json").read_text())
     args.items = [Item(Path(name), (label,), "train") for name, label in names]
     torch.manual_seed(0)
-    model, glanced, _ = train_folds.build(args, 2, args.seed)
-    source = train_folds.first_stages(model, glanced, args)
+    model, glanced, _ = fine_tune.build(args, 2, args.seed)
+    source = fine_tune.first_stages(model, glanced, args)
     monkeypatch.setattr(packing.Pictures, "crop", None)  # the second time, nothing is decoded or cropped
-    assert train_folds.first_stages(model, glanced, args).count == source.count == 3
+    assert fine_tune.first_stages(model, glanced, args).count == source.count == 3
     monkeypatch.undo()
     before = {name: value.clone() for name, value in model.backbone.model.state_dict().items()}
     items = [replace(item, split="train") for item in args.items]
-    train_folds.fine_tune(model, items, source, "anytime", 0, args)
+    fine_tune.fine_tune(model, items, source, "anytime", 0, args)
     changed = {n.split(".")[0] for n, v in model.backbone.model.state_dict().items() if not torch.equal(v, before[n])}
     assert changed == {"layer3", "layer4", "fc"}
     # Features of what was stored are those of the whole network, but for half precision.
     pictures = packing.Pictures(packed, args.size, "cpu", model.backbone.model)  # normalised as its weights want it
     for variant in (0, 1):
-        stored, whole = (train_folds.features_of(model, glanced, each, variant, args) for each in (source, pictures))
+        stored, whole = (fine_tune.features_of(model, glanced, each, variant, args) for each in (source, pictures))
         for one, other in zip((*stored.pooled, stored.embedding), (*whole.pooled, whole.embedding), strict=True):
             torch.testing.assert_close(one, other, atol=5e-3, rtol=5e-3)
     command = ["--packed", str(packed), "--out", str(tmp_path), "--quick", "--stages", "2", "--methods", "joint"]
