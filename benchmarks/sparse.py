@@ -229,6 +229,34 @@ def composing(kind: Kind, fold: int, seed: int, features: video.StoredFeatures, 
     return part
 
 
+def without_training(
+    plain: Any, parts: Sequence[Composed], logits: Tensor, light_logits: Tensor, light: FLOPsLookup
+) -> dict[str, Any]:
+    """Measure the network, and the ways to save for which no gates are trained; logits are those of clips."""
+    val, test = parts
+    steps, dense = test.clip.shape[1], FLOPsLookup.measure(plain, SIZE).dense
+    shown = [torch.where(p.relevant[..., None], logits[p.clip, p.step], 0.0).sum(1).argmax(-1) for p in parts]
+    shares = [float(p.relevant.float().mean()) for p in parts]
+    first, *others = plain.num_features
+    every_frame = StopOrForward(plain, [FixedGate() for _ in plain.num_features]).eval()
+    similar = StopOrForward(plain, [SimilarityGate(first), *(FixedGate() for _ in others)]).eval()
+    points = {
+        "uniform frames": by_frames(logits, parts, 1 / steps, steps),
+        "light network": by_frames(light_logits, parts, light.dense / dense / steps, steps),
+        "relevant frames": [point(shown[0] == val.targets, shares[0], shown[1] == test.targets, shares[1])],
+        "dense": gated(every_frame, parts, steps * dense),
+        "similarity gates": gated(similar, parts, steps * dense),
+    }
+    return {
+        "videos": {"val": len(val.targets), "test": len(test.targets)},
+        "relevant": shares[1],
+        "dense_gmacs": steps * dense / 1e9,
+        "light_share": light.dense / dense,
+        "clips": list(dict.fromkeys(test.clips)),
+        "points": points,
+    }
+
+
 def perform(
     name: str, features: video.StoredFeatures, items: Sequence[video.Item], args: argparse.Namespace
 ) -> dict[str, Any]:
@@ -237,39 +265,26 @@ def perform(
     kind, started = KINDS[kind_name], time.perf_counter()
     part = composing(kind, fold, seed, features, items)
     train = [part("train", -version) for version in range(1, 9)]
-    parts = val, test = part("val"), part("test")
-    steps, classes = kind.plan.steps, int(train[0].targets.max()) + 1
+    val, test = part("val"), part("test")
+    classes = int(train[0].targets.max()) + 1
     plain, glanced, light = networks(args, classes)
-    light_head, dense = nn.Linear(features.pooled[0].shape[-1], classes), FLOPsLookup.measure(plain, SIZE).dense
     head: Any = plain.model.get_classifier()
+    light_head = nn.Linear(features.pooled[0].shape[-1], classes)
     decays = [fit_head(head, features.embedding, train, val), fit_head(light_head, features.pooled[0], train, val)]
     with torch.no_grad():
         logits, light_logits = head(features.embedding), light_head(features.pooled[0])
-    points = {"uniform frames": by_frames(logits, parts, 1 / steps, steps)}
-    points["light network"] = by_frames(light_logits, parts, light.dense / dense / steps, steps)
-    shown = [torch.where(p.relevant[..., None], logits[p.clip, p.step], 0.0).sum(1).argmax(-1) for p in parts]
-    shares = [float(p.relevant.float().mean()) for p in parts]
-    points["relevant frames"] = [point(shown[0] == val.targets, shares[0], shown[1] == test.targets, shares[1])]
-    whole = steps * dense
-    first, *others = plain.num_features
-    every_frame = StopOrForward(plain, [FixedGate() for _ in plain.num_features]).eval()
-    points["dense"] = gated(every_frame, parts, whole)
-    similar = StopOrForward(plain, [SimilarityGate(first), *(FixedGate() for _ in others)]).eval()
-    points["similarity gates"] = gated(similar, parts, whole)
-    points["gates"] = gated(train_gates(plain, kind, part, seed, f"{name}: gates"), parts, whole)
-    points["gates after a glance"] = gated(train_gates(glanced, kind, part, seed, f"{name}: glance"), parts, whole)
+    result = without_training(plain, (val, test), logits, light_logits, light)
+    for label, backbone in (("gates", plain), ("gates after a glance", glanced)):
+        gates = train_gates(backbone, kind, part, seed, f"{name}: {label}")
+        result["points"][label] = gated(gates, (val, test), 1e9 * result["dense_gmacs"])
+    result["videos"]["train"] = len(train[0].targets)
     return {
         "run": {"kind": kind_name, "fold": fold, "seed": seed},
         "command": f"{COMMAND} --only {name}",
         "machine": common.machine("cpu"),
         "seconds": round(time.perf_counter() - started),
-        "videos": {split: len(part.targets) for split, part in (("train", train[0]), ("val", val), ("test", test))},
-        "relevant": shares[1],
-        "dense_gmacs": whole / 1e9,
-        "light_share": light.dense / dense,
         "head_decays": decays,
-        "clips": list(dict.fromkeys(test.clips)),
-        "points": points,
+        **result,
     }
 
 

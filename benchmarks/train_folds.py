@@ -51,6 +51,7 @@ from typing import Any
 
 import av_or_not  # noqa: F401
 import common
+import early_gates
 import sparse
 import torch
 from compose_untrimmed import Composed, compose, frames_of, split_by_group, split_off_validation
@@ -62,13 +63,8 @@ from tqdm import tqdm
 from dynskip import (
     DynskipError,
     EarlyTerminator,
-    FixedGate,
     FLOPsLookup,
-    SimilarityGate,
-    SkipOutput,
-    SoFLoss,
     StopOrForward,
-    WorthLoss,
     sofnet,
     video,
 )
@@ -188,17 +184,6 @@ def fit_gates(args: argparse.Namespace, run: Run) -> str:
     return f"{run} after {seconds['gates']} s"
 
 
-def gates_loss(lookup: FLOPsLookup) -> sparse.Loss:
-    """Return the loss of gates: the thesis' one, but with what frames are worth in the place of self-supervision."""
-    criterion, worth = SoFLoss(lookup, sparse.ALPHA, 1.0, normalize=True), WorthLoss(lookup)
-
-    def loss(encoded: Any, output: SkipOutput, targets: Tensor) -> Tensor:
-        total: Tensor = criterion(output, targets).total + worth(output, targets)
-        return total
-
-    return loss
-
-
 def measure(
     run: Run,
     model: StopOrForward,
@@ -216,38 +201,18 @@ def measure(
         videos = compose(items_of[split], sparse.IRRELEVANT, kind.copies[split], drawn, kind.plan)
         return Composed.of(videos, variants[version % len(variants) if split == "train" else 0], args.items)
 
-    parts = val, test = part("val"), part("test")
-    steps, dense = kind.plan.steps, model.lookup_for((args.size, args.size)).dense
+    parts = part("val"), part("test")
     head = nn.Linear(variants[0].pooled[0].shape[-1], plain.num_classes)
     train = part("train", len(variants))
     fit_linear(head, train.means(train.features.pooled[0]), train.targets, 0.003)
     with torch.no_grad():
         logits, light_logits = classifier(model)(variants[0].embedding), head(variants[0].pooled[0])
-    shown = [torch.where(p.relevant[..., None], logits[p.clip, p.step], 0.0).sum(1).argmax(-1) for p in parts]
-    shares = [float(p.relevant.float().mean()) for p in parts]
-    every_frame = StopOrForward(plain, [FixedGate() for _ in plain.num_features]).eval()
-    points = {
-        "uniform frames": sparse.by_frames(logits, parts, 1 / steps, steps),
-        "light network": sparse.by_frames(light_logits, parts, light.dense / dense / steps, steps),
-        "relevant frames": [sparse.point(shown[0] == val.targets, shares[0], shown[1] == test.targets, shares[1])],
-        "dense": sparse.gated(every_frame, parts, steps * dense),
-    }
-    first, *others = plain.num_features
-    similar = StopOrForward(plain, [SimilarityGate(first), *(FixedGate() for _ in others)]).eval()
-    points["similarity gates"] = sparse.gated(similar, parts, steps * dense)
-    gates: dict[str, Any] = {}
+    results = sparse.without_training(plain, parts, logits, light_logits, light)
+    loss, gates = functools.partial(early_gates.loss_of, "worth", None), dict[str, Any]()
     for name, backbone in zip(TIMED, (plain, glanced), strict=True):
-        fitted = sparse.train_gates(backbone, kind, part, run.seed, f"{run}: {name}", gates_loss)
+        fitted = sparse.train_gates(backbone, kind, part, run.seed, f"{run}: {name}", loss)
         gates[name] = fitted.gates.state_dict()
-        points[name] = sparse.gated(fitted, parts, steps * dense)
-    results = {
-        "videos": {"val": len(val.targets), "test": len(test.targets)},
-        "relevant": shares[1],
-        "dense_gmacs": steps * dense / 1e9,
-        "light_share": light.dense / dense,
-        "clips": list(dict.fromkeys(test.clips)),
-        "points": points,
-    }
+        results["points"][name] = sparse.gated(fitted, parts, 1e9 * results["dense_gmacs"])
     return results, gates
 
 
