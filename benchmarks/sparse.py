@@ -196,7 +196,7 @@ def gated(model: StopOrForward, parts: Sequence[Composed], dense: float) -> Poin
         (val, val_cost, _), (test, cost, ends) = ([torch.cat(e) for e in zip(*side, strict=True)] for side in sides)
         frames = [round(each, 2) for each in ends.double().mean(0).tolist()]
         points.append(point(val, float(val_cost.mean()), test, float(cost.mean()), p=p, rho=rho, frames=frames))
-    return points
+    return chosen_by_some_budget(points)
 
 
 def by_frames(logits: Tensor, parts: Sequence[Composed], cost: float, steps: int) -> Points:
@@ -302,6 +302,14 @@ def committed(folder: Path = RESULTS) -> dict[str, Results]:
 def within(points: Points, budget: float = math.inf) -> dict[str, Any] | None:
     """Choose on the validation part: the most accurate setting within a budget; of equals the costliest, as safer."""
     return max((p for p in points if p["val"][1] <= budget), key=lambda p: tuple(p["val"]), default=None)
+
+
+def chosen_by_some_budget(points: Points) -> Points:
+    """Leave out settings that no row of a table and no budget of a curve would choose: two in three."""
+    ways = (points, [p for p in points if p["rho"] is None], [p for p in points if p["rho"] is not None])
+    kept = [within(own, p["val"][1]) for own in ways for p in own]
+    kept += [choose(points, how, math.inf) for how in ("all", "trained")]
+    return [p for p in points if p in kept]
 
 
 def at_least(points: Points, cost: float) -> dict[str, Any]:
