@@ -279,7 +279,7 @@ def machine(device: str) -> dict[str, Any]:
     facts = {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "timm": timm.__version__}
     return {**facts, **versions, "dynskip": dynskip.__version__}
 
 

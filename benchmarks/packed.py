@@ -83,12 +83,13 @@ def unpack(folder: Path) -> None:
 
 
 class Pictures:
-    """All pictures, on the device, and crops of them."""
+    """All pictures, on the device, and crops of them, normalised as a network's weights want it."""
 
-    def __init__(self, folder: Path, size: int, device: str) -> None:
+    def __init__(self, folder: Path, size: int, device: str, network: Any = None) -> None:
         self.frames = torch.from_numpy(np.load(folder / "frames.npy", mmap_mode="c")).to(device)
         self.size, self.device = size, device
-        self.mean, self.std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (MEAN, STD))
+        wanted = getattr(network, "pretrained_cfg", {"mean": MEAN, "std": STD})
+        self.mean, self.std = (torch.tensor(wanted[name], device=device).view(3, 1, 1) for name in ("mean", "std"))
 
     def crop(self, rows: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """Crop pictures to normalised squares: `(M, 2)` scales and shifts of both axes, as shares of half a side."""

@@ -59,6 +59,34 @@ def files(contents: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def gpu(content: dict[str, Any]) -> str:
+    """Return what videos take on a GPU as a Markdown table, against the dense network and the bare stages."""
+    results = {name: row["median_ms"] for name, row in content["results"].items()}
+
+    def cell(name: str, other: str = "") -> str:
+        if name not in results or (other and other not in results):
+            return "-"
+        return f"{results[name] / results[other]:.2f}" if other else f"{results[name]:,.1f}"
+
+    lines = ["| | videos | dense | bare stages | clip | clip / dense | clip / bare | online |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for name, count in [name.rsplit(", clip ", 1) for name in results if ", clip " in name]:
+        dense, bare, clip, online = (f"{name}, {way} {count}" for way in ("dense", "bare", "clip", "online"))
+        cells = [name, count, cell(dense), cell(bare), cell(clip), cell(clip, dense), cell(clip, bare), cell(online)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def gpu_streams(content: dict[str, Any]) -> str:
+    """Return how many videos a second come out of streams on a GPU as a Markdown table."""
+    results = {name: f"{row['videos_per_s']:,.0f}" for name, row in content["results"].items() if "videos_per_s" in row}
+    lines = ["| | streams | videos/s | the same rows in full batches, no gates |", "|---|---:|---:|---:|"]
+    for name, count in [name.rsplit(", streams ", 1) for name in results if ", streams " in name]:
+        bare = results[f"{name}, bare in batches of {count}"]
+        lines.append(f"| {name} | {count} | {results[f'{name}, streams {count}']} | {bare} |")
+    return "\n".join(lines)
+
+
 def read(name: str) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return content
@@ -69,6 +97,8 @@ def page(text: str) -> str:
     tables = {
         "ratios": ratios({name: read(name) for name in MEASURED}),
         "files": files([read("file_to_answer"), read("file_to_answer_1h_360p")]),
+        "gpu": gpu(read("gpu")),
+        "gpu streams": gpu_streams(read("gpu")),
     }
     for name, table in tables.items():
         text = re.sub(f"(?<=<!-- {name} -->\n\n).*?(?=\n\n)", table, text, flags=re.DOTALL)

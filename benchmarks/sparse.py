@@ -229,6 +229,34 @@ def composing(kind: Kind, fold: int, seed: int, features: video.StoredFeatures, 
     return part
 
 
+def without_training(
+    plain: Any, parts: Sequence[Composed], logits: Tensor, light_logits: Tensor, light: FLOPsLookup
+) -> dict[str, Any]:
+    """Measure the network, and the ways to save for which no gates are trained; logits are those of clips."""
+    val, test = parts
+    steps, dense = test.clip.shape[1], FLOPsLookup.measure(plain, SIZE).dense
+    shown = [torch.where(p.relevant[..., None], logits[p.clip, p.step], 0.0).sum(1).argmax(-1) for p in parts]
+    shares = [float(p.relevant.float().mean()) for p in parts]
+    first, *others = plain.num_features
+    every_frame = StopOrForward(plain, [FixedGate() for _ in plain.num_features]).eval()
+    similar = StopOrForward(plain, [SimilarityGate(first), *(FixedGate() for _ in others)]).eval()
+    points = {
+        "uniform frames": by_frames(logits, parts, 1 / steps, steps),
+        "light network": by_frames(light_logits, parts, light.dense / dense / steps, steps),
+        "relevant frames": [point(shown[0] == val.targets, shares[0], shown[1] == test.targets, shares[1])],
+        "dense": gated(every_frame, parts, steps * dense),
+        "similarity gates": gated(similar, parts, steps * dense),
+    }
+    return {
+        "videos": {"val": len(val.targets), "test": len(test.targets)},
+        "relevant": shares[1],
+        "dense_gmacs": steps * dense / 1e9,
+        "light_share": light.dense / dense,
+        "clips": list(dict.fromkeys(test.clips)),
+        "points": points,
+    }
+
+
 def perform(
     name: str, features: video.StoredFeatures, items: Sequence[video.Item], args: argparse.Namespace
 ) -> dict[str, Any]:
@@ -237,39 +265,26 @@ def perform(
     kind, started = KINDS[kind_name], time.perf_counter()
     part = composing(kind, fold, seed, features, items)
     train = [part("train", -version) for version in range(1, 9)]
-    parts = val, test = part("val"), part("test")
-    steps, classes = kind.plan.steps, int(train[0].targets.max()) + 1
+    val, test = part("val"), part("test")
+    classes = int(train[0].targets.max()) + 1
     plain, glanced, light = networks(args, classes)
-    light_head, dense = nn.Linear(features.pooled[0].shape[-1], classes), FLOPsLookup.measure(plain, SIZE).dense
     head: Any = plain.model.get_classifier()
+    light_head = nn.Linear(features.pooled[0].shape[-1], classes)
     decays = [fit_head(head, features.embedding, train, val), fit_head(light_head, features.pooled[0], train, val)]
     with torch.no_grad():
         logits, light_logits = head(features.embedding), light_head(features.pooled[0])
-    points = {"uniform frames": by_frames(logits, parts, 1 / steps, steps)}
-    points["light network"] = by_frames(light_logits, parts, light.dense / dense / steps, steps)
-    shown = [torch.where(p.relevant[..., None], logits[p.clip, p.step], 0.0).sum(1).argmax(-1) for p in parts]
-    shares = [float(p.relevant.float().mean()) for p in parts]
-    points["relevant frames"] = [point(shown[0] == val.targets, shares[0], shown[1] == test.targets, shares[1])]
-    whole = steps * dense
-    first, *others = plain.num_features
-    every_frame = StopOrForward(plain, [FixedGate() for _ in plain.num_features]).eval()
-    points["dense"] = gated(every_frame, parts, whole)
-    similar = StopOrForward(plain, [SimilarityGate(first), *(FixedGate() for _ in others)]).eval()
-    points["similarity gates"] = gated(similar, parts, whole)
-    points["gates"] = gated(train_gates(plain, kind, part, seed, f"{name}: gates"), parts, whole)
-    points["gates after a glance"] = gated(train_gates(glanced, kind, part, seed, f"{name}: glance"), parts, whole)
+    result = without_training(plain, (val, test), logits, light_logits, light)
+    for label, backbone in (("gates", plain), ("gates after a glance", glanced)):
+        gates = train_gates(backbone, kind, part, seed, f"{name}: {label}")
+        result["points"][label] = gated(gates, (val, test), 1e9 * result["dense_gmacs"])
+    result["videos"]["train"] = len(train[0].targets)
     return {
         "run": {"kind": kind_name, "fold": fold, "seed": seed},
         "command": f"{COMMAND} --only {name}",
         "machine": common.machine("cpu"),
         "seconds": round(time.perf_counter() - started),
-        "videos": {split: len(part.targets) for split, part in (("train", train[0]), ("val", val), ("test", test))},
-        "relevant": shares[1],
-        "dense_gmacs": whole / 1e9,
-        "light_share": light.dense / dense,
         "head_decays": decays,
-        "clips": list(dict.fromkeys(test.clips)),
-        "points": points,
+        **result,
     }
 
 
@@ -292,6 +307,11 @@ def within(points: Points, budget: float = math.inf) -> dict[str, Any] | None:
 def at_least(points: Points, cost: float) -> dict[str, Any]:
     """Return the fewest uniform frames that cost as much; more is on their side."""
     return next((p for p in points if p["cost"] >= cost - 1e-9), points[-1])
+
+
+def similar(points: Points, budget: float) -> dict[str, Any]:
+    """Return the similarity gates for a budget, or the cheapest if all cost more, which is on their side."""
+    return within(points, budget) or min(points, key=lambda p: p["val"][1])
 
 
 def hits(found: dict[str, Any]) -> list[float]:
@@ -334,19 +354,23 @@ def table(results: Results, budget: float, rows: dict[str, tuple[str, ...]] = RO
         (mean, by_clip), (_, by_group) = (common.paired(chain(*ones), chain(*others), own) for own in both)
         return f"{100 * mean:+.1f} ± {100 * by_clip:.1f} ({100 * by_group:.1f})"
 
-    head = "| | top-1 % | cost, % of dense | less dense | less uniform frames at its cost |\n|---|---:|---:|---:|---:|"
+    head = (
+        "| | top-1 % | cost, % of dense | less dense | less uniform frames at its cost "
+        "| less similarity gates at its cost |\n|---|---:|---:|---:|---:|---:|"
+    )
     lines, dense = [head], [hits(r["points"]["dense"][0]) for r in results]
     for method, how in [(method, how) for method, own in rows.items() for how in own]:
         row = method + ENDINGS[how]
         found = [p for r in results if (p := choose(r["points"][method], how, budget))]
         if len(found) < len(results):
-            lines.append(f"| {row} | | more than {100 * budget:.0f} | | |")
+            lines.append(f"| {row} | | more than {100 * budget:.0f} | | | |")
             continue
         own = [hits(p) for p in found]
         top1 = statistics.mean(hit for each in own for hit in each)
         cost = statistics.mean(p["cost"] for p in found)
         frames = [at_least(r["points"]["uniform frames"], p["cost"]) for r, p in zip(results, found, strict=True)]
-        compared = [difference(own, other) for other in (dense, [hits(p) for p in frames])]
+        gates = [similar(r["points"]["similarity gates"], p["val"][1]) for r, p in zip(results, found, strict=True)]
+        compared = [difference(own, other) for other in (dense, *([hits(p) for p in each] for each in (frames, gates)))]
         lines.append(f"| {row} | {100 * top1:.1f} | {100 * cost:.1f} | {' | '.join(compared)} |")
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
     python benchmarks/train_folds.py --pack DIR --packed FOLDER                           # once; FOLDER takes 40 MB
     python benchmarks/train_folds.py --packed FOLDER --weights FILE --light FILE          # on a GPU, all folds at once
     python benchmarks/train_folds.py --packed FOLDER --weights FILE --light FILE --stages 1 --methods anytime   # a CPU
+    python benchmarks/train_folds.py --packed FOLDER --weights FILE --light FILE --time   # milliseconds on a CPU
     python benchmarks/train_folds.py --report                                             # tables from the results
     python benchmarks/train_folds.py --plot docs/images                                   # curves from the results
     python benchmarks/train_folds.py --pack DIR --packed FOLDER --out FOLDER --quick      # does it all run?
@@ -12,12 +13,12 @@ pictures of 192x144 of each clip, three for each of its 16 steps, in 16 H.264 fi
 or PyAV, whichever is there. `--weights` are ImageNet weights of the backbone, ResNet-50 (`resnet50_v1`) at 128x128 or
 another with `--backbone`; `--light` those of EfficientNet-Lite0 for the glance.
 
-A fold is a process of its own. Its test part is a fifth of the camera groups; of the others, a fifth of each class'
-groups is the validation part, on which thresholds are chosen, and the rest is trained on. Videos are composed of clips
-(`compose_untrimmed.py`), anew for every epoch. For each method, the backbone is trained on videos of 16 frames, half of
-them relevant: the whole of it, or with `--stages` its last ones, from what the others make of three variants of the
-clips, which is stored. Then the features of all clips are stored, in three variants, and gates are fitted to them for
-both kinds of videos, with a glance and without (`sparse.py`, which also explains the tables). Methods:
+The test part of a fold is a fifth of the camera groups; of the others, a fifth of each class' groups is the validation
+part, on which thresholds are chosen, and the rest is trained on. Videos are composed of clips (`compose_untrimmed.py`),
+anew for every epoch. For each method, a process a fold trains the backbone on videos of 16 frames, half of them
+relevant (`fine_tune.py`), and stores the features of all clips, in three variants. Then gates are fitted to them, on
+all cores of the CPU, for both kinds of videos, with a glance and without (`sparse.py`, which also explains the tables).
+Methods:
 
     plain      cross-entropy of the mean over all frames
     anytime    the same, and of random parts of them (`AnytimeLoss`)
@@ -26,394 +27,347 @@ both kinds of videos, with a glance and without (`sparse.py`, which also explain
 
 Gates are fitted with `WorthLoss` in the place of self-supervision (`early_gates.py` says why).
 One JSON file for each backbone, kind, method, fold and seed of the gates is written to `benchmarks/results/folds`, or
-to `--out`; those that are there are not done again.
+to `--out`; those that are there are not done again. Backbones, features and gates stay beside the packed clips;
+`--time` runs those of a fold on its test videos.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
+import hashlib
 import itertools
 import json
-import math
-import subprocess
+import multiprocessing
+import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import av_or_not  # noqa: F401
 import common
-import numpy as np
+import early_gates
 import sparse
-import timm
 import torch
-from compose_untrimmed import (
-    CLIP_STEPS,
-    Composed,
-    Composition,
-    compose,
-    frames_of,
-    split_by_group,
-    split_off_validation,
-)
+from compose_untrimmed import Composed, compose, frames_of, split_by_group, split_off_validation
+from fine_tune import VARIANTS, FirstStages, build, features_of, fine_tune, first_stages
 from packed import Pictures, pack, unpack
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from dynskip import (
     DynskipError,
-    FixedGate,
+    EarlyTerminator,
     FLOPsLookup,
-    SimilarityGate,
-    SkipOutput,
-    SoFLoss,
     StopOrForward,
-    WorthLoss,
-    glance,
     sofnet,
-    stage_model,
     video,
 )
-from dynskip.backbone import Carry
-from dynskip.backbone.weights import load_weights
-from dynskip.losses import anytime_loss
 from dynskip.video import command
 from dynskip.video.stored import classifier, fit_linear
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "folds"
-FOLDS, VARIANTS, BATCH = 5, 3, 8
+FOLDS = 5
 METHODS = ("plain", "anytime", "joint", "joint-all")
 TINY = {"backbone": "test_resnet", "light_name": "test_efficientnet", "size": 64, "glance_size": 32, "epochs": 1}
+SETTINGS = ("backbone", "light_name", "size", "glance_size", "stages", "epochs", "lr", "seed")
+BUDGETS = {"half": (0.6, 0.4, 0.2), "sparse": (0.2,)}  # shares of the dense cost, a table each
+TIMED = ("gates", "gates after a glance")
 
 
-# ------------------------------------------------------------------------------------------------------- training
+@dataclass(frozen=True)
+class Run:
+    """Gates of one kind of videos, method, fold and seed."""
+
+    backbone: str
+    kind: str
+    method: str
+    fold: int
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.backbone}-{self.kind}-{self.method}-fold{self.fold}-seed{self.seed}"
 
 
-def build(args: argparse.Namespace, classes: int, seed: int) -> tuple[StopOrForward, Any, FLOPsLookup]:
-    """Return SoF-Net around the backbone, the same backbone after a glance, and what the light network costs."""
-    torch.manual_seed(seed)
-    plain = stage_model(args.backbone, num_classes=classes, input_size=(3, args.size, args.size))
-    light: Any = timm.create_model(args.light_name, num_classes=0)
-    for network, file in ((plain.model, args.weights), (light, args.light)):
-        if file is not None:
-            load_weights(network, file)
-    model = sofnet(plain, hidden=sparse.HIDDEN, detach_inner=False, forward_bias=1.0, threshold=None)
-    model.lookup_for((args.size, args.size))
-    staged = stage_model(light, head=nn.Identity(), num_stages=1, input_size=(3, args.glance_size, args.glance_size))
-    cost = FLOPsLookup.measure(staged, args.glance_size)
-    model.to(args.device).to(memory_format=torch.channels_last)
-    return model, glance(plain, light, args.glance_size).to(args.device), cost
+def runs_of(args: argparse.Namespace) -> list[Run]:
+    """Return what the command line asks for; a fold's runs lie together, since they share its features."""
+    own = itertools.product(args.folds, args.methods, args.kinds, args.gate_seeds)
+    return [Run(args.backbone, kind, method, fold, seed) for fold, method, kind, seed in own]
 
 
-def half_precision(args: argparse.Namespace) -> Any:
-    return torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
-
-
-def shots_of(compositions: Sequence[Composition]) -> Tensor:
-    """Number the shot that each frame is from, `(V, T)`."""
-    return torch.tensor([[n for n, shot in enumerate(c.shots) for _ in range(shot.count)] for c in compositions])
-
-
-def in_float(encoded: Any) -> Any:
-    return replace(encoded, pooled=tuple(x.float() for x in encoded.pooled), frame_logits=encoded.frame_logits.float())
-
-
-@dataclass
-class FirstStages:
-    """What the stages that stay as they are make of all frames: the next stage's inputs, and what gates see.
-
-    A variant of the clips each. Frames are numbered clip by clip.
-    """
-
-    count: int
-    inputs: list[np.ndarray]  # `(frames, C, H, W)` in half precision, on disk
-    pooled: list[tuple[Tensor, ...]]  # `(frames, C_n)` of the glance and of those stages
-
-    def run(self, backbone: Any, variant: int, frames: Tensor, pooled: list[Tensor] | None = None) -> Tensor:
-        """Run the other stages on some frames; return logits `(M, K)`, and add to what gates see."""
-        values = torch.from_numpy(self.inputs[variant][frames.numpy()]).float()
-        carry = Carry((values.contiguous(memory_format=torch.channels_last),), (("rows", 1),), len(frames))
-        for n in range(self.count, backbone.num_stages):
-            carry = backbone.run(n, carry)
-            if pooled is not None:
-                pooled.append(backbone.pool(n, carry))
-        logits: Tensor = backbone.head(carry)
-        return logits
-
-
-@torch.no_grad()
-def first_stages(args: argparse.Namespace) -> FirstStages:
-    """Run the stages that are not trained on all clips, in all variants; or read what they made."""
-    folder = args.packed / f"{args.backbone}-{args.size}-glance{args.glance_size}-stages{args.stages}"
+def stored(args: argparse.Namespace, name: str) -> Path:
+    """Return the file beside the packed clips that holds what was trained with these settings."""
+    settings = json.dumps({name: getattr(args, name) for name in SETTINGS})
+    folder: Path = args.packed / f"{args.backbone}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
     folder.mkdir(exist_ok=True)
-    model, glanced, _ = build(args, 2, args.seed)
-    backbone, glanced, count = model.eval().backbone, glanced.eval(), model.backbone.num_stages - args.stages
-    pictures = Pictures(args.packed, args.size, args.device)
-    found = FirstStages(count, [], [])
-    for variant in range(VARIANTS):
-        inputs, pooled = folder / f"inputs{variant}.npy", folder / f"pooled{variant}.pt"
-        if not pooled.exists():
-            parts, kept = None, []
-            for frames, images in tqdm(all_frames(pictures, variant, args), f"first stages {variant}", disable=None):
-                glance = glanced.run(0, glanced.start(images))
-                seen, carry = [glanced.pool(0, glance)], backbone.start(images)
-                for n in range(count):
-                    carry = backbone.run(n, carry)
-                    seen.append(backbone.pool(n, carry))
-                if len(carry.values) != 1:
-                    raise DynskipError(f"--stages {args.stages} begins inside a block; give another number.")
-                if parts is None:
-                    shape = (len(args.items) * CLIP_STEPS, *carry.values[0].shape[1:])
-                    parts = np.lib.format.open_memmap(inputs, "w+", np.float16, shape)
-                parts[frames.numpy()] = carry.values[0].half().numpy()
-                kept.append(seen)
-            torch.save([torch.cat(stage) for stage in zip(*kept, strict=True)], pooled)
-        found.inputs.append(np.load(inputs, mmap_mode="r"))
-        found.pooled.append(tuple(torch.load(pooled)))
-    return found
+    return folder / f"{name}.pt"
 
 
-def all_frames(pictures: Pictures, variant: int, args: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield numbers and images of all clips' frames: their middle crops, or another variant, drawn as in training."""
-    for clips in torch.arange(len(args.items)).split(BATCH):
-        clip, step = clips[:, None].expand(-1, CLIP_STEPS), torch.arange(CLIP_STEPS).expand(len(clips), -1)
-        seed = video.derive_seed(args.seed, variant, int(clips[0]), 3)
-        drawn = pictures.drawn(clip, step, torch.zeros_like(clip), seed) if variant else pictures.middle(clip, step)
-        yield (clip * CLIP_STEPS + step).flatten(), drawn.flatten(0, 1)
+def save(content: Any, file: Path) -> None:
+    """Write a file that is there whole or not at all."""
+    torch.save(content, file.with_suffix(".part"))
+    file.with_suffix(".part").rename(file)
 
 
-def fine_tune(
-    model: StopOrForward,
-    items: Sequence[video.Item],
-    source: Pictures | FirstStages,
-    method: str,
-    seed: int,
-    args: argparse.Namespace,
-) -> list[float]:
-    """Train the backbone, or the stages behind those that stay; return each epoch's loss."""
-    network, joint = model.backbone.model, method.startswith("joint")
-    policy = [*model.gates.parameters(), *model.inner.parameters()] if model.inner is not None else []
-    last = list(classifier(model).parameters())
-    groups = [{"params": [p for p in network.parameters() if all(p is not own for own in last)], "scale": 1.0}]
-    groups += [{"params": last, "scale": 1.0 if isinstance(source, Pictures) else 10.0}]  # few epochs for a new layer
-    groups += [{"params": policy, "scale": 30.0}] if joint else []
-    optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=0.05)
-    costs = model.lookup_for((args.size, args.size))
-    together = SoFLoss(costs, sparse.ALPHA, sparse.BETA, normalize=True, all_frames=float(method == "joint-all"))
-    rows, losses, warm = {item.path: row for row, item in enumerate(args.items)}, [], 2 if joint else 0
-    for epoch in range(args.epochs):
-        model.train()
-        for module in network.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()  # its statistics stay those of the weights
-        model.temperature = 5.0 * 0.08 ** (max(epoch - warm, 0) / max(args.epochs - warm - 1, 1))
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * group["scale"] * (0.1 if epoch >= 0.75 * args.epochs else 1)
-        plan = compose(items, sparse.IRRELEVANT, 1, video.derive_seed(seed, epoch), sparse.KINDS["half"].plan)
-        (clip, step), shot = frames_of(plan, rows), shots_of(plan)
-        classes = sorted({each.label for each in plan})
-        targets = torch.tensor([classes.index(each.label) for each in plan]).to(args.device)
-        torch.manual_seed(video.derive_seed(seed, epoch, 1))
-        total = torch.zeros((), device=args.device)
-        for number, own in enumerate(torch.randperm(len(plan)).split(BATCH)):
-            truth = targets[own.to(args.device)]
-            if isinstance(source, FirstStages):
-                frames = (clip[own] * CLIP_STEPS + step[own]).flatten()
-                logits = source.run(model.backbone, epoch % VARIANTS, frames).view(*clip[own].shape, -1)
-            else:
-                images = source.drawn(clip[own], step[own], shot[own], video.derive_seed(seed, epoch, number, 2))
-                with half_precision(args):
-                    encoded = model.encode(images)
-                encoded = in_float(encoded)
-                logits = encoded.frame_logits
-            if joint and epoch >= warm:
-                loss = together(model.decide(encoded), truth).total
-            else:
-                loss = anytime_loss(logits, truth, weight=float(method == "anytime"))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            total += loss.detach()
-        losses.append(round(total.item() / math.ceil(len(plan) / BATCH), 4))
-    return losses
+def parts_of(args: argparse.Namespace, fold: int) -> dict[str, list[video.Item]]:
+    divided = split_off_validation(split_by_group(args.items, FOLDS, fold), 1 / FOLDS, args.seed)
+    return {split: video.pick_split(divided, split) for split in ("train", "val", "test")}
 
 
-# --------------------------------------------------------------------------------------------- features and gates
+def num_classes(args: argparse.Namespace) -> int:
+    return len({item.labels[0] for item in args.items} - set(sparse.IRRELEVANT))
 
 
-@torch.no_grad()
-def features_of(
-    model: StopOrForward, glanced: Any, source: Pictures | FirstStages, variant: int, args: argparse.Namespace
-) -> video.StoredFeatures:
-    """Encode a variant of all clips."""
-    whole, seen, embedding = sofnet(glanced, hidden=8).to(args.device).eval(), list[Sequence[Tensor]](), list[Tensor]()
-    last = classifier(model.eval())
-    hook = last.register_forward_pre_hook(lambda _, inputs: embedding.append(inputs[0].float()))
-    if isinstance(source, FirstStages):
-        for frames in torch.arange(len(args.items) * CLIP_STEPS).split(BATCH * CLIP_STEPS):
-            pooled: list[Tensor] = []
-            source.run(model.backbone, variant, frames, pooled)
-            seen.append([*(stage[frames] for stage in source.pooled[variant]), *pooled])
-    else:
-        for _, images in all_frames(source, variant, args):
-            with half_precision(args):
-                encoded = in_float(whole.encode(images[:, None]))
-            seen.append([stage[:, 0] for stage in encoded.pooled])
-    hook.remove()
-    stages: list[Sequence[Tensor]] = [*zip(*seen, strict=True), embedding]
-    joined = [torch.cat(tuple(stage)).unflatten(0, (-1, CLIP_STEPS)) for stage in stages]
-    positions = torch.arange(len(args.items))
-    return video.StoredFeatures(tuple(joined[:-1]), joined[-1], positions, (args.size, args.size))
+# ------------------------------------------------------------------------------------------------------- a fold
 
 
-def on_device(videos: Composed, device: str) -> Composed:
-    moved = {name: getattr(videos, name).to(device) for name in ("clip", "step", "targets", "relevant")}
-    return replace(videos, **moved)
-
-
-def do_fold(args: argparse.Namespace) -> None:
-    """Do all that a fold has no result of yet."""
+def train_backbone(args: argparse.Namespace, method: str, fold: int) -> str:
+    """Train the backbone of a fold, and store it and the features of all clips."""
     torch.backends.cudnn.benchmark = True
     torch.set_num_threads(2 if args.device == "cuda" else 1)
+    started = time.perf_counter()
+    model, glanced, _ = build(args, num_classes(args), args.seed)
+    source: Pictures | FirstStages
+    if args.stages:
+        source = first_stages(model, glanced, args)
+    else:
+        source = Pictures(args.packed, args.size, args.device, model.backbone.model)
+    seed = video.derive_seed(args.seed, fold)
+    losses = fine_tune(model, parts_of(args, fold)["train"], source, method, seed, args)
+    trained = time.perf_counter() - started
+    variants = [features_of(model, glanced, source, variant, args) for variant in range(VARIANTS)]
+    features = [[part.half().cpu() for part in (*each.pooled, each.embedding)] for each in variants]
+    network = {name: value.cpu() for name, value in model.backbone.model.state_dict().items()}
+    seconds = {"backbone": round(trained), "features": round(time.perf_counter() - started - trained)}
+    content = {"losses": losses, "seconds": seconds, "machine": common.machine(args.device), "features": features}
+    save(network, stored(args, f"{method}-fold{fold}"))
+    save(content, stored(args, f"{method}-fold{fold}-features"))
+    return f"fold {fold}, {method}: loss {losses[-1]:.3f} after {trained:.0f} s"
+
+
+@functools.lru_cache(maxsize=1)
+def with_features(file: Path, positions: int, size: int) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(file)
+    content["features"] = [
+        video.StoredFeatures(tuple(x.float() for x in pooled), last.float(), torch.arange(positions), (size, size))
+        for *pooled, last in content["features"]
+    ]
+    return content
+
+
+def trained(args: argparse.Namespace, method: str, fold: int) -> tuple[StopOrForward, Any, FLOPsLookup]:
+    """Return what `build` does with a trained backbone, on the CPU."""
+    model, glanced, light = build(argparse.Namespace(**{**vars(args), "device": "cpu"}), num_classes(args), args.seed)
+    model.backbone.model.load_state_dict(torch.load(stored(args, f"{method}-fold{fold}")))
+    return model, glanced, light
+
+
+def fit_gates(args: argparse.Namespace, run: Run) -> str:
+    """Fit gates to the stored features, measure all ways to save, and write the results."""
+    torch.set_num_threads(1)
     sparse.SIZE = args.size  # what its functions count costs at
-    fold, source = args.fold, first_stages(args) if args.stages else Pictures(args.packed, args.size, args.device)
-    divided = split_off_validation(split_by_group(args.items, FOLDS, fold), 1 / FOLDS, args.seed)
-    items_of = {split: video.pick_split(divided, split) for split in ("train", "val", "test")}
-    classes = {item.labels[0] for item in args.items} - set(sparse.IRRELEVANT)
-    for method in args.methods:
-        names = {
-            f"{args.backbone}-{kind}-{method}-fold{fold}-seed{seed}": (kind, seed)
-            for seed, kind in itertools.product(args.gate_seeds, args.kinds)
-        }
-        missing = [name for name in names if not (args.out / f"{name}.json").exists()]
-        if not missing:
-            continue
-        started = time.perf_counter()
-        model, glanced, light = build(args, len(classes), args.seed)
-        losses = fine_tune(model, items_of["train"], source, method, video.derive_seed(args.seed, fold), args)
-        trained = time.perf_counter() - started
-        print(f"[{fold}] {method}: loss {losses[-1]:.3f} after {trained:.0f} s", flush=True)
-        variants = [features_of(model, glanced, source, variant, args) for variant in range(VARIANTS)]
-        for name in missing:
-            kind, seed = names[name]
-            content = measure(kind, seed, model, glanced, light, variants, items_of, args)
-            seconds = {"backbone": round(trained), "all": round(time.perf_counter() - started)}
-            setting = {"backbone": args.backbone, "kind": kind, "method": method, "fold": fold, "seed": seed}
-            content["run"] = {**setting, "stages": args.stages or "all", "epochs": args.epochs, "size": args.size}
-            content |= {"machine": common.machine(args.device), "seconds": seconds, "losses": losses}
-            text = json.dumps(content, separators=(",", ":")).replace("},{", "},\n{")
-            (args.out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-            print(f"[{fold}] {name} after {seconds['all']} s", flush=True)
-
-
-def gates_loss(lookup: FLOPsLookup) -> sparse.Loss:
-    """Return the loss of gates: the thesis' one, but with what frames are worth in the place of self-supervision."""
-    criterion, worth = SoFLoss(lookup, sparse.ALPHA, 1.0, normalize=True), WorthLoss(lookup)
-
-    def loss(encoded: Any, output: SkipOutput, targets: Tensor) -> Tensor:
-        total: Tensor = criterion(output, targets).total + worth(output, targets)
-        return total
-
-    return loss
+    started = time.perf_counter()
+    content = with_features(stored(args, f"{run.method}-fold{run.fold}-features"), len(args.items), args.size)
+    result, gates = measure(run, *trained(args, run.method, run.fold), content["features"], args)
+    save(gates, stored(args, f"{run}-gates"))
+    seconds = {**content["seconds"], "gates": round(time.perf_counter() - started)}
+    settings = {"stages": args.stages or "all", "epochs": args.epochs, "lr": args.lr, "size": args.size}
+    result["run"] = {**vars(run), **settings, "glance_size": args.glance_size}
+    result |= {"machine": content["machine"], "seconds": seconds, "losses": content["losses"]}
+    text = json.dumps(result, separators=(",", ":")).replace("},{", "},\n{")
+    (args.out / f"{run}.json").write_text(text + "\n", encoding="utf-8")
+    return f"{run} after {seconds['gates']} s"
 
 
 def measure(
-    kind_name: str,
-    seed: int,
+    run: Run,
     model: StopOrForward,
     glanced: Any,
     light: FLOPsLookup,
     variants: Sequence[video.StoredFeatures],
-    items_of: dict[str, list[video.Item]],
     args: argparse.Namespace,
-) -> dict[str, Any]:
-    """Fit gates to the features, and measure all ways to save on one kind of videos."""
-    kind, plain = sparse.KINDS[kind_name], model.backbone
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fit gates to the features, and measure all ways to save on one kind of videos; return results and gates."""
+    kind, plain, items_of = sparse.KINDS[run.kind], model.backbone, parts_of(args, run.fold)
 
     def part(split: str, version: int = 0) -> Composed:
         """Compose the videos of a part; training ones of another variant in every epoch."""
-        drawn = video.derive_seed(seed, args.fold, version)
+        drawn = video.derive_seed(run.seed, run.fold, version)
         videos = compose(items_of[split], sparse.IRRELEVANT, kind.copies[split], drawn, kind.plan)
-        features = variants[version % len(variants) if split == "train" else 0]
-        return on_device(Composed.of(videos, features, args.items), args.device)
+        return Composed.of(videos, variants[version % len(variants) if split == "train" else 0], args.items)
 
-    parts = val, test = part("val"), part("test")
-    steps, dense = kind.plan.steps, model.lookup_for((args.size, args.size)).dense
-    head = nn.Linear(variants[0].pooled[0].shape[-1], plain.num_classes).to(args.device)
+    parts = part("val"), part("test")
+    head = nn.Linear(variants[0].pooled[0].shape[-1], plain.num_classes)
     train = part("train", len(variants))
     fit_linear(head, train.means(train.features.pooled[0]), train.targets, 0.003)
     with torch.no_grad():
         logits, light_logits = classifier(model)(variants[0].embedding), head(variants[0].pooled[0])
-    shown = [torch.where(p.relevant[..., None], logits[p.clip, p.step], 0.0).sum(1).argmax(-1) for p in parts]
-    shares = [float(p.relevant.float().mean()) for p in parts]
-    every_frame = StopOrForward(plain, [FixedGate() for _ in plain.num_features]).to(args.device).eval()
-    points = {
-        "uniform frames": sparse.by_frames(logits, parts, 1 / steps, steps),
-        "light network": sparse.by_frames(light_logits, parts, light.dense / dense / steps, steps),
-        "relevant frames": [sparse.point(shown[0] == val.targets, shares[0], shown[1] == test.targets, shares[1])],
-        "dense": sparse.gated(every_frame, parts, steps * dense),
+    results = sparse.without_training(plain, parts, logits, light_logits, light)
+    loss, gates = functools.partial(early_gates.loss_of, "worth", None), dict[str, Any]()
+    for name, backbone in zip(TIMED, (plain, glanced), strict=True):
+        fitted = sparse.train_gates(backbone, kind, part, run.seed, f"{run}: {name}", loss)
+        gates[name] = fitted.gates.state_dict()
+        results["points"][name] = sparse.gated(fitted, parts, 1e9 * results["dense_gmacs"])
+    return results, gates
+
+
+# ------------------------------------------------------------------------------------------------ on the CPU, timed
+
+
+@torch.no_grad()
+def time_videos(args: argparse.Namespace, run: Run, count: int, rounds: int) -> dict[str, Any]:
+    """Time the networks of a run on pictures of test videos, one video after the other, all in turns."""
+    sparse.SIZE = args.size
+    points = json.loads((args.out / f"{run}.json").read_text(encoding="utf-8"))["points"]
+    kind, (model, glanced, _) = sparse.KINDS[run.kind], trained(args, run.method, run.fold)
+    gates, network = torch.load(stored(args, f"{run}-gates")), model.backbone.model.eval()
+    seed = video.derive_seed(run.seed, run.fold)
+    drawn = compose(parts_of(args, run.fold)["test"], sparse.IRRELEVANT, 1, seed, kind.plan)
+    clip, step = frames_of(drawn, {item.path: row for row, item in enumerate(args.items)})
+    own = torch.linspace(0, len(clip) - 1, count).long()
+    pictures = Pictures(args.packed, args.size, "cpu", network)
+    videos = [pictures.middle(clip[n : n + 1], step[n : n + 1]) for n in own.tolist()]
+    other_layout = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+    ways: dict[str, Callable[[Tensor], Any]] = {
+        "dense, a batch": lambda images: network(images[0].contiguous(memory_format=torch.channels_last)),
+        "dense, a batch, channels first": lambda images: other_layout(images[0].contiguous()),
+        "dense, frame by frame": lambda images: [network(image[None]) for image in images[0]],
     }
-    first, *others = plain.num_features
-    similar = StopOrForward(plain, [SimilarityGate(first), *(FixedGate() for _ in others)]).to(args.device).eval()
-    points["similarity gates"] = sparse.gated(similar, parts, steps * dense)
-    for name, backbone in (("gates", plain), ("gates after a glance", glanced)):
-        gates = sparse.train_gates(backbone, kind, part, seed, f"[{args.fold}] {kind_name}: {name}", gates_loss)
-        points[name] = sparse.gated(gates, parts, steps * dense)
+    dense = kind.plan.steps * model.lookup_for((args.size, args.size)).dense / 1e9
+    gmacs: dict[str, float] = dict.fromkeys(ways, dense)
+    for name, backbone in zip(TIMED, (model.backbone, glanced), strict=True):
+        for how in ("chosen", "early"):
+            point = sparse.choose(points[name], how, kind.budget)
+            if point is None:
+                continue
+            end = None if point["rho"] is None else EarlyTerminator(point["rho"], sparse.MIN_FRAMES)
+            skipping = sofnet(backbone, hidden=sparse.HIDDEN, threshold=None)
+            skipping.gates.load_state_dict(gates[name])
+            skipping.terminator, skipping.inner, skipping.forward_threshold = end, None, point["p"]
+            row = name + sparse.ENDINGS[how]
+            ways[row] = skipping.eval()
+            gmacs[row] = sum(float(skipping(images).macs) for images in videos) / count / 1e9
+    best: dict[str, list[float]] = {name: [] for name in ways}
+    for images in videos:
+        timed: dict[str, Callable[[], Any]] = {name: functools.partial(way, images) for name, way in ways.items()}
+        for name, times in common.interleaved(timed, rounds, "cpu").items():
+            best[name].append(min(times))
     return {
-        "videos": {"val": len(val.targets), "test": len(test.targets)},
-        "relevant": shares[1],
-        "dense_gmacs": steps * dense / 1e9,
-        "clips": list(dict.fromkeys(test.clips)),
-        "points": points,
+        "run": vars(run),
+        "machine": common.machine("cpu"),
+        "videos": count,
+        "rounds": rounds,
+        "ways": {n: {"ms": round(sum(t) / count, 1), "gmacs": round(gmacs[n], 3)} for n, t in best.items()},
     }
 
 
 # --------------------------------------------------------------------------------------------------- side by side
 
 
-def do_all(args: argparse.Namespace, arguments: Sequence[str]) -> None:
-    """Run each fold in a process of its own: all at once on a GPU, and one after the other on a CPU."""
+def side_by_side(function: Callable[..., str], jobs: Sequence[tuple[Any, ...]], at_once: int, label: str) -> None:
+    """Do jobs in processes of their own, so many at once; one alone, or one after the other, in this process."""
+    if at_once == 1 or len(jobs) < 2:
+        for job in tqdm(jobs, label, disable=None):
+            print(function(*job), flush=True)
+        return
+    failed = 0
+    with ProcessPoolExecutor(min(at_once, len(jobs)), multiprocessing.get_context("spawn")) as pool:
+        futures: dict[Future[str], str] = {pool.submit(function, *job): str(job[1:]) for job in jobs}
+        for future in tqdm(as_completed(futures), label, len(jobs), disable=None):
+            if (error := future.exception()) is None:
+                print(future.result(), flush=True)
+            else:
+                failed += 1
+                print(f"{futures[future]} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    if failed:
+        raise DynskipError(f"{failed} of {len(jobs)} {label} failed, see above. The same command does what is missing.")
+
+
+def do_all(args: argparse.Namespace) -> None:
+    """Train the backbones of all folds, on a GPU all at once, and then fit gates, on all cores at once."""
     unpack(args.packed)
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.stages:
-        first_stages(args)
-    command, failed, folds = [sys.executable, __file__, *arguments], list[str](), range(1 if args.quick else FOLDS)
+    missing = [run for run in runs_of(args) if not (args.out / f"{run}.json").exists()]
+    wanted = dict.fromkeys((run.method, run.fold) for run in missing)
+    backbones = [own for own in wanted if not stored(args, "{}-fold{}-features".format(*own)).exists()]
+    if args.stages and backbones:
+        first_stages(*build(args, num_classes(args), args.seed)[:2], args)
     at_once = FOLDS if args.device == "cuda" else 1
-    for begin in range(0, len(folds), at_once):
-        own = folds[begin : begin + at_once]
-        processes = {fold: subprocess.Popen([*command, "--fold", str(fold)]) for fold in own}
-        failed += [str(fold) for fold, process in processes.items() if process.wait()]
-    if failed:
-        raise DynskipError(f"Folds {', '.join(failed)} failed, see above. The same command does what is missing.")
+    side_by_side(train_backbone, [(args, *own) for own in backbones], at_once, "backbones")
+    side_by_side(fit_gates, [(args, run) for run in missing], args.workers, "gates")
 
 
-def committed(folder: Path) -> dict[tuple[str, str, str], sparse.Results]:
+Key = tuple[str, str, str]
+
+
+def committed(folder: Path) -> dict[Key, sparse.Results]:
     """Read the results of all runs, by backbone, kind and method."""
-    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*-fold*.json"))]
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*-fold*-seed*.json"))]
     if not found:
         raise DynskipError(f"There are no results in {folder}. Give --packed and the rest to make them.")
     keys = [tuple(each["run"][name] for name in ("backbone", "kind", "method")) for each in found]
     return {key: [each for own, each in zip(keys, found, strict=True) if own == key] for key in dict.fromkeys(keys)}
 
 
+CHOSEN = {
+    "dense": ("early",),
+    "gates": ("chosen", "early"),
+    "gates after a glance": ("chosen", "early"),
+    "similarity gates": ("chosen", "early"),
+    "uniform frames": ("chosen",),
+    "light network": ("chosen",),
+}  # what another budget changes
+
+
+def which_backbone(found: dict[Key, sparse.Results], folder: Path) -> str:
+    """Write what each backbone costs and how accurate it is, with gates and without."""
+    lines = ["| backbone | videos | | top-1 % | GMACs | CPU ms |\n|---|---|---|---:|---:|---:|"]
+    for (backbone, kind, method), results in found.items():
+        file = folder / f"times-{backbone}-{kind}-{method}.json"
+        if not file.exists():
+            continue
+        ways = json.loads(file.read_text(encoding="utf-8"))["ways"]
+        dense_ms = min(way["ms"] for name, way in ways.items() if name.startswith("dense"))
+        first = f"{backbone} at {results[0]['run']['size']}, {method}"
+        for name, how in [("dense", "all"), *itertools.product(TIMED, ("chosen", "early"))]:
+            row = name + sparse.ENDINGS[how]
+            points = [sparse.choose(each["points"][name], how, sparse.KINDS[kind].budget) for each in results]
+            chosen = [point for point in points if point is not None]
+            if len(chosen) < len(results) or (name != "dense" and row not in ways):
+                continue
+            own = [hit for point in chosen for hit in sparse.hits(point)]
+            gmacs = sum(p["cost"] * r["dense_gmacs"] for p, r in zip(chosen, results, strict=True)) / len(results)
+            ms = dense_ms if name == "dense" else ways[row]["ms"]
+            lines.append(f"| {first} | {kind} | {row} | {100 * sum(own) / len(own):.1f} | {gmacs:.2f} | {ms:.0f} |")
+    return "\n".join(lines)
+
+
 def report(folder: Path) -> str:
-    """Write a table for each backbone, kind and method."""
-    blocks, machines = [], dict[str, None]()
-    for (backbone, kind, method), own in committed(folder).items():
+    """Write which backbone is best for what, and tables for each backbone, kind and method."""
+    found = committed(folder)
+    blocks, machines = ["### Which backbone", which_backbone(found, folder)], dict[str, None]()
+    for (backbone, kind, method), own in found.items():
         seeds, clips = sorted({each["run"]["seed"] for each in own}), {clip for each in own for clip in each["clips"]}
-        rows = {name: rest for name, rest in sparse.ROWS.items() if name in own[0]["points"]}
         run = own[0]["run"]
         depth = "trained whole" if run["stages"] == "all" else f"its last {run['stages']} stages trained"
         blocks += [
             f"### {backbone}, {kind}: {method}, {depth}",
             f"{len(own)} runs of {len({each['run']['fold'] for each in own})} folds, seeds {seeds} of the gates; "
             f"{sum(each['videos']['test'] for each in own)} test videos around {len(clips)} clips; {run['epochs']} "
-            f"epochs at {run['size']}x{run['size']}; dense {own[0]['dense_gmacs']:.1f} GMACs a video.",
-            sparse.table(own, sparse.KINDS[kind].budget, rows),
+            f"epochs at {run['size']}x{run['size']}, glance at {run['glance_size']}x{run['glance_size']}; dense "
+            f"{own[0]['dense_gmacs']:.1f} GMACs a video. Differences are paired, ± one standard error clustered by "
+            "clip (by camera group).",
         ]
+        for number, budget in enumerate(BUDGETS[kind]):
+            blocks += [
+                f"Settings: the most accurate on the validation part within {budget:.0%} of dense.",
+                sparse.table(own, budget, CHOSEN if number else sparse.ROWS),
+            ]
         machines |= {", ".join(f"{k} {v}" for k, v in each["machine"].items()): None for each in own}
     return "\n\n".join([*blocks, *machines])
 
@@ -426,7 +380,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.plot:
         for (backbone, kind, method), results in committed(out).items():
-            sparse.draw(results, args.plot / f"folds_{backbone}_{kind}_{method}.png", f"{backbone}, {kind}")
+            size = results[0]["run"]["size"]
+            title = f"{backbone} at {size}x{size}: {sparse.KINDS[kind].plan.steps} frames, {kind}"
+            sparse.draw(results, args.plot / f"folds_{backbone}_{kind}_{method}.svg", title)
         return 0
     if args.packed is None:
         raise DynskipError("Say with --packed where packed clips are, or where they go.")
@@ -435,7 +391,7 @@ def run(args: argparse.Namespace) -> int:
     if args.pack:
         pack(args.pack, args.packed, args.quick)
     if args.quick:
-        vars(args).update(TINY)
+        vars(args).update(TINY, folds=args.folds[:1])
     elif args.pack and args.weights is None:
         return 0
     elif None in (args.weights, args.light):
@@ -445,10 +401,18 @@ def run(args: argparse.Namespace) -> int:
     args.out = out
     names = json.loads((args.packed / "clips.json").read_text(encoding="utf-8"))
     args.items = [video.Item(Path(name), (label,), "train") for name, label in names]
-    if args.fold is None:
-        do_all(args, [each for n, each in enumerate(args.given) if each != "--pack" and args.given[n - 1] != "--pack"])
-    else:
-        do_fold(args)
+    do_all(args)
+    if args.time:
+        for own in runs_of(args):
+            if (own.fold, own.seed) == (args.folds[0], args.gate_seeds[0]):
+                content = time_videos(args, own, *((1, 1) if args.quick else (8, 3)))
+                file = out / f"times-{own.backbone}-{own.kind}-{own.method}.json"
+                file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+                print(
+                    file,
+                    *(f"{name}: {way['ms']} ms, {way['gmacs']} GMACs" for name, way in content["ways"].items()),
+                    sep="\n",
+                )
     return 0
 
 
@@ -470,19 +434,20 @@ def parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, default=8, help="of the backbone (default: 8)")
     add("--lr", type=float, default=5e-5, help="of the backbone (default: 0.00005)")
     add("--seed", type=int, default=0, help="of the backbone, and of what is set aside for validation (default: 0)")
+    add("--folds", type=int, nargs="+", choices=range(FOLDS), default=list(range(FOLDS)), help="(default: all)")
     add("--gate-seeds", type=int, nargs="+", default=[0, 1, 2], help="of the gates (default: 0 1 2)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--workers", type=int, default=os.cpu_count(), help="processes that fit gates (default: one a core)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="that trains backbones")
     add("--quick", action="store_true", help="tiny networks, few clips, one fold and epoch: does it all run?")
+    add("--time", action="store_true", help="then time the networks of the first fold and seed on this CPU")
     add("--report", action="store_true", help="print the tables of the results")
     add("--plot", type=Path, metavar="FOLDER", help="draw the curves of the results")
-    add("--fold", type=int, help=argparse.SUPPRESS)
     top.set_defaults(light_name=sparse.LIGHT)
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
-    args.given = list(sys.argv[1:] if arguments is None else arguments)
     return command.run(lambda: run(args), "Finished runs stay; the same command goes on.")
 
 

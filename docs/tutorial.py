@@ -27,7 +27,9 @@ def page(notebook: dict[str, Any]) -> str:
             parts.append(re.sub(r"(!\[.*\]\(images/\w+)\.svg\)", PAIR, source))
             continue
         parts.append(f"```python\n{source}\n```")
-        if printed := "".join(line for output in cell["outputs"] for line in output["text"]):
+        if printed := "".join(
+            line for output in cell["outputs"] for line in output["text"]
+        ):
             parts.append(f'```text title="Output"\n{printed}```')
     return "\n\n".join(parts) + "\n"
 
@@ -41,7 +43,11 @@ def run(notebook: dict[str, Any]) -> dict[str, Any]:
             exec("".join(cell["source"]), names)
         lines = printed.getvalue().splitlines(keepends=True)
         cell["execution_count"] = number
-        cell["outputs"] = [{"name": "stdout", "output_type": "stream", "text": lines}] if lines else []
+        cell["outputs"] = (
+            [{"name": "stdout", "output_type": "stream", "text": lines}]
+            if lines
+            else []
+        )
     return names
 
 
@@ -54,7 +60,11 @@ if __name__ == "__main__":
     sys.path.append(str(DOCS.parent / "benchmarks"))
     import common
 
-    draw = functools.partial(made["plot"].accuracy_compute, made["curves"], metric="answers kept")
+    draw = functools.partial(
+        made["plot"].accuracy_compute, made["curves"], metric="answers kept"
+    )
     common.save_pair(lambda dark: draw(dark=dark), DOCS / "images/tutorial.svg")
-    NOTEBOOK.write_text(json.dumps(read, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    NOTEBOOK.write_text(
+        json.dumps(read, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     (DOCS / "tutorial.md").write_text(page(read), encoding="utf-8")

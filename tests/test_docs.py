@@ -17,7 +17,7 @@ import dynskip
 import dynskip.video
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,12 @@ def test_every_public_name_has_an_api_page() -> None:
     text = "".join(page.read_text() for page in (ROOT / "docs/api").glob("*.md"))
     documented = {name.rpartition(".")[2] for name in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)}
     assert not {*dynskip.__all__, *dynskip.video.__all__} - documented
+
+
+def test_every_page_has_its_place_in_the_navigation() -> None:  # the site's build does not ask for this
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]}
+    assert set(re.findall(r"[\w/-]+\.md", navigation)) == pages
 
 
 def test_commands_in_the_pages_are_those_of_the_examples() -> None:

@@ -1,9 +1,10 @@
-"""Training five folds on one GPU: packed pictures, augmentation, and a fold from clips to tables."""
+"""Training five folds: packed pictures, augmentation, and a fold from clips to tables."""
 
 from __future__ import annotations
 
 import json
 import math
+import os.path
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,6 +24,7 @@ for needed in ("av", "matplotlib", "safetensors", "tqdm"):
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import fine_tune  # noqa: E402
 import packed as packing  # noqa: E402
 import sparse  # noqa: E402
 import train_folds  # noqa: E402
@@ -123,8 +125,8 @@ def test_a_fold_goes_from_packed_clips_to_tables(
     kinds = {"half": sparse.Kind(Plan(6, (2, 4), (1, 3)), {"train": 1, "val": 1, "test": 2}, 1, 0.8)}
     monkeypatch.setattr(sparse, "KINDS", kinds)
     command = ["--packed", str(packed), "--out", str(tmp_path), "--quick", "--device", "cpu", "--kinds", "half"]
-    command += ["--gate-seeds", "2", "--methods", "anytime", "joint-all", "--fold"]
-    assert train_folds.main([*command, "1"]) == 0
+    command += ["--gate-seeds", "2", "--methods", "anytime", "joint-all", "--folds", "1", "--workers", "1"]
+    assert train_folds.main(command) == 0
     files = sorted(file.name for file in tmp_path.iterdir())
     assert files == [f"test_resnet-half-{method}-fold1-seed2.json" for method in ("anytime", "joint-all")]
     content: dict[str, Any] = json.loads((tmp_path / files[0]).read_text())
@@ -135,15 +137,25 @@ def test_a_fold_goes_from_packed_clips_to_tables(
     assert len(content["losses"]) == 1
     assert math.isfinite(content["losses"][0])
     written = [(tmp_path / name).stat().st_mtime_ns for name in files]
-    assert train_folds.main([*command, "1"]) == 0
+    assert train_folds.main([*command, "--time"]) == 0
     assert written == [(tmp_path / name).stat().st_mtime_ns for name in files]
+    capsys.readouterr()
+    times = json.loads((tmp_path / "times-test_resnet-half-anytime.json").read_text())
+    assert {"dense, a batch", "gates after a glance"} < set(times["ways"])
+    assert times["ways"]["gates after a glance"]["gmacs"] < times["ways"]["dense, a batch"]["gmacs"]
+    (tmp_path / files[0]).unlink()  # gates are fitted again, to stored features of the backbone
+    monkeypatch.setattr(train_folds, "train_backbone", None)
+    assert train_folds.main(command) == 0
+    again = json.loads((tmp_path / files[0]).read_text())
+    assert (again["points"], again["losses"]) == (content["points"], content["losses"])
     capsys.readouterr()
     assert train_folds.main(["--report", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
+    assert "| test_resnet at 64, anytime | half | dense, all frames |" in printed
     assert "### test_resnet, half: anytime, trained whole\n\n1 runs of 1 folds, seeds [2] of the" in printed
     assert "### test_resnet, half: joint-all" in printed
     assert train_folds.main(["--plot", str(tmp_path), "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "folds_test_resnet_half_anytime.png").stat().st_size > 5000
+    assert (tmp_path / "folds_test_resnet_half_anytime-dark.svg").stat().st_size > 5000
     assert train_folds.main(["--packed", str(packed), "--out", str(tmp_path)]) == 2
     assert "Training needs --weights and --light" in capsys.readouterr().err
 
@@ -155,21 +167,21 @@ def test_the_last_stages_are_trained_from_what_the_others_made_once(
     vars(args).update(train_folds.TINY, weights=None, light=None, light_name="test_efficientnet")
     names = json.loads((packed / "clips.json").read_text())
     args.items = [Item(Path(name), (label,), "train") for name, label in names]
-    source = train_folds.first_stages(args)
-    monkeypatch.setattr(packing.Pictures, "crop", None)  # the second time, nothing is decoded or cropped
-    assert train_folds.first_stages(args).count == source.count == 3
-    monkeypatch.undo()
     torch.manual_seed(0)
-    model, glanced, _ = train_folds.build(args, 2, args.seed)
+    model, glanced, _ = fine_tune.build(args, 2, args.seed)
+    source = fine_tune.first_stages(model, glanced, args)
+    monkeypatch.setattr(packing.Pictures, "crop", None)  # the second time, nothing is decoded or cropped
+    assert fine_tune.first_stages(model, glanced, args).count == source.count == 3
+    monkeypatch.undo()
     before = {name: value.clone() for name, value in model.backbone.model.state_dict().items()}
     items = [replace(item, split="train") for item in args.items]
-    train_folds.fine_tune(model, items, source, "anytime", 0, args)
+    fine_tune.fine_tune(model, items, source, "anytime", 0, args)
     changed = {n.split(".")[0] for n, v in model.backbone.model.state_dict().items() if not torch.equal(v, before[n])}
     assert changed == {"layer3", "layer4", "fc"}
     # Features of what was stored are those of the whole network, but for half precision.
-    pictures = packing.Pictures(packed, args.size, "cpu")
+    pictures = packing.Pictures(packed, args.size, "cpu", model.backbone.model)  # normalised as its weights want it
     for variant in (0, 1):
-        stored, whole = (train_folds.features_of(model, glanced, each, variant, args) for each in (source, pictures))
+        stored, whole = (fine_tune.features_of(model, glanced, each, variant, args) for each in (source, pictures))
         for one, other in zip((*stored.pooled, stored.embedding), (*whole.pooled, whole.embedding), strict=True):
             torch.testing.assert_close(one, other, atol=5e-3, rtol=5e-3)
     command = ["--packed", str(packed), "--out", str(tmp_path), "--quick", "--stages", "2", "--methods", "joint"]
@@ -177,3 +189,16 @@ def test_the_last_stages_are_trained_from_what_the_others_made_once(
     assert "The joint methods train the whole backbone" in capsys.readouterr().err
     assert train_folds.main(["--packed", str(packed), "--quick"]) == 2  # nothing is written beside committed results
     assert "Say with --out where the results of --quick go" in capsys.readouterr().err
+
+
+def test_what_failed_beside_others_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(DynskipError, match="1 of 2 runs failed, see above"):
+        train_folds.side_by_side(os.path.join, [("a", "b"), ("a", 1)], 2, "runs")
+    printed = capsys.readouterr()
+    assert printed.out == "a/b\n"
+    assert "(1,) failed: TypeError" in printed.err
+
+
+def test_the_page_has_the_tables_of_the_committed_results() -> None:
+    page = (ROOT / "docs" / "results-folds.md").read_text(encoding="utf-8")
+    assert train_folds.report(train_folds.RESULTS) in page
