@@ -147,14 +147,14 @@ def streams(content: dict[str, Any], dark: bool = False) -> Figure:
 
 
 def canvas(title: str, machine: dict[str, Any], height: float, theme: Theme) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7.5, height), facecolor=theme.background, layout="constrained")
+    figure = Figure(figsize=(6.4, height), facecolor=theme.background, layout="constrained")
     axes = figure.add_subplot(facecolor=theme.background)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(theme.muted)
     axes.tick_params(colors=theme.ink, length=0)
     axes.set_axisbelow(True)
     hardware = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
-    axes.set_title(f"{title} ({hardware})", loc="left", color=theme.ink, fontsize=12)
+    figure.suptitle(f"{title} ({hardware})", x=0.01, ha="left", color=theme.ink, fontsize=12)
     return figure, axes
 
 

@@ -56,6 +56,11 @@ def test_links_and_anchors_lead_somewhere() -> None:
     assert found > 3000
 
 
+def test_there_are_links_for_editing_only_where_the_repository_has_an_address() -> None:
+    editing = [link for page in PAGES for link in read(page).links if "/edit/" in link]
+    assert all(link.startswith("https://") for link in editing)
+
+
 def test_fields_of_results_have_anchors() -> None:
     anchors = read(SITE / "api/wrapper/index.html").anchors
     assert {"dynskip.SkipOutput.macs", "dynskip.SkipOutput.stopped_at", "dynskip.StopOrForward.run_clip"} <= anchors
