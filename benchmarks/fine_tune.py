@@ -85,7 +85,8 @@ class FirstStages:
 @torch.no_grad()
 def first_stages(model: StopOrForward, glanced: Any, args: argparse.Namespace) -> FirstStages:
     """Run the stages that are not trained on all clips, in all variants; or read what they made."""
-    folder = args.packed / f"{args.backbone}-{args.size}-glance{args.glance_size}-stages{args.stages}"
+    weights = f"-{args.weights.stem}" if args.weights else ""
+    folder = args.packed / f"{args.backbone}{weights}-{args.size}-glance{args.glance_size}-stages{args.stages}"
     folder.mkdir(exist_ok=True)
     backbone, glanced, count = model.eval().backbone, glanced.eval(), model.backbone.num_stages - args.stages
     pictures = Pictures(args.packed, args.size, args.device, backbone.model)

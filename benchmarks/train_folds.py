@@ -102,8 +102,10 @@ def runs_of(args: argparse.Namespace) -> list[Run]:
 
 def stored(args: argparse.Namespace, name: str) -> Path:
     """Return the file beside the packed clips that holds what was trained with these settings."""
-    settings = json.dumps({name: getattr(args, name) for name in SETTINGS})
-    folder: Path = args.packed / f"{args.backbone}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    files = [file and file.name for file in (args.weights, args.light, *(item.path for item in args.items))]
+    digest = hashlib.sha256(json.dumps([settings, files]).encode()).hexdigest()[:8]
+    folder: Path = args.packed / f"{args.backbone}-{digest}"
     folder.mkdir(exist_ok=True)
     return folder / f"{name}.pt"
 
