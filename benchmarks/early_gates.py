@@ -176,11 +176,10 @@ def report(folder: Path) -> str:
                 continue
             mine = [choose(each["points"]) for each in runs]
             clips = [[clip for clip in each["clips"] for _ in range(copies)] for each in runs]
-            top1 = statistics.mean(hit for each in mine for hit in sparse.hits(each))
             cells = [differ(mine, [each["dense"] for each in runs], clips)]
             theirs = [other and choose(other["points"]) for _, other in pairs]
             cells.append(differ(mine, theirs, clips) if all(theirs) else "")
-            cost = statistics.mean(each["cost"] for each in mine)
+            top1, cost = sparse.average(mine)
             lines.append(
                 f"| {way} | {variant} | {len(runs)} | {100 * top1:.1f} | {100 * cost:.1f} | {' | '.join(cells)} |"
             )

@@ -25,6 +25,7 @@ from dynskip import DynskipError, FLOPsLookup, SoFLoss, StopOrForward, glance, s
 from dynskip.backbone import Carry
 from dynskip.backbone.weights import load_weights
 from dynskip.losses import anytime_loss
+from dynskip.video.outputs import whole_file
 from dynskip.video.stored import classifier
 
 VARIANTS, BATCH = 3, 8
@@ -108,7 +109,8 @@ def first_stages(model: StopOrForward, glanced: Any, args: argparse.Namespace) -
                     parts = np.lib.format.open_memmap(inputs, "w+", np.float16, shape)
                 parts[frames.numpy()] = carry.values[0].half().numpy()
                 kept.append(seen)
-            torch.save([torch.cat(stage) for stage in zip(*kept, strict=True)], pooled)
+            with whole_file(pooled) as opened:
+                torch.save([torch.cat(stage) for stage in zip(*kept, strict=True)], opened)
         found.inputs.append(np.load(inputs, mmap_mode="r"))
         found.pooled.append(tuple(torch.load(pooled)))
     return found

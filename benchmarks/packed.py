@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dynskip import DynskipError, video
+from dynskip.video.outputs import whole_file
 
 PICTURES, HEIGHT, WIDTH, FILES = 48, 144, 192, 16
 A_STEP = PICTURES // CLIP_STEPS
@@ -77,9 +78,8 @@ def unpack(folder: Path) -> None:
         raise DynskipError(
             f"{folder} has {len(frames)} pictures for {clips} clips; expected {PICTURES} each. Pack again."
         )
-    with file.with_suffix(".part").open("wb") as unfinished:
-        np.save(unfinished, frames)
-    file.with_suffix(".part").rename(file)
+    with whole_file(file) as opened:
+        np.save(opened, frames)
 
 
 class Pictures:

@@ -215,10 +215,15 @@ def point(val: Tensor, val_cost: float, test: Tensor, cost: float, **setting: An
     return {**setting, "val": [val_top1, round(val_cost, 4)], "cost": round(cost, 4), "hits": f"{int('1' + bits, 2):x}"}
 
 
+def parts_of(items: Sequence[video.Item], fold: int, seed: int) -> dict[str, list[video.Item]]:
+    """Divide the clips by camera group: a fold to test on, and of the others a part to choose settings on."""
+    divided = split_off_validation(split_by_group(items, FOLDS, fold), 1 / FOLDS, seed)
+    return {split: video.pick_split(divided, split) for split in ("train", "val", "test")}
+
+
 def composing(kind: Kind, fold: int, seed: int, features: video.StoredFeatures, items: Sequence[video.Item]) -> Compose:
     """Return what composes the videos of a part: of train, val or test."""
-    divided = split_off_validation(split_by_group(items, FOLDS, fold), 1 / FOLDS, seed)
-    items_of = {split: video.pick_split(divided, split) for split in ("train", "val", "test")}
+    items_of = parts_of(items, fold, seed)
 
     def part(split: str, version: int = 0) -> Composed:
         """Compose them; another version has the same clips, cut and surrounded differently."""
@@ -234,11 +239,11 @@ def without_training(
 ) -> dict[str, Any]:
     """Measure the network, and the ways to save for which no gates are trained; logits are those of clips."""
     val, test = parts
-    steps, dense = test.clip.shape[1], FLOPsLookup.measure(plain, SIZE).dense
+    every_frame = StopOrForward(plain, [FixedGate() for _ in plain.num_features]).eval()
+    steps, dense = test.clip.shape[1], every_frame.lookup_for((SIZE, SIZE)).dense
     shown = [torch.where(p.relevant[..., None], logits[p.clip, p.step], 0.0).sum(1).argmax(-1) for p in parts]
     shares = [float(p.relevant.float().mean()) for p in parts]
     first, *others = plain.num_features
-    every_frame = StopOrForward(plain, [FixedGate() for _ in plain.num_features]).eval()
     similar = StopOrForward(plain, [SimilarityGate(first), *(FixedGate() for _ in others)]).eval()
     points = {
         "uniform frames": by_frames(logits, parts, 1 / steps, steps),
@@ -291,6 +296,12 @@ def perform(
 Results = list[dict[str, Any]]
 
 
+def write(content: dict[str, Any], file: Path) -> None:
+    """Write the results of a run, a setting a line."""
+    text = json.dumps(content, separators=(",", ":")).replace("},{", "},\n{")
+    file.write_text(text + "\n", encoding="utf-8")
+
+
 def committed(folder: Path = RESULTS) -> dict[str, Results]:
     """Read the results of all runs, by kind."""
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
@@ -324,6 +335,17 @@ def similar(points: Points, budget: float) -> dict[str, Any]:
 
 def hits(found: dict[str, Any]) -> list[float]:
     return [float(bit) for bit in f"{int(found['hits'], 16):b}"[1:]]
+
+
+def choose_in_all(results: Results, method: str, how: str, budget: float) -> Points:
+    """Return the setting of every run that a row shows; none at all if a run has none within the budget."""
+    found = [p for r in results if (p := choose(r["points"][method], how, budget))]
+    return found if len(found) == len(results) else []
+
+
+def average(points: Points) -> tuple[float, float]:
+    """Return the accuracy over all videos, and the mean cost."""
+    return statistics.mean(hit for p in points for hit in hits(p)), statistics.mean(p["cost"] for p in points)
 
 
 def choose(points: Points, how: str, budget: float) -> dict[str, Any] | None:
@@ -369,13 +391,11 @@ def table(results: Results, budget: float, rows: dict[str, tuple[str, ...]] = RO
     lines, dense = [head], [hits(r["points"]["dense"][0]) for r in results]
     for method, how in [(method, how) for method, own in rows.items() for how in own]:
         row = method + ENDINGS[how]
-        found = [p for r in results if (p := choose(r["points"][method], how, budget))]
-        if len(found) < len(results):
+        found = choose_in_all(results, method, how, budget)
+        if not found:
             lines.append(f"| {row} | | more than {100 * budget:.0f} | | | |")
             continue
-        own = [hits(p) for p in found]
-        top1 = statistics.mean(hit for each in own for hit in each)
-        cost = statistics.mean(p["cost"] for p in found)
+        own, (top1, cost) = [hits(p) for p in found], average(found)
         frames = [at_least(r["points"]["uniform frames"], p["cost"]) for r, p in zip(results, found, strict=True)]
         gates = [similar(r["points"]["similarity gates"], p["val"][1]) for r, p in zip(results, found, strict=True)]
         compared = [difference(own, other) for other in (dense, *([hits(p) for p in each] for each in (frames, gates)))]
@@ -434,8 +454,7 @@ def run(args: argparse.Namespace) -> int:
     names = args.only or [name for name in RUNS if not (RESULTS / f"{name}.json").exists()]
     for name in tqdm(names, "runs", disable=None):
         content = perform(name, features, items, args)
-        text = json.dumps(content, separators=(",", ":")).replace("},{", "},\n{")
-        (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        write(content, RESULTS / f"{name}.json")
     return 0
 
 

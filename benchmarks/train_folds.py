@@ -54,9 +54,10 @@ import common
 import early_gates
 import sparse
 import torch
-from compose_untrimmed import Composed, compose, frames_of, split_by_group, split_off_validation
+from compose_untrimmed import Composed, compose, frames_of
 from fine_tune import VARIANTS, FirstStages, build, features_of, fine_tune, first_stages
 from packed import Pictures, pack, unpack
+from per_video import batched, one_by_one
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -69,10 +70,10 @@ from dynskip import (
     video,
 )
 from dynskip.video import command
+from dynskip.video.outputs import whole_file
 from dynskip.video.stored import classifier, fit_linear
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "folds"
-FOLDS = 5
 METHODS = ("plain", "anytime", "joint", "joint-all")
 TINY = {"backbone": "test_resnet", "light_name": "test_efficientnet", "size": 64, "glance_size": 32, "epochs": 1}
 SETTINGS = ("backbone", "light_name", "size", "glance_size", "stages", "epochs", "lr", "seed")
@@ -111,14 +112,8 @@ def stored(args: argparse.Namespace, name: str) -> Path:
 
 
 def save(content: Any, file: Path) -> None:
-    """Write a file that is there whole or not at all."""
-    torch.save(content, file.with_suffix(".part"))
-    file.with_suffix(".part").rename(file)
-
-
-def parts_of(args: argparse.Namespace, fold: int) -> dict[str, list[video.Item]]:
-    divided = split_off_validation(split_by_group(args.items, FOLDS, fold), 1 / FOLDS, args.seed)
-    return {split: video.pick_split(divided, split) for split in ("train", "val", "test")}
+    with whole_file(file) as opened:
+        torch.save(content, opened)
 
 
 def num_classes(args: argparse.Namespace) -> int:
@@ -140,7 +135,7 @@ def train_backbone(args: argparse.Namespace, method: str, fold: int) -> str:
     else:
         source = Pictures(args.packed, args.size, args.device, model.backbone.model)
     seed = video.derive_seed(args.seed, fold)
-    losses = fine_tune(model, parts_of(args, fold)["train"], source, method, seed, args)
+    losses = fine_tune(model, sparse.parts_of(args.items, fold, args.seed)["train"], source, method, seed, args)
     trained = time.perf_counter() - started
     variants = [features_of(model, glanced, source, variant, args) for variant in range(VARIANTS)]
     features = [[part.half().cpu() for part in (*each.pooled, each.embedding)] for each in variants]
@@ -181,8 +176,7 @@ def fit_gates(args: argparse.Namespace, run: Run) -> str:
     settings = {"stages": args.stages or "all", "epochs": args.epochs, "lr": args.lr, "size": args.size}
     result["run"] = {**vars(run), **settings, "glance_size": args.glance_size}
     result |= {"machine": content["machine"], "seconds": seconds, "losses": content["losses"]}
-    text = json.dumps(result, separators=(",", ":")).replace("},{", "},\n{")
-    (args.out / f"{run}.json").write_text(text + "\n", encoding="utf-8")
+    sparse.write(result, args.out / f"{run}.json")
     return f"{run} after {seconds['gates']} s"
 
 
@@ -195,7 +189,7 @@ def measure(
     args: argparse.Namespace,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fit gates to the features, and measure all ways to save on one kind of videos; return results and gates."""
-    kind, plain, items_of = sparse.KINDS[run.kind], model.backbone, parts_of(args, run.fold)
+    kind, plain, items_of = sparse.KINDS[run.kind], model.backbone, sparse.parts_of(args.items, run.fold, args.seed)
 
     def part(split: str, version: int = 0) -> Composed:
         """Compose the videos of a part; training ones of another variant in every epoch."""
@@ -229,16 +223,16 @@ def time_videos(args: argparse.Namespace, run: Run, count: int, rounds: int) -> 
     kind, (model, glanced, _) = sparse.KINDS[run.kind], trained(args, run.method, run.fold)
     gates, network = torch.load(stored(args, f"{run}-gates")), model.backbone.model.eval()
     seed = video.derive_seed(run.seed, run.fold)
-    drawn = compose(parts_of(args, run.fold)["test"], sparse.IRRELEVANT, 1, seed, kind.plan)
+    drawn = compose(sparse.parts_of(args.items, run.fold, args.seed)["test"], sparse.IRRELEVANT, 1, seed, kind.plan)
     clip, step = frames_of(drawn, {item.path: row for row, item in enumerate(args.items)})
     own = torch.linspace(0, len(clip) - 1, count).long()
     pictures = Pictures(args.packed, args.size, "cpu", network)
     videos = [pictures.middle(clip[n : n + 1], step[n : n + 1]) for n in own.tolist()]
     other_layout = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
     ways: dict[str, Callable[[Tensor], Any]] = {
-        "dense, a batch": lambda images: network(images[0].contiguous(memory_format=torch.channels_last)),
-        "dense, a batch, channels first": lambda images: other_layout(images[0].contiguous()),
-        "dense, frame by frame": lambda images: [network(image[None]) for image in images[0]],
+        "dense, a batch": lambda images: batched(network, images[0].contiguous(memory_format=torch.channels_last)),
+        "dense, a batch, channels first": lambda images: batched(other_layout, images[0].contiguous()),
+        "dense, frame by frame": lambda images: one_by_one(network, images[0]),
     }
     dense = kind.plan.steps * model.lookup_for((args.size, args.size)).dense / 1e9
     gmacs: dict[str, float] = dict.fromkeys(ways, dense)
@@ -297,9 +291,7 @@ def do_all(args: argparse.Namespace) -> None:
     missing = [run for run in runs_of(args) if not (args.out / f"{run}.json").exists()]
     wanted = dict.fromkeys((run.method, run.fold) for run in missing)
     backbones = [own for own in wanted if not stored(args, "{}-fold{}-features".format(*own)).exists()]
-    if args.stages and backbones:
-        first_stages(*build(args, num_classes(args), args.seed)[:2], args)
-    at_once = FOLDS if args.device == "cuda" else 1
+    at_once = sparse.FOLDS if args.device == "cuda" else 1
     side_by_side(train_backbone, [(args, *own) for own in backbones], at_once, "backbones")
     side_by_side(fit_gates, [(args, run) for run in missing], args.workers, "gates")
 
@@ -316,20 +308,15 @@ def committed(folder: Path) -> dict[Key, sparse.Results]:
     return {key: [each for own, each in zip(keys, found, strict=True) if own == key] for key in dict.fromkeys(keys)}
 
 
-CHOSEN = {
-    "dense": ("early",),
-    "gates": ("chosen", "early"),
-    "gates after a glance": ("chosen", "early"),
-    "similarity gates": ("chosen", "early"),
-    "uniform frames": ("chosen",),
-    "light network": ("chosen",),
-}  # what another budget changes
+CHANGING = {
+    name: own for name, rows in sparse.ROWS.items() if (own := tuple(how for how in rows if how in ("chosen", "early")))
+}  # rows that another budget changes
 
 
-def which_backbone(found: dict[Key, sparse.Results], folder: Path) -> str:
+def which_backbone(runs: dict[Key, sparse.Results], folder: Path) -> str:
     """Write what each backbone costs and how accurate it is, with gates and without."""
     lines = ["| backbone | videos | | top-1 % | GMACs | timed: GMACs | timed: ms |\n|---|---|---|---:|---:|---:|---:|"]
-    for (backbone, kind, method), results in found.items():
+    for (backbone, kind, method), results in runs.items():
         file = folder / f"times-{backbone}-{kind}-{method}.json"
         if not file.exists():
             continue
@@ -338,13 +325,12 @@ def which_backbone(found: dict[Key, sparse.Results], folder: Path) -> str:
         first = f"{backbone} at {results[0]['run']['size']}, {method}"
         for name, how in [("dense", "all"), *itertools.product(TIMED, ("chosen", "early"))]:
             row = name + sparse.ENDINGS[how]
-            points = [sparse.choose(each["points"][name], how, sparse.KINDS[kind].budget) for each in results]
-            chosen = [point for point in points if point is not None]
-            if len(chosen) < len(results) or row not in ways:
+            found = sparse.choose_in_all(results, name, how, sparse.KINDS[kind].budget)
+            if not found or row not in ways:
                 continue
-            own = [hit for point in chosen for hit in sparse.hits(point)]
-            gmacs = sum(p["cost"] * r["dense_gmacs"] for p, r in zip(chosen, results, strict=True)) / len(results)
-            cells = f"{100 * sum(own) / len(own):.1f} | {gmacs:.2f} | {ways[row]['gmacs']:.2f} | {ways[row]['ms']:.0f}"
+            top1, cost = sparse.average(found)
+            gmacs = cost * results[0]["dense_gmacs"]
+            cells = f"{100 * top1:.1f} | {gmacs:.2f} | {ways[row]['gmacs']:.2f} | {ways[row]['ms']:.0f}"
             lines.append(f"| {first} | {kind} | {row} | {cells} |")
     return "\n".join(lines)
 
@@ -368,7 +354,7 @@ def report(folder: Path) -> str:
         for number, budget in enumerate(BUDGETS[kind]):
             blocks += [
                 f"Settings: the most accurate on the validation part within {budget:.0%} of dense.",
-                sparse.table(own, budget, CHOSEN if number else sparse.ROWS),
+                sparse.table(own, budget, CHANGING if number else sparse.ROWS),
             ]
         machines |= {", ".join(f"{k} {v}" for k, v in each["machine"].items()): None for each in own}
     return "\n\n".join([*blocks, *machines])
@@ -436,7 +422,14 @@ def parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, default=8, help="of the backbone (default: 8)")
     add("--lr", type=float, default=5e-5, help="of the backbone (default: 0.00005)")
     add("--seed", type=int, default=0, help="of the backbone, and of what is set aside for validation (default: 0)")
-    add("--folds", type=int, nargs="+", choices=range(FOLDS), default=list(range(FOLDS)), help="(default: all)")
+    add(
+        "--folds",
+        type=int,
+        nargs="+",
+        choices=range(sparse.FOLDS),
+        default=list(range(sparse.FOLDS)),
+        help="(default: all)",
+    )
     add("--gate-seeds", type=int, nargs="+", default=[0, 1, 2], help="of the gates (default: 0 1 2)")
     add("--workers", type=int, default=os.cpu_count(), help="processes that fit gates (default: one a core)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="that trains backbones")
