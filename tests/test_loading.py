@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_sharer
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,33 @@ def test_a_process_that_dies_is_told_by_its_cause(name: str) -> None:
     assert "\n" not in str(told)
     others = [other for other in FAULTS if other != name]
     assert not any(re.search(FAULTS[other][1], str(told)) for other in others)
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told", "untold"])
+@pytest.mark.parametrize("closed", [True, False], ids=["dying", "dead"])
+@pytest.mark.parametrize("name", ["killed", "left"])
+def test_a_batch_of_a_process_that_dies_is_told_by_its_cause(name: str, closed: bool, told: bool) -> None:
+    """Its batch lies ready, in memory that only the process hands out; in threads, torch is not told of a death."""
+    happening, message = FAULTS[name]
+
+    def happen() -> None:
+        time.sleep(0.1)  # the batch before this one is handed over
+        if closed:
+            resource_sharer._resource_sharer._listener.close()  # type: ignore[attr-defined]
+            time.sleep(0.2)
+        happening()
+
+    def run() -> None:
+        for _ in BatchLoader(Made(happen), [[0], [1], [3]], collate, 128, 1):
+            time.sleep(0.2)
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, () if told else {signal.SIGCHLD})
+    try:
+        with pytest.raises((DynskipError, RuntimeError)) as caught:
+            run()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert re.search(message, worker_fault(caught.value) or str(caught.value))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
@@ -25,6 +26,7 @@ PATIENCE = 300.0  # seconds without a batch until it is told; hours of video tak
 TOLD = 12  # times that it is told before the run ends
 SHARED_MEMORY = "/dev/shm"
 _AHEAD = 2  # batches that each process may have ready, as torch has it
+_DYING = 5.0  # seconds for a process whose connection broke to be seen as dead
 
 _MORE_SHARED_MEMORY = (
     "Use fewer --workers (0 needs none of it) or smaller batches, or give a container more: `docker run --shm-size 8g` "
@@ -50,7 +52,7 @@ _FAULTS = (
         "A process that decodes videos was stopped from outside. Start the command again.",
     ),
     (
-        r"DataLoader worker \(pid\(s\) .* exited unexpectedly",
+        r"DataLoader worker \(pid.* exited unexpectedly",
         "A process that decodes videos ended by itself. What it wrote above says why; with --workers 0 the error is "
         "shown.",
     ),
@@ -122,7 +124,7 @@ class BatchLoader(Generic[BatchT]):
                 batches = iter(loader)
                 own = set(multiprocessing.active_children()) - others
             for number in range(len(self.keys)):
-                batch = self._next(batches, number)
+                batch = self._next(batches, number, own)
                 if isinstance(batch, DynskipError):
                     raise batch
                 yield batch
@@ -130,13 +132,13 @@ class BatchLoader(Generic[BatchT]):
             _end(own)
             raise
 
-    def _next(self, batches: Iterator[Any], number: int) -> Any:
+    def _next(self, batches: Iterator[Any], number: int, processes: Collection[Any]) -> Any:
         for told in range(TOLD):
             try:
                 return next(batches)
-            except RuntimeError as error:
+            except (RuntimeError, EOFError, OSError) as error:
                 if "DataLoader timed out" not in str(error):
-                    if (fault := worker_fault(error)) is not None:
+                    if (fault := worker_fault(_death(processes, error) or error)) is not None:
                         raise DynskipError(fault) from error
                     raise
                 minutes = (told + 1) * PATIENCE / 60
@@ -205,6 +207,30 @@ def check_shared_memory(needed: int) -> None:
             f"Shared memory ({SHARED_MEMORY}), in which processes hand over batches, has {size_of(free)} free, and the "
             f"batches that are decoded ahead take {size_of(needed)}. {_MORE_SHARED_MEMORY}"
         )
+
+
+def _death(processes: Collection[Any], error: Exception) -> RuntimeError | None:
+    """Which process died of what, in torch's words, if that is why torch raised `error`.
+
+    Torch reads from processes while they die: it then raises what the socket said, or takes a killed process for one
+    that ended by itself.
+    """
+    if not processes or str(error).startswith("Caught "):  # an error in code: nobody died
+        return None
+    with contextlib.suppress(RuntimeError):  # torch says the same from a signal handler, at any moment
+        ended = wait([process.sentinel for process in processes], _DYING)
+        for process in processes:
+            if process.sentinel in ended:
+                process.join()  # its files are closed a moment before its exit code is there
+    for process in processes:
+        if process.exitcode:
+            how = (
+                f"is killed by signal: {signal.strsignal(-process.exitcode)}"
+                if process.exitcode < 0
+                else f"exited unexpectedly with code {process.exitcode}"
+            )
+            return RuntimeError(f"DataLoader worker (pid {process.pid}) {how}.")
+    return None
 
 
 def _end(processes: Collection[Any]) -> None:
