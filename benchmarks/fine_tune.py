@@ -34,7 +34,8 @@ VARIANTS, BATCH = 3, 8
 def build(args: argparse.Namespace, classes: int, seed: int) -> tuple[StopOrForward, Any, FLOPsLookup]:
     """Return SoF-Net around the backbone, the same backbone after a glance, and what the light network costs."""
     torch.manual_seed(seed)
-    plain = stage_model(args.backbone, num_classes=classes, input_size=(3, args.size, args.size))
+    shape = (3, args.size, args.size)
+    plain = stage_model(args.backbone, boundaries=args.boundaries, num_classes=classes, input_size=shape)
     light: Any = timm.create_model(args.light_name, num_classes=0)
     for network, file in ((plain.model, args.weights), (light, args.light)):
         if file is not None:
@@ -86,8 +87,8 @@ class FirstStages:
 @torch.no_grad()
 def first_stages(model: StopOrForward, glanced: Any, args: argparse.Namespace) -> FirstStages:
     """Run the stages that are not trained on all clips, in all variants; or read what they made."""
-    weights = f"-{args.weights.stem}" if args.weights else ""
-    folder = args.packed / f"{args.backbone}{weights}-{args.size}-glance{args.glance_size}-stages{args.stages}"
+    made_of = [args.backbone, *([args.weights.stem] if args.weights else []), *(args.boundaries or [])]
+    folder = args.packed / "-".join([*made_of, f"{args.size}-glance{args.glance_size}-stages{args.stages}"])
     folder.mkdir(exist_ok=True)
     backbone, glanced, count = model.eval().backbone, glanced.eval(), model.backbone.num_stages - args.stages
     pictures = Pictures(args.packed, args.size, args.device, backbone.model)

@@ -71,7 +71,7 @@ FOLDS, SEEDS = 5, (0, 1, 2)
 SIZE, GLANCE_SIZE, LIGHT = 128, 96, "tf_efficientnet_lite0"
 HIDDEN, ALPHA, BETA = 64, 0.8, 0.9
 HEAD_DECAYS = (0.0003, 0.001, 0.003, 0.01, 0.03)
-THRESHOLDS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # forward probabilities
+THRESHOLDS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # forward probabilities; the first runs had eight
 RHOS = (None, 0.9, 0.99, 0.999, 0.9999)  # probabilities that end a video; None looks at all frames
 MIN_FRAMES = 3
 

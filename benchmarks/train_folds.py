@@ -76,7 +76,7 @@ from dynskip.video.stored import classifier, fit_linear
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "folds"
 METHODS = ("plain", "anytime", "joint", "joint-all")
 TINY = {"backbone": "test_resnet", "light_name": "test_efficientnet", "size": 64, "glance_size": 32, "epochs": 1}
-SETTINGS = ("backbone", "light_name", "size", "glance_size", "stages", "epochs", "lr", "seed")
+SETTINGS = ("backbone", "light_name", "size", "glance_size", "boundaries", "stages", "epochs", "lr", "seed")
 BUDGETS = {"half": (0.6, 0.4, 0.2), "sparse": (0.2,)}  # shares of the dense cost, a table each
 TIMED = ("gates", "gates after a glance")
 
@@ -174,7 +174,7 @@ def fit_gates(args: argparse.Namespace, run: Run) -> str:
     save(gates, stored(args, f"{run}-gates"))
     seconds = {**content["seconds"], "gates": round(time.perf_counter() - started)}
     settings = {"stages": args.stages or "all", "epochs": args.epochs, "lr": args.lr, "size": args.size}
-    result["run"] = {**vars(run), **settings, "glance_size": args.glance_size}
+    result["run"] = {**vars(run), **settings, "glance_size": args.glance_size, "boundaries": args.boundaries}
     result |= {"machine": content["machine"], "seconds": seconds, "losses": content["losses"]}
     sparse.write(result, args.out / f"{run}.json")
     return f"{run} after {seconds['gates']} s"
@@ -342,12 +342,13 @@ def report(folder: Path) -> str:
     for (backbone, kind, method), own in found.items():
         seeds, clips = sorted({each["run"]["seed"] for each in own}), {clip for each in own for clip in each["clips"]}
         run = own[0]["run"]
+        cut = f"gates after {', '.join(run['boundaries'])}" if run.get("boundaries") else "gates after all stages"
         depth = "trained whole" if run["stages"] == "all" else f"its last {run['stages']} stages trained"
         blocks += [
             f"### {backbone}, {kind}: {method}, {depth}",
             f"{len(own)} runs of {len({each['run']['fold'] for each in own})} folds, seeds {seeds} of the gates; "
             f"{sum(each['videos']['test'] for each in own)} test videos around {len(clips)} clips; {run['epochs']} "
-            f"epochs at {run['size']}x{run['size']}, glance at {run['glance_size']}x{run['glance_size']}; dense "
+            f"epochs at {run['size']}x{run['size']}, glance at {run['glance_size']}x{run['glance_size']}, {cut}; dense "
             f"{own[0]['dense_gmacs']:.1f} GMACs a video. Differences are paired, ± one standard error clustered by "
             "clip (by camera group).",
         ]
@@ -415,6 +416,12 @@ def parser() -> argparse.ArgumentParser:
     add("--light", type=Path, metavar="FILE", help=f"ImageNet weights of {sparse.LIGHT}, for the glance")
     add("--size", type=int, default=sparse.SIZE, help=f"of the frames (default: {sparse.SIZE})")
     add("--glance-size", type=int, default=sparse.GLANCE_SIZE, help=f"(default: {sparse.GLANCE_SIZE})")
+    add(
+        "--boundaries",
+        nargs="+",
+        metavar="MODULE",
+        help="where the backbone is cut into stages, with a gate after each (default: where timm's feature_info says)",
+    )
     add("--stages", type=int, help="train only so many last stages (default: the whole backbone)")
     add("--out", type=Path, metavar="RESULTS", help="where results go (default: benchmarks/results/folds)")
     add("--methods", nargs="+", choices=METHODS, default=["plain", "anytime"], help="(default: plain anytime)")

@@ -126,6 +126,7 @@ def test_a_fold_goes_from_packed_clips_to_tables(
     monkeypatch.setattr(sparse, "KINDS", kinds)
     command = ["--packed", str(packed), "--out", str(tmp_path), "--quick", "--device", "cpu", "--kinds", "half"]
     command += ["--gate-seeds", "2", "--methods", "anytime", "joint-all", "--folds", "1", "--workers", "1"]
+    command += ["--boundaries", "layer1", "layer2", "layer4"]
     assert train_folds.main(command) == 0
     files = sorted(file.name for file in tmp_path.iterdir())
     assert files == [f"test_resnet-half-{method}-fold1-seed2.json" for method in ("anytime", "joint-all")]
@@ -134,6 +135,8 @@ def test_a_fold_goes_from_packed_clips_to_tables(
     assert set(content["points"]) == {"uniform frames", "light network", "relevant frames", "dense", "gates",
                                       "gates after a glance", "similarity gates"}  # fmt: skip
     assert content["videos"] == {"val": 4, "test": 8}
+    # Unseen, stopped after each of three stages and a glance, used.
+    assert {len(point["frames"]) for point in content["points"]["gates after a glance"]} == {6}
     assert len(content["losses"]) == 1
     assert math.isfinite(content["losses"][0])
     written = [(tmp_path / name).stat().st_mtime_ns for name in files]
@@ -154,6 +157,7 @@ def test_a_fold_goes_from_packed_clips_to_tables(
     assert "| test_resnet at 64, anytime | half | dense, all frames |" in printed
     assert "### test_resnet, half: anytime, trained whole\n\n1 runs of 1 folds, seeds [2] of the" in printed
     assert "### test_resnet, half: joint-all" in printed
+    assert "glance at 32x32, gates after layer1, layer2, layer4; dense" in printed
     assert train_folds.main(["--plot", str(tmp_path), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "folds_test_resnet_half_anytime-dark.svg").stat().st_size > 5000
     assert train_folds.main(["--packed", str(packed), "--out", str(tmp_path)]) == 2

@@ -180,7 +180,8 @@ def _check_cost(backbone: StagedBackbone, looking: Glance) -> None:
         raise DynskipError(
             f"A glance at {_shape(small.shape[1:])} costs {cost / 1e6:.4g} MMACs a frame, more than the "
             f"{behind / 1e6:.4g} of the backbone's first {few} stages at {_shape(backbone.input_size)}, so it would "
-            "save too little. Choose a lighter network or a smaller size."
+            "save too little. Choose a lighter network, a smaller size, or fewer and larger stages (boundaries=... of "
+            "stage_model)."
         )
 
 
