@@ -125,9 +125,12 @@ def test_a_batch_of_a_process_that_dies_is_told_by_its_cause(name: str, closed: 
     happening, message = FAULTS[name]
 
     def happen() -> None:
-        time.sleep(0.1)  # the batch before this one is handed over
+        sharer: Any = resource_sharer._resource_sharer  # type: ignore[attr-defined]
+        while sharer._listener is None:  # until a batch is handed over
+            time.sleep(0.01)
+        time.sleep(0.1)
         if closed:
-            resource_sharer._resource_sharer._listener.close()  # type: ignore[attr-defined]
+            sharer._listener.close()
             time.sleep(0.2)
         happening()
 
