@@ -154,6 +154,7 @@ def test_a_batch_of_a_process_that_dies_is_told_by_its_cause(name: str, closed: 
         ("Too many open files. Communication with the workers is no longer possible.", "ulimit -n"),
         ("received 0 items of ancdata", "ulimit -n"),
         ("DataLoader worker (pid(s) 1, 2) exited unexpectedly", "ended by itself"),
+        ("DataLoader worker (pid 1) exited unexpectedly with exit code 3. Details are lost", "ended by itself"),
         ("mat1 and mat2 shapes cannot be multiplied", None),
         ("Caught RuntimeError in DataLoader worker process 0.\n...: Too many open files", None),
     ],

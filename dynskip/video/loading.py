@@ -52,7 +52,7 @@ _FAULTS = (
         "A process that decodes videos was stopped from outside. Start the command again.",
     ),
     (
-        r"DataLoader worker \(pid.* exited unexpectedly",
+        r"DataLoader worker \(pid.* exited unexpectedly",  # "(pid 1)" from a signal handler, else "(pid(s) 1)"
         "A process that decodes videos ended by itself. What it wrote above says why; with --workers 0 the error is "
         "shown.",
     ),
@@ -223,13 +223,11 @@ def _death(processes: Collection[Any], error: Exception) -> RuntimeError | None:
             if process.sentinel in ended:
                 process.join()  # its files are closed a moment before its exit code is there
     for process in processes:
-        if process.exitcode:
-            how = (
-                f"is killed by signal: {signal.strsignal(-process.exitcode)}"
-                if process.exitcode < 0
-                else f"exited unexpectedly with code {process.exitcode}"
-            )
-            return RuntimeError(f"DataLoader worker (pid {process.pid}) {how}.")
+        who, code = f"DataLoader worker (pid {process.pid})", process.exitcode or 0
+        if code < 0:
+            return RuntimeError(f"{who} is killed by signal: {signal.strsignal(-code)}.")
+        if code > 0:
+            return RuntimeError(f"{who} exited unexpectedly with exit code {code}.")
     return None
 
 
